@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# Sourced, not run. Runs checks that are shell commands, and reports them as cargo reports tests. A
-# check that fails is repeated once, immediately. If it then passes, the line `flaky: NAME` reports
-# it.
+# This file is sourced, not run. The functions in this file run shell commands as checks. They print
+# the results in the same format as `cargo test`. A check that fails is repeated once, immediately.
+# If the check then passes, the line `flaky: NAME` reports it.
 #
-#   attempt NAME CMD…     runs the check; status 77 means skipped, and the last line of the output is
-#                         the reason
-#   count_results FILE    prints how many tests passed, failed and were ignored, by the result lines in
-#                         a file
+#   attempt NAME CMD…     runs the check. Status 77 means that the check is skipped. The last line of
+#                         the output is then the reason.
+#   count_results FILE    prints the number of tests that passed, failed and were ignored. FILE
+#                         contains the result lines of the tests.
 #   attempts_result       prints the result line, and fails if a check failed
 
 passed=0 failed=0 ignored=0

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The main job, with real output: an image built and pushed to a registry; by crictl a pod and its
-# containers, with limits that are seen to hold, logs, exec, statistics, a forwarded port; then a container's life by hand with rrun. Each
-# command is shown before its output. `make demo` sets everything up and runs it.
+# Shows rrun's main functions with real output. Builds an image and pushes it to a registry. Uses
+# crictl to run a pod and its containers, and shows limits, logs, exec, statistics and a forwarded
+# port. Then creates and deletes a container directly with rrun. Each command is shown before its
+# output. `make demo` builds everything and runs this script.
 #
-# It runs in a private view of this machine (tests/native/run) if there are cgroup v2 controllers,
-# else in the guest machine (tests/vm/run). Nothing of it is left on the host.
+# If the host has cgroup v2 controllers, the demo runs in a private view of this machine
+# (tests/native/run). If the host has no controllers, the demo runs in the guest machine
+# (tests/vm/run). The demo leaves no files on the host.
 set -euo pipefail
 HERE=$(dirname -- "$(readlink -f -- "$0")")
 
@@ -16,7 +18,7 @@ outside() {
     if [[ $controllers == *' cpu '* && $controllers == *' memory '* && $controllers == *' pids '* ]]; then
         exec "$HERE/native/run" -- /src/tests/demo.sh inside
     fi
-    echo "This host has no cgroup v2 controllers for CPU and memory: the demo runs in the guest machine, some twenty times slower."
+    echo "This host has no cgroup v2 controllers for CPU, memory and processes. The demo runs in the guest machine, which is about twenty times slower."
     exec "$HERE/vm/run" --timeout 1200 -- /src/tests/demo.sh inside
 }
 
@@ -27,24 +29,24 @@ title() {
     printf '\n\e[1m## %d of %d: %s\e[0m\n' "$step" "$STEPS" "$*"
 }
 
-# show COMMAND…: the command as one would type it, then what it says.
+# show COMMAND…: prints a command as a user would type it, and then its output.
 show() {
     printf '\e[36m$ %s\e[0m\n' "$*"
     eval "$*"
 }
 
-# The same for a command that is meant to fail.
+# show_failure COMMAND…: prints a command that must fail, and then its output.
 show_failure() {
     printf '\e[36m$ %s\e[0m\n' "$*"
-    eval "$*" && { echo "that should have failed"; exit 1; }
+    eval "$*" && { echo "this command should have failed: $*"; exit 1; }
     return 0
 }
 
-# What is on the machine that a container could leave behind.
+# inventory: lists the objects on the machine that a container could leave behind.
 inventory() {
     awk '{ print "mount", $5 }' /proc/self/mountinfo
     find /sys/fs/cgroup -mindepth 1 -type d -printf 'cgroup %p\n'
-    # The bridge is the node's: it stays for the next pod.
+    # The bridge rrun0 is not in the list, because it remains for the node's next pod.
     for interface in /sys/class/net/*; do
         [[ $interface == */rrun0 ]] || echo "interface ${interface##*/}"
     done
@@ -53,7 +55,7 @@ inventory() {
         -mindepth 1 -maxdepth 2 -printf 'file %p\n' 2>/dev/null || true
 }
 
-# cpu_used CGROUP SECONDS: what the processes in it use of a CPU, in thousandths.
+# cpu_used CGROUP SECONDS: prints the CPU usage of a cgroup's processes, in thousandths of a CPU.
 cpu_used() {
     local before after started ended
     before=$(awk '$1 == "usage_usec" { print $2 }' "$1/cpu.stat")
@@ -64,14 +66,14 @@ cpu_used() {
     echo "used $(((after - before) * 1000 / (ended - started)))m of a CPU over $2 s"
 }
 
-# Waits until a command succeeds, a minute at most.
+# until_ok COMMAND…: repeats a command until it succeeds, for at most a minute.
 until_ok() {
     local deadline=$((SECONDS + 60))
     while [[ $SECONDS -lt $deadline ]]; do
         "$@" >/dev/null 2>&1 && return
         sleep 0.2
     done
-    echo "waited in vain for: $*"
+    echo "this command did not succeed within a minute: $*"
     "$@"
 }
 
@@ -79,7 +81,7 @@ exited() { [[ $(crictl inspect --output go-template --template '{{.status.state}
 
 services() {
     mkdir -p /etc/rrun/config.d /run/demo
-    # Lowering oom_score_adj takes CAP_SYS_RESOURCE, which some hosts keep to themselves.
+    # Lowering oom_score_adj requires CAP_SYS_RESOURCE, which some hosts do not grant to containers.
     [[ $((0x$(awk '/^CapEff/ { print $2 }' /proc/self/status) >> 24 & 1)) -eq 1 ]] ||
         echo 'restrict_oom_score_adj = true' >/etc/rrun/config.d/10-host.toml
     "$HERE/images/registry.sh" mirrors /etc/rrun/certs.d
@@ -95,19 +97,19 @@ inside() {
     cd /run/demo
     inventory | sort >/run/before
 
-    title "An image, built of a test image and a page of our own, and pushed to a registry on 127.0.0.1:5000"
+    title "An image is built from a test image and an HTML page, and pushed to a registry on 127.0.0.1:5000"
     show "skopeo --insecure-policy copy -q --src-tls-verify=false docker://127.0.0.1:5000/demo/busybox oci:layout:hello"
     echo '<h1>hello from rrun</h1>' >index.html
     show "umoci insert --image layout:hello index.html /www/index.html"
     show "umoci config --image layout:hello --config.cmd httpd --config.cmd -f --config.cmd -v --config.cmd -p --config.cmd 8080 --config.cmd -h --config.cmd /www"
     show "skopeo --insecure-policy copy -q --dest-tls-verify=false oci:layout:hello docker://127.0.0.1:5000/demo/hello:1"
 
-    title "rrun-cri runs; crictl is told so by /etc/crictl.yaml"
+    title "crictl connects to rrun-cri, whose socket is configured in /etc/crictl.yaml"
     show "crictl version"
     show "crictl pull 127.0.0.1:5000/demo/hello:1"
     show "crictl images"
 
-    title "A pod: an address of its own, no pause container"
+    title "A pod has its own IP address, and no pause container"
     cat >pod.json <<'END'
 {
   "metadata": { "name": "hello", "namespace": "default", "uid": "1" },
@@ -121,7 +123,7 @@ END
     show "crictl pods"
     show "IP=\$(crictl inspectp --output go-template --template '{{.status.network.ip}}' \$POD); echo \$IP"
 
-    title "A container with requests of 100m and limits of 500m and 64Mi"
+    title "A container runs with a CPU request of 100m and limits of 500m CPU and 64Mi memory"
     cat >web.json <<'END'
 {
   "metadata": { "name": "web" },
@@ -140,7 +142,7 @@ END
     show "curl -s http://\$IP:8080/"
     show "crictl logs \$WEB"
     show "crictl exec -s \$WEB ps"
-    show "crictl exec \$WEB sh -c 'echo by the streaming server, as kubectl exec does it'"
+    show "crictl exec \$WEB sh -c 'echo this command used the streaming server, as kubectl exec does'"
     show "crictl port-forward \$POD 8090:8080 >forward.log 2>&1 & FORWARD=\$!"
     until_ok curl -fs http://127.0.0.1:8090/
     show "curl -s http://127.0.0.1:8090/"
@@ -149,7 +151,7 @@ END
     GROUP=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$(crictl inspect --output go-template --template '{{.info.pid}}' "$WEB")/cgroup")
     show "cd $GROUP; head cpu.weight cpu.max memory.max; cd - >/dev/null"
 
-    title "The CPU limit holds: a process that spins gets half a CPU"
+    title "The CPU limit works: a busy loop gets half a CPU, and a quarter after crictl update"
     sed -e 's/"web"/"spin"/; s/web.log/spin.log/; s/"image": {/"command": ["sh", "-c", "while :; do :; done"], "image": {/' web.json >spin.json
     show "SPIN=\$(crictl create \$POD spin.json pod.json); crictl start \$SPIN"
     GROUP=/sys/fs/cgroup$(sed -n 's/^0:://p' "/proc/$(crictl inspect --output go-template --template '{{.info.pid}}' "$SPIN")/cgroup")
@@ -161,14 +163,14 @@ END
     show "crictl stats" | sed 's/\x1b\[2J\x1b\[H//'
     show "crictl stop --timeout 1 \$SPIN"
 
-    title "The memory limit holds: an allocation of 200 MB is killed, and so reported"
+    title "The memory limit works: a process that allocates 200 MB is killed, and the reason is OOMKilled"
     sed -e 's/"web"/"greedy"/; s/web.log/greedy.log/; s/"image": {/"command": ["dd", "if=\/dev\/zero", "of=\/dev\/null", "bs=200M"], "image": {/' web.json >greedy.json
     show "GREEDY=\$(crictl create \$POD greedy.json pod.json); crictl start \$GREEDY"
     until_ok exited "$GREEDY"
     show "crictl inspect --output go-template --template '{{.status.reason}}, exit code {{.status.exitCode}}' \$GREEDY; echo"
     [[ $(crictl inspect --output go-template --template '{{.status.reason}}' "$GREEDY") == OOMKilled ]]
 
-    title "rrun-cri is killed and started again: the pod has not noticed"
+    title "rrun-cri is killed and started again, and the pod continues to run"
     show "kill -KILL $SERVER"
     wait "$SERVER" 2>/dev/null || true
     show "curl -s http://\$IP:8080/"
@@ -177,7 +179,7 @@ END
     until_ok crictl version
     show "crictl ps --all"
 
-    title "Everything is removed"
+    title "The containers, the pod and the image are removed"
     show "crictl stop --timeout 1 \$WEB"
     show "crictl rm \$WEB \$SPIN \$GREEDY"
     show "crictl stopp \$POD"
@@ -185,7 +187,7 @@ END
     show "crictl rmi 127.0.0.1:5000/demo/hello:1"
     show "crictl ps --all; crictl pods"
 
-    title "A container's life by hand: rrun has runc's command line"
+    title "A container is created, used and deleted with rrun, which has runc's command line"
     show "umoci raw unpack --image layout:hello rootfs"
     show "rrun spec"
     show "jq '.process.terminal = false | .process.args = [\"sleep\", \"600\"] | .linux.resources.memory.limit = 33554432' config.json > c && mv c config.json"
@@ -202,11 +204,11 @@ END
     show "rrun list"
     show_failure "rrun run no-such-bundle --bundle /nowhere"
 
-    title "Nothing is left: mounts, cgroups, interfaces, processes and files before and after (the bridge rrun0 stays for the next pod)"
+    title "No mounts, cgroups, interfaces, processes or files remain (except the bridge rrun0, for the next pod)"
     cd /
     rm -rf /run/demo/* /run/rrun/runtime
     until_ok same
-    show "diff /run/before /run/after && echo no difference"
+    show "diff /run/before /run/after && echo no differences"
 
     kill "$SERVER"
     wait "$SERVER" 2>/dev/null || true

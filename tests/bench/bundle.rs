@@ -1,4 +1,5 @@
-//! The bundles that are measured: what `runc spec` writes, changed as little as can be.
+//! Creates the bundles of the measured containers: the output of `runc spec` with as few changes as
+//! possible.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,23 +10,25 @@ use serde_json::{Map, Value, json};
 
 use crate::Result;
 
-/// Held by a test of rrun-cri's to what it is said to be.
+/// A copy of rrun-cri's default seccomp profile. A test of rrun-cri checks that the copy is equal
+/// to the original.
 const SECCOMP: &str = include_str!("../seccomp/default.json");
 
-/// What is asked of the runtimes beyond the plain configuration.
+/// The configuration of the measured containers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Variant {
-    /// `runc spec` without its device rules and, as it has it, without seccomp
+    /// The output of `runc spec` without its device rules and without a seccomp profile
     Plain,
-    /// `runc spec` as it is: with device rules, which become an eBPF program
+    /// The output of `runc spec` with its device rules, which become an eBPF program
     Devices,
-    /// Plain, in a user namespace
+    /// The plain configuration in a user namespace
     Userns,
-    /// Plain, with the seccomp profile that rrun-cri gives by default, much as Docker's
+    /// The plain configuration with rrun-cri's default seccomp profile, which is similar to
+    /// Docker's
     Seccomp,
 }
 
-/// Makes a bundle whose container runs `/bin/nothing ARGUMENTS`.
+/// Creates a bundle whose container runs `/bin/nothing ARGUMENTS`.
 pub(crate) fn make(
     directory: &Path,
     nothing: &Path,
@@ -40,13 +43,17 @@ pub(crate) fn make(
     fs::copy(nothing, &program).map_err(|error| format!("{}: {error}", nothing.display()))?;
     let config = directory.join("config.json");
     let _ = fs::remove_file(&config);
-    let said = Command::new("runc")
+    let output = Command::new("runc")
         .arg("spec")
         .current_dir(directory)
         .output()
-        .map_err(|error| format!("runc spec: {error}"))?;
-    if !said.status.success() {
-        return Err(format!("runc spec: {}", String::from_utf8_lossy(&said.stderr)).into());
+        .map_err(|error| format!("cannot start `runc spec`: {error}"))?;
+    if !output.status.success() {
+        return Err(format!(
+            "`runc spec` failed; its error output: {}",
+            String::from_utf8_lossy(&output.stderr)
+        )
+        .into());
     }
     let mut spec: Value = serde_json::from_slice(&fs::read(&config)?)?;
     change(&mut spec, arguments, variant);

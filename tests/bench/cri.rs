@@ -1,5 +1,5 @@
-//! CRI servers side by side: rrun-cri and containerd, under critest's benchmark and a client of
-//! our own, in turns.
+//! Compares the CRI servers rrun-cri and containerd. Two programs measure them: critest's benchmark
+//! and our own client. Each program measures the two servers in turn.
 
 use std::fs;
 use std::path::Path;
@@ -27,8 +27,8 @@ use crate::{
 
 #[derive(clap::Args)]
 pub(crate) struct CriOptions {
-    /// containerd, rrun-cri, or NAME=unix:///PATH of one that runs; figures are compared with the
-    /// first one's
+    /// Servers to measure: containerd, rrun-cri, or NAME=unix:///PATH of a running server; figures
+    /// are compared with those of the first server
     #[arg(long, value_delimiter = ',', default_value = "containerd,rrun-cri")]
     servers: Vec<String>,
     #[arg(
@@ -38,49 +38,50 @@ pub(crate) struct CriOptions {
         default_value = "critest,pods,network,exec,streams,logs,pull,memory,fleet"
     )]
     parts: Vec<Part>,
-    /// How many pods of each kind for each server
+    /// Number of pods that are measured on each server for each kind of network
     #[arg(long, default_value_t = 30)]
     pub(crate) rounds: usize,
-    /// How many pods stay for the memory figures
+    /// Number of pods that run while memory is measured
     #[arg(long, default_value_t = 20)]
     pub(crate) pods: usize,
-    /// How many pods a full node has
+    /// Number of pods on a full node
     #[arg(long, default_value_t = 150)]
     pub(crate) fleet: usize,
-    /// How many lines are logged
+    /// Number of lines that a container logs
     #[arg(long, default_value_t = 1_000_000)]
     pub(crate) lines: u64,
-    /// What the containers run: an image with a shell, true and sleep
+    /// Image of the containers, which must contain a shell, true and sleep
     #[arg(long, default_value = "registry.k8s.io/e2e-test-images/busybox:1.29-2")]
     pub(crate) image: String,
-    /// What is pulled and removed
+    /// Image that is pulled and removed
     #[arg(long, default_value = "127.0.0.1:5000/demo/web:1")]
     pub(crate) pulled: String,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Part {
-    /// critest -benchmark: pods with a network of their own
+    /// critest -benchmark, whose pods have their own network
     Critest,
-    /// A pod's life by a client of our own, with the node's network and with their own
+    /// Creating and removing pods with our own client, on the node's network and with their own
+    /// network
     Pods,
-    /// Traffic between pods; RunPodSandbox with CNI plugins
+    /// Traffic between pods, and RunPodSandbox with CNI plugins
     Network,
     /// ExecSync of `true`
     Exec,
-    /// Interactive exec, a forwarded port, silent sessions
+    /// Interactive exec, a forwarded port, and idle sessions
     Streams,
     /// A container that logs as fast as it can
     Logs,
     /// Pull and removal of an image from the local registry
     Pull,
-    /// Memory per pod, and of the servers
+    /// Memory of each pod and of the servers
     Memory,
-    /// A node full of pods: lists, a restart
+    /// A node full of pods: list calls, and a restart of the server
     Fleet,
 }
 
-/// A server, connected.
+/// A connection to a server.
 pub(crate) struct Server {
     pub(crate) name: String,
     pub(crate) address: String,
@@ -88,7 +89,7 @@ pub(crate) struct Server {
     images: ImageServiceClient<Channel>,
 }
 
-/// A pod that runs, and its container.
+/// A running pod and its container.
 pub(crate) struct Pod {
     pub(crate) id: String,
     pub(crate) config: PodSandboxConfig,
@@ -101,7 +102,7 @@ pub(crate) enum Network {
     Own,
 }
 
-/// Nothing here is expected to take this long; it keeps a stuck server from hanging the run.
+/// The timeout of each CRI call. A call reaches this timeout only if the server hangs.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(120);
 
 pub(crate) fn run(options: &CriOptions, programs: &Path, results: &Path) -> Result {
@@ -139,7 +140,11 @@ async fn measure(options: &CriOptions, programs: &Path, results: &Path) -> Resul
         }
     }
     if servers.is_empty() {
-        return Err(format!("no server answers: {}", skipped.join("; ")).into());
+        return Err(format!(
+            "no connection to any CRI server; the reasons: {}",
+            skipped.join("; ")
+        )
+        .into());
     }
     let mut raw = Map::new();
     raw.insert("machine".to_owned(), report::machine());
@@ -156,9 +161,9 @@ async fn measure(options: &CriOptions, programs: &Path, results: &Path) -> Resul
             Part::Fleet => fleet::run(options, &mut servers, &services, results).await,
         };
         match outcome {
-            Ok((figures, mut left_out)) => {
+            Ok((figures, mut obstacles)) => {
                 raw.insert(format!("{part:?}").to_lowercase(), figures);
-                skipped.append(&mut left_out);
+                skipped.append(&mut obstacles);
             }
             Err(error) => skipped.push(format!("{part:?}: {error}")),
         }
@@ -170,11 +175,13 @@ async fn measure(options: &CriOptions, programs: &Path, results: &Path) -> Resul
         .any(|controller| controller == "cpu")
     {
         println!(
-            "  no cgroup v2 controllers here: containerd calls runc through a script that drops \
-             limits (about 3 ms a container)"
+            "  this kernel has no cgroup v2 controllers, so containerd calls runc through a script that \
+             removes the limits (about 3 ms for each container)"
         );
     }
-    println!("  CPU: of everything that ran in this view but the client");
+    println!(
+        "  CPU: the CPU time of all processes in the native view (tests/native/run), except the benchmark's client"
+    );
     match skipped.as_slice() {
         [] => println!("  nothing skipped"),
         skipped => println!(
@@ -187,7 +194,7 @@ async fn measure(options: &CriOptions, programs: &Path, results: &Path) -> Resul
     report::write_json(&results.join("cri.json"), &Value::Object(raw))
 }
 
-/// Has a server pull an image, on its own.
+/// Connects to a server and pulls an image.
 pub(crate) fn pull_once(address: &str, image: &str) -> Result {
     let executor = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -195,7 +202,7 @@ pub(crate) fn pull_once(address: &str, image: &str) -> Result {
     executor.block_on(async { Server::open(address, address).await?.pull(image).await })
 }
 
-/// How many pods a server has that run.
+/// Returns the number of running pods on the server at `address`.
 pub(crate) fn running_pods(address: &str) -> Result<usize> {
     let executor = tokio::runtime::Builder::new_current_thread()
         .enable_all()
@@ -207,7 +214,7 @@ pub(crate) fn running_pods(address: &str) -> Result<usize> {
             .list_pod_sandbox(ListPodSandboxRequest::default())
             .await;
         let pods = pods
-            .map_err(|status| told("ListPodSandbox", &status))?
+            .map_err(|status| call_error("ListPodSandbox", &status))?
             .into_inner()
             .items;
         Ok(pods
@@ -217,22 +224,23 @@ pub(crate) fn running_pods(address: &str) -> Result<usize> {
     })
 }
 
-/// The wall time of a call in milliseconds, and its answer.
+/// Returns the wall time of a call in milliseconds, and the call's result.
 pub(crate) async fn timed<T>(call: impl Future<Output = Result<T>>) -> Result<(f64, T)> {
     let started = Instant::now();
     let answer = call.await?;
     Ok((started.elapsed().as_secs_f64() * 1e3, answer))
 }
 
-/// Milliseconds of CPU that this view has used, this program's own left out: what the servers and
-/// all that they started used. (cpu.stat counts times without any controller.)
+/// Returns the CPU time of all other processes in the native view or in the guest machine, in
+/// milliseconds. These processes are the servers and all processes that the servers have started.
+/// The file cpu.stat counts CPU time even if no controller is enabled.
 pub(crate) fn cpu_of_others() -> Result<f64> {
     let path = "/sys/fs/cgroup/cpu.stat";
     let text = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
     let all = text
         .lines()
         .find_map(|line| line.strip_prefix("usage_usec "));
-    let all: f64 = all.ok_or("no usage_usec in cpu.stat")?.parse()?;
+    let all: f64 = all.ok_or("cpu.stat contains no usage_usec")?.parse()?;
     let own = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
     let own = [own.user_time(), own.system_time()]
         .iter()
@@ -280,13 +288,14 @@ impl Server {
         loop {
             match self.images.pull_image(request.clone()).await {
                 Ok(_) => return Ok(()),
-                // containerd answers before it is ready.
+                // containerd answers requests before it can pull images. For this reason, a pull is
+                // repeated if it fails soon after the start of containerd.
                 Err(status)
                     if status.code() == Code::Unavailable && started.elapsed() < ANSWER_TIMEOUT =>
                 {
                     tokio::time::sleep(Duration::from_millis(200)).await;
                 }
-                Err(status) => return Err(told("PullImage", &status).into()),
+                Err(status) => return Err(call_error("PullImage", &status).into()),
             }
         }
     }
@@ -298,7 +307,7 @@ impl Server {
         self.images
             .remove_image(request)
             .await
-            .map_err(|status| told("RemoveImage", &status))?;
+            .map_err(|status| call_error("RemoveImage", &status))?;
         Ok(())
     }
 
@@ -309,12 +318,12 @@ impl Server {
         };
         let answer = self.runtime.run_pod_sandbox(request).await;
         Ok(answer
-            .map_err(|status| told("RunPodSandbox", &status))?
+            .map_err(|status| call_error("RunPodSandbox", &status))?
             .into_inner()
             .pod_sandbox_id)
     }
 
-    /// What is asked for of a container that runs this.
+    /// Returns the configuration of a container that runs a command.
     pub(crate) fn container(image: &str, command: &[&str]) -> ContainerConfig {
         ContainerConfig {
             metadata: Some(ContainerMetadata {
@@ -353,7 +362,7 @@ impl Server {
         };
         let answer = self.runtime.create_container(request).await;
         Ok(answer
-            .map_err(|status| told("CreateContainer", &status))?
+            .map_err(|status| call_error("CreateContainer", &status))?
             .into_inner()
             .container_id)
     }
@@ -365,7 +374,7 @@ impl Server {
         };
         let answer = self.runtime.container_status(request).await;
         let status = answer
-            .map_err(|status| told("ContainerStatus", &status))?
+            .map_err(|status| call_error("ContainerStatus", &status))?
             .into_inner()
             .status;
         Ok(status.is_some_and(|status| status.state() == ContainerState::ContainerExited))
@@ -376,11 +385,11 @@ impl Server {
             container_id: container.to_owned(),
         };
         let answer = self.runtime.start_container(request).await;
-        answer.map_err(|status| told("StartContainer", &status))?;
+        answer.map_err(|status| call_error("StartContainer", &status))?;
         Ok(())
     }
 
-    /// Runs a program in a container; it must succeed.
+    /// Runs a program in a container. Returns an error unless the program exits with 0.
     pub(crate) async fn exec(&mut self, container: &str, command: &[&str]) -> Result {
         let request = ExecSyncRequest {
             container_id: container.to_owned(),
@@ -389,16 +398,20 @@ impl Server {
         };
         let answer = self.runtime.exec_sync(request).await;
         match answer
-            .map_err(|status| told("ExecSync", &status))?
+            .map_err(|status| call_error("ExecSync", &status))?
             .into_inner()
             .exit_code
         {
             0 => Ok(()),
-            code => Err(format!("ExecSync: {} exited with {code}", command.join(" ")).into()),
+            code => Err(format!(
+                "exit code of the command `{}` in ExecSync: {code}, expected: 0",
+                command.join(" ")
+            )
+            .into()),
         }
     }
 
-    /// Where an exec is served, with a terminal or not.
+    /// Returns the URL of an exec session, with a terminal if `tty` is true.
     pub(crate) async fn exec_url(
         &mut self,
         container: &str,
@@ -415,12 +428,12 @@ impl Server {
         };
         let answer = self.runtime.exec(request).await;
         Ok(answer
-            .map_err(|status| told("Exec", &status))?
+            .map_err(|status| call_error("Exec", &status))?
             .into_inner()
             .url)
     }
 
-    /// Where a pod's ports are forwarded.
+    /// Returns the URL for forwarding a pod's ports.
     pub(crate) async fn port_forward_url(&mut self, pod: &str) -> Result<String> {
         let request = PortForwardRequest {
             pod_sandbox_id: pod.to_owned(),
@@ -428,7 +441,7 @@ impl Server {
         };
         let answer = self.runtime.port_forward(request).await;
         Ok(answer
-            .map_err(|status| told("PortForward", &status))?
+            .map_err(|status| call_error("PortForward", &status))?
             .into_inner()
             .url)
     }
@@ -439,7 +452,7 @@ impl Server {
             timeout: 30,
         };
         let answer = self.runtime.stop_container(request).await;
-        answer.map_err(|status| told("StopContainer", &status))?;
+        answer.map_err(|status| call_error("StopContainer", &status))?;
         Ok(())
     }
 
@@ -448,7 +461,7 @@ impl Server {
             container_id: container.to_owned(),
         };
         let answer = self.runtime.remove_container(request).await;
-        answer.map_err(|status| told("RemoveContainer", &status))?;
+        answer.map_err(|status| call_error("RemoveContainer", &status))?;
         Ok(())
     }
 
@@ -457,7 +470,7 @@ impl Server {
             pod_sandbox_id: pod.to_owned(),
         };
         let answer = self.runtime.stop_pod_sandbox(request).await;
-        answer.map_err(|status| told("StopPodSandbox", &status))?;
+        answer.map_err(|status| call_error("StopPodSandbox", &status))?;
         Ok(())
     }
 
@@ -466,11 +479,11 @@ impl Server {
             pod_sandbox_id: pod.to_owned(),
         };
         let answer = self.runtime.remove_pod_sandbox(request).await;
-        answer.map_err(|status| told("RemovePodSandbox", &status))?;
+        answer.map_err(|status| call_error("RemovePodSandbox", &status))?;
         Ok(())
     }
 
-    /// A pod with one running container.
+    /// Starts a pod with one running container.
     pub(crate) async fn start_pod(
         &mut self,
         network: Network,
@@ -498,8 +511,8 @@ impl Server {
     }
 }
 
-/// A call's failure.
-pub(crate) fn told(call: &str, status: &tonic::Status) -> String {
+/// Returns the error message of a failed call.
+pub(crate) fn call_error(call: &str, status: &tonic::Status) -> String {
     format!("{call}: {:?}: {}", status.code(), status.message())
 }
 
@@ -510,7 +523,7 @@ fn image_spec(image: &str) -> ImageSpec {
     }
 }
 
-/// A pod that nobody has had before.
+/// Returns a pod's configuration with a new, unique name.
 pub(crate) fn pod_config(network: Network) -> Result<PodSandboxConfig> {
     static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
     let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -550,11 +563,11 @@ pub(crate) fn pod_config(network: Network) -> Result<PodSandboxConfig> {
     })
 }
 
-/// Waits to be killed.
+/// A command that waits to be killed.
 pub(crate) const SLEEP: &[&str] = &["sleep", "86399"];
 
-/// Ends at once when it is told to.
-pub(crate) const OBEDIENT: &[&str] = &[
+/// A command that exits immediately on SIGTERM.
+pub(crate) const EXITS_ON_SIGTERM: &[&str] = &[
     "sh",
     "-c",
     "trap 'exit 0' TERM; while :; do sleep 86399 & wait $!; done",

@@ -1,4 +1,4 @@
-//! critest's own benchmark. Its pods have a network of their own.
+//! Runs critest's own benchmark, whose pods have their own network.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,8 @@ use crate::Result;
 use crate::cri::{CriOptions, Server};
 use crate::report::{self, Comparison};
 
-/// critest writes one file for each kind of thing, with a name of its own for each call.
+/// The files that critest writes, each with its operations. For each operation, the list contains
+/// critest's name and the name of the CRI call.
 const FILES: &[(&str, &[(&str, &str)])] = &[
     (
         "pod_benchmark_data.json",
@@ -33,7 +34,7 @@ const FILES: &[(&str, &[(&str, &str)])] = &[
     ),
 ];
 
-/// Turns that the servers take.
+/// The number of times that critest measures each server.
 const TURNS: usize = 3;
 
 pub(crate) async fn run(
@@ -58,7 +59,7 @@ pub(crate) async fn run(
         .flat_map(|(_, calls)| calls.iter().map(|call| call.1))
         .collect();
     let title = format!(
-        "critest -benchmark, {} pods and containers each (milliseconds)",
+        "critest -benchmark, {} pods and as many containers for each server (milliseconds)",
         each * TURNS
     );
     let mut comparison = Comparison::new(title, &names, &calls);
@@ -101,22 +102,26 @@ fn once(server: &Server, parameters: &Path, directory: &Path) -> Result {
             parameters.display()
         ))
         .arg(format!("-benchmarking-output-dir={}", directory.display()))
-        // The image benchmarks find no parameters and want images that are nowhere.
+        // The image benchmarks need parameters and images that this benchmark does not have.
         .arg("-ginkgo.skip=Image")
         .arg("-ginkgo.no-color")
         .stdin(Stdio::null())
         .stdout(fs::File::create(&log)?)
         .stderr(fs::OpenOptions::new().append(true).open(&log)?)
         .status()
-        .map_err(|error| format!("critest: {error}"))?;
+        .map_err(|error| format!("cannot start critest: {error}"))?;
     if status.success() {
         Ok(())
     } else {
-        Err(format!("critest ended with {status}; see {}", log.display()).into())
+        Err(format!(
+            "critest failed with {status}; its output is in the file {}",
+            log.display()
+        )
+        .into())
     }
 }
 
-/// Takes the figures of one file over.
+/// Adds the figures of one file to the comparison.
 fn add(comparison: &mut Comparison, server: &str, file: &Value, calls: &[(&str, &str)]) {
     let operations: Vec<&str> = file
         .get("operationsNames")

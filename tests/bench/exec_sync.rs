@@ -1,4 +1,4 @@
-//! ExecSync of `true`: kubelet's exec probes, of which a node has many a second.
+//! Measures ExecSync of `true`. kubelet's exec probes cause many such calls each second.
 
 use std::path::Path;
 
@@ -8,7 +8,7 @@ use crate::Result;
 use crate::cri::{CriOptions, Network, SLEEP, Server, cpu_of_others, timed};
 use crate::report::{self, Comparison};
 
-/// CPU is measured over this many calls in a row.
+/// The number of consecutive calls whose CPU time is measured together.
 const BATCH: usize = 10;
 
 pub(crate) async fn run(

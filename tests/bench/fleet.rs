@@ -1,5 +1,5 @@
-//! A node full of pods: how long the lists take, what the server holds in memory, and how soon it
-//! answers again after a restart.
+//! Measures a node full of pods. The figures are the time of list calls, the server's memory, and
+//! the time from the server's restart to its first answer.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use rrun_proto::v1::{
 use serde_json::Value;
 
 use crate::Result;
-use crate::cri::{CriOptions, Network, Pod, SLEEP, Server, timed, told};
+use crate::cri::{CriOptions, Network, Pod, SLEEP, Server, call_error, timed};
 use crate::memory;
 use crate::report::{self, Comparison};
 use crate::service::Service;
@@ -23,7 +23,7 @@ const QUANTITIES: &[&str] = &[
     "ListPodSandboxStats",
 ];
 
-/// How often each list is asked for.
+/// The number of measurements of each list call.
 const ROUNDS: usize = 20;
 
 pub(crate) async fn run(
@@ -37,7 +37,10 @@ pub(crate) async fn run(
         "{} pods of one container each (milliseconds)",
         options.fleet
     );
-    let ends = ["restart to the first answer", "server's RSS, MB"];
+    let ends = [
+        "time from the server's restart to its first answer",
+        "server's RSS, MB",
+    ];
     let quantities = [QUANTITIES, &ends].concat();
     let mut comparison = Comparison::new(title, &names, &quantities);
     let mut skipped = Vec::new();
@@ -80,34 +83,42 @@ async fn measure(
     }
     let megabytes = memory::resident(&name)? / 1024.0;
     comparison.add_one(&name, "server's RSS, MB", megabytes);
-    let Some(service) = services.iter().find(|service| service.is(&name)) else {
+    let Some(service) = services.iter().find(|service| service.is_named(&name)) else {
         return Ok(());
     };
     service.end()?;
-    let begun = Instant::now();
+    let started = Instant::now();
     let mut starting = service.begin()?;
     while lists(server, options.fleet).await.is_err() {
-        if begun.elapsed() > Duration::from_secs(60) {
-            return Err("it does not answer after its restart".into());
+        if started.elapsed() > Duration::from_secs(60) {
+            return Err("the server does not answer after its restart".into());
         }
         tokio::time::sleep(Duration::from_millis(2)).await;
     }
-    let took = begun.elapsed().as_secs_f64() * 1e3;
+    let took = started.elapsed().as_secs_f64() * 1e3;
     starting.wait()?;
-    comparison.add_one(&name, "restart to the first answer", took);
+    comparison.add_one(
+        &name,
+        "time from the server's restart to its first answer",
+        took,
+    );
     Ok(())
 }
 
 async fn lists(server: &mut Server, count: usize) -> Result<Vec<f64>> {
     let runtime = &mut server.runtime;
-    let call = |name: &'static str| move |status: tonic::Status| told(name, &status);
+    let call = |name: &'static str| move |status: tonic::Status| call_error(name, &status);
     let (pods, answer) = timed(async {
         let answer = runtime.list_pod_sandbox(ListPodSandboxRequest::default());
         Ok(answer.await.map_err(call("ListPodSandbox"))?.into_inner())
     })
     .await?;
     if answer.items.len() < count {
-        return Err(format!("{} pods of {count} are listed", answer.items.len()).into());
+        return Err(format!(
+            "ListPodSandbox returned only {} of the {count} pods",
+            answer.items.len()
+        )
+        .into());
     }
     let (containers, _) = timed(async {
         let answer = runtime.list_containers(ListContainersRequest::default());

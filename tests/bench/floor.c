@@ -1,13 +1,14 @@
 /*
- * The floor under every container runtime: what the kernel itself takes for a container of the
- * benchmark's config.json, asked for with as few system calls as there can be. No command line to
- * speak of, no JSON, no state, no checks; it can not be beaten, only approached.
+ * Creates the container of the benchmark's config.json with as few system calls as possible. The
+ * run time of this program is therefore the time that the kernel itself needs. No container runtime
+ * can be faster. The program reads no options and no JSON, stores no state and makes no checks.
  *
- *   floor run CGROUP ROOTFS PROGRAM [ARG…]   CGROUP is made and removed
- *   floor exec PID CGROUP PROGRAM [ARG…]     PROGRAM beside the container process PID
+ *   floor run CGROUP ROOTFS PROGRAM [ARG…]   creates CGROUP and removes it at the end
+ *   floor exec PID CGROUP PROGRAM [ARG…]     runs PROGRAM in the namespaces of the process PID
  *
- * The same mounts as `runc spec` has, masked and read-only paths included, in the same namespaces
- * (all but user and time). Exits with PROGRAM's exit status, or 125 and a sentence.
+ * The container has the same mounts as with `runc spec`, including masked and read-only paths, and the
+ * same namespaces (all except user and time). The exit status is that of PROGRAM. If a system
+ * call fails, this program prints an error and exits with 125.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -67,7 +68,7 @@ static void make_dev(void)
 	umask(022);
 }
 
-/* runc spec's lists; what this kernel does not have is passed over, as runtimes do. */
+/* The paths are those of `runc spec`. Paths that do not exist are skipped, as runtimes do. */
 static void hide_paths(void)
 {
 	static const char *const masked[] = {
@@ -114,8 +115,8 @@ static void become_container(const char *rootfs, char **argv)
 	err(FAILED, "execve %s", argv[0]);
 }
 
-/* One process more, born in the cgroup; the parent waits for it and gets its exit status. */
-static int birth(int cgroup, uint64_t namespaces, const char *rootfs, char **argv)
+/* Starts a process directly in the cgroup, waits for it, and returns its exit status. */
+static int start_process(int cgroup, uint64_t namespaces, const char *rootfs, char **argv)
 {
 	struct clone_args args = {
 		.flags = CLONE_INTO_CGROUP | namespaces,
@@ -157,7 +158,7 @@ int main(int argc, char **argv)
 	if (argc >= 5 && !strcmp(argv[1], "run")) {
 		if (mkdir(argv[2], 0755))
 			err(FAILED, "mkdir %s", argv[2]);
-		status = birth(open_directory(argv[2]), namespaces, argv[3], argv + 4);
+		status = start_process(open_directory(argv[2]), namespaces, argv[3], argv + 4);
 		if (rmdir(argv[2]))
 			err(FAILED, "rmdir %s", argv[2]);
 		return status;
@@ -170,7 +171,7 @@ int main(int argc, char **argv)
 			err(FAILED, "pidfd_open %s", argv[2]);
 		if (setns(container, namespaces))
 			err(FAILED, "setns to %s", argv[2]);
-		return birth(cgroup, 0, NULL, argv + 4);
+		return start_process(cgroup, 0, NULL, argv + 4);
 	}
 	errx(FAILED, "usage: floor run CGROUP ROOTFS PROGRAM… | floor exec PID CGROUP PROGRAM…");
 }

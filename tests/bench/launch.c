@@ -1,16 +1,18 @@
 /*
- * Starts commands one after the other and says what they took. A program of its own, and a small
- * one: a child's ru_maxrss begins with what its parent had in memory when it was forked.
+ * Runs commands one after the other, and prints the time and memory that they needed. This program
+ * is separate from rrun-bench and small, because a child's ru_maxrss starts with the memory of its
+ * parent at the fork.
  *
  *   launch [-r] PROGRAM [ARG…] [';' PROGRAM [ARG…]]…
  *
- * With -r the commands get real-time priority (SCHED_RR 1): on a machine with other work to do,
- * wall times are else mostly the wait for a processor.
+ * With -r the commands get real-time priority (SCHED_RR 1). On a busy machine, wall times would
+ * otherwise mostly consist of waiting for a processor.
  *
- * It adopts what the commands leave behind (a created container, an init on its way out) and
- * reaps it, so that its CPU time is counted too. Standard output gets one line of JSON:
- * per command its wall time (from before the fork to after the wait), the peak memory of the
- * largest of its processes and its exit status; of all together, the CPU time.
+ * This program is a subreaper. It adopts and reaps the processes that the commands leave behind (a
+ * created container, an init that is exiting), so that their CPU time is counted too. It prints one
+ * line of JSON. For each command, the line contains the wall time (from before the fork to after
+ * the wait), the peak memory of the largest process, and the exit status. The line also contains
+ * the CPU time of all commands together.
  */
 #define _GNU_SOURCE
 #include <err.h>
@@ -49,7 +51,7 @@ static long long cpu_us(void)
 
 int main(int argc, char **argv)
 {
-	/* Result to the old standard output, which the commands shall not have. */
+	/* The result is written to this copy of standard output, which the commands do not inherit. */
 	int result = fcntl(STDOUT_FILENO, F_DUPFD_CLOEXEC, 3);
 	int nothing = open("/dev/null", O_RDWR | O_CLOEXEC);
 	const char *comma = "";
@@ -96,7 +98,7 @@ int main(int argc, char **argv)
 		comma = ",";
 		command = next;
 	}
-	/* Whatever is still there should be on its way out. */
+	/* The remaining processes should exit soon. If they do not, SIGALRM kills this program. */
 	alarm(20);
 	while (wait4(-1, NULL, 0, NULL) > 0 || errno == EINTR)
 		;

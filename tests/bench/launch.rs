@@ -1,4 +1,5 @@
-//! Commands measured one after the other by the program `launch` (launch.c says what it counts).
+//! Measures commands with the program `launch`. The comment in launch.c describes the measured
+//! quantities.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -8,46 +9,54 @@ use serde_json::Value;
 
 use crate::Result;
 
-/// What one sequence of commands took.
+/// The time and memory that one sequence of commands needed.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Usage {
-    /// Per command, in milliseconds.
+    /// The wall time of each command, in milliseconds.
     pub(crate) wall: Vec<f64>,
-    /// Of all processes of all commands, in milliseconds.
+    /// The sum of the CPU times of all commands and their child processes, in milliseconds.
     pub(crate) cpu: f64,
-    /// Of the largest process that one of the commands was or waited for, in MB.
+    /// The highest peak memory of a single process, among all commands and their child processes,
+    /// in MB.
     pub(crate) peak: f64,
 }
 
-/// Commands to run and what to make of them.
+/// The settings for measuring commands.
 pub(crate) struct Launch<'a> {
-    /// Where the program `launch` is.
+    /// The directory of the program `launch`.
     pub(crate) programs: &'a Path,
-    /// A directory for what the commands say.
+    /// A directory for the commands' standard error.
     pub(crate) scratch: &'a Path,
+    /// True if the commands get real-time priority.
     pub(crate) realtime: bool,
 }
 
 impl Launch<'_> {
-    /// Runs the commands; the last must exit with this status, the others with 0.
+    /// Runs the commands. The last command must exit with `last_status`, and all other commands
+    /// with 0.
     pub(crate) fn run(&self, commands: &[Vec<String>], last_status: i32) -> Result<Usage> {
-        let said = self.scratch.join("stderr");
+        let stderr = self.scratch.join("stderr");
         let output = Command::new(self.programs.join("launch"))
             .args(self.realtime.then_some("-r"))
             .args(commands.join(&";".to_owned()))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
-            .stderr(File::create(&said)?)
+            .stderr(File::create(&stderr)?)
             .output()
             .map_err(|error| format!("{}/launch: {error}", self.programs.display()))?;
-        let said = || {
-            fs::read_to_string(&said)
+        let stderr = || {
+            fs::read_to_string(&stderr)
                 .unwrap_or_default()
                 .trim()
                 .to_owned()
         };
-        let result: Value = serde_json::from_slice(&output.stdout)
-            .map_err(|_| format!("launch ended with {}: {}", output.status, said()))?;
+        let result: Value = serde_json::from_slice(&output.stdout).map_err(|_| {
+            format!(
+                "the program `launch` failed with {}; its error output: {}",
+                output.status,
+                stderr()
+            )
+        })?;
         let mut usage = Usage {
             cpu: number(&result, "cpu_us") / 1e3,
             ..Usage::default()
@@ -66,9 +75,9 @@ impl Launch<'_> {
             };
             if status != f64::from(expected) {
                 return Err(format!(
-                    "`{}` ended with {status}, not {expected}: {}",
+                    "the command `{}` exited with {status}, expected: {expected}; its error output: {}",
                     command.join(" "),
-                    said()
+                    stderr()
                 )
                 .into());
             }

@@ -1,6 +1,6 @@
-// What a container runs for the log's figures: `lines COUNT` writes lines of 100 bytes, numbered
-// from 0, with one write(2) each as a program that logs does, and then one with the microseconds
-// of CPU that it took itself, which is nobody's cost but its own.
+// The program of the container whose log is measured. `lines COUNT` writes lines of 100 bytes,
+// numbered from 0. Like a program that logs, it uses one write(2) for each line. The last line
+// contains the program's own CPU time in microseconds, which the benchmark subtracts.
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>

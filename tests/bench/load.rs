@@ -1,5 +1,5 @@
-//! What a node uses while its pods do nothing but answer their probes: CPU time, and memory beside
-//! the workload and kubelet.
+//! Measures the CPU time and the memory of an idle node, whose pods only answer their probes. The
+//! memory does not include the workload and kubelet.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,33 +11,35 @@ use serde_json::{Value, json};
 use crate::report::{Table, figure, ratio};
 use crate::{Result, cri, memory};
 
-/// What the pods run, their probes' program too; kubelet, which is the same for all servers.
+/// The programs whose memory is not counted. The pods and their probes run the first three
+/// programs. The memory of kubelet is not counted, because kubelet is the same for all servers.
 const WORKLOAD: &[&str] = &["web", "httpd", "true", KUBELET];
 
 const KUBELET: &str = "kubelet";
 
-/// How often memory is looked at: what an exec takes is there for a moment only.
-const LOOKS: usize = 20;
+/// The number of memory measurements. Many measurements are needed, because an exec uses memory
+/// only briefly.
+const SAMPLES: usize = 20;
 
 #[derive(Clone, Debug)]
 pub(crate) struct Load {
-    /// CPUs in use, by all but this program.
+    /// The CPU usage of all processes except this program, as a number of CPUs.
     cpu: f64,
-    /// By kubelet, of these.
+    /// The CPU usage of kubelet, as a number of CPUs.
     kubelet: f64,
-    /// Proportional set size by program in MB, on average.
+    /// The average proportional set size of each program, in MB.
     memory: BTreeMap<String, f64>,
 }
 
 pub(crate) fn table(pods: usize) -> Table {
     Table::new(
-        format!("a node with {pods} such pods, all Ready"),
+        format!("a node with {pods} probed pods, all Ready"),
         &[
             "",
             "CPU, % of one",
             "× first",
-            "of it kubelet",
-            "all but kubelet",
+            "kubelet",
+            "except kubelet",
             "× first",
             "memory, MB",
             "× first",
@@ -46,20 +48,20 @@ pub(crate) fn table(pods: usize) -> Table {
     )
 }
 
-/// Watches the node for so many seconds.
+/// Measures the node's load for `seconds` seconds.
 pub(crate) fn watch(seconds: u64) -> Result<Load> {
-    // Past the pods' start.
+    // During this pause, the processes that started the pods exit.
     sleep(Duration::from_secs(5));
     let (began, all, kubelet) = (Instant::now(), cri::cpu_of_others()?, kubelet_ticks()?);
     sleep(Duration::from_secs(seconds));
     let milliseconds = began.elapsed().as_secs_f64() * 1e3;
     let cpu = (cri::cpu_of_others()? - all) / milliseconds;
-    // Ticks of ten milliseconds (USER_HZ is 100 wherever this runs).
+    // A tick takes ten milliseconds. USER_HZ is 100 on all architectures that rrun supports.
     let kubelet = (kubelet_ticks()? - kubelet) * 10.0 / milliseconds;
     let mut sum = BTreeMap::<String, f64>::new();
-    for _ in 0..LOOKS {
-        for (name, kilobytes) in memory::beside(WORKLOAD)? {
-            *sum.entry(name).or_default() += kilobytes / 1024.0 / LOOKS as f64;
+    for _ in 0..SAMPLES {
+        for (name, kilobytes) in memory::without(WORKLOAD)? {
+            *sum.entry(name).or_default() += kilobytes / 1024.0 / SAMPLES as f64;
         }
         sleep(Duration::from_millis(50));
     }
@@ -70,7 +72,7 @@ pub(crate) fn watch(seconds: u64) -> Result<Load> {
     })
 }
 
-/// CPU time that kubelet has used so far: `utime` and `stime` in proc_pid_stat(5).
+/// Returns kubelet's CPU time in ticks, the sum of `utime` and `stime` in proc_pid_stat(5).
 fn kubelet_ticks() -> Result<f64> {
     for entry in fs::read_dir("/proc")?.flatten() {
         let Ok(stat) = fs::read_to_string(entry.path().join("stat")) else {
@@ -84,7 +86,7 @@ fn kubelet_ticks() -> Result<f64> {
             return Ok(fields.filter_map(|field| field.parse::<f64>().ok()).sum());
         }
     }
-    Err("kubelet does not run".into())
+    Err("kubelet is not running".into())
 }
 
 impl Load {

@@ -1,4 +1,4 @@
-//! Log throughput: one container that writes lines of 100 bytes as fast as it can.
+//! Measures log throughput. One container writes lines of 100 bytes as fast as possible.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -12,9 +12,13 @@ use crate::Result;
 use crate::cri::{CriOptions, Network, Server, cpu_of_others, pod_config};
 use crate::report::{self, Comparison};
 
-const QUANTITIES: &[&str] = &["lines a second", "CPU beside the writer, ns a line", "lost"];
+const QUANTITIES: &[&str] = &[
+    "lines each second",
+    "CPU without the writer, ns for each line",
+    "lost",
+];
 
-/// Where `lines` (lines.c) is in the container.
+/// The path of the program `lines` (lines.c) in the container.
 const LINES: &str = "/lines";
 
 pub(crate) async fn run(
@@ -25,7 +29,8 @@ pub(crate) async fn run(
 ) -> Result<(Value, Vec<String>)> {
     let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
     let count = options.lines;
-    let title = format!("a container's log, {count} lines of 100 bytes, a write(2) each");
+    let title =
+        format!("a container's log: {count} lines of 100 bytes, one write(2) for each line");
     let mut comparison = Comparison::new(title, &names, QUANTITIES);
     let mut skipped = Vec::new();
     for round in 0..4 {
@@ -55,12 +60,12 @@ async fn once(server: &mut Server, options: &CriOptions, programs: &Path) -> Res
     };
     let id = server.create_from(&pod, &config, container).await?;
     let cpu = cpu_of_others()?;
-    let begun = Instant::now();
+    let started = Instant::now();
     server.start(&id).await?;
     while !server.has_exited(&id).await? {
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
-    let seconds = begun.elapsed().as_secs_f64();
+    let seconds = started.elapsed().as_secs_f64();
     let cpu = cpu_of_others()? - cpu;
     let log = Path::new(&config.log_directory).join("bench/0.log");
     let (lines, own) = count(&log)?;
@@ -75,7 +80,7 @@ async fn once(server: &mut Server, options: &CriOptions, programs: &Path) -> Res
     ])
 }
 
-/// Whole lines in their order, and the writer's own CPU in microseconds.
+/// Returns the number of lines before the last line, and the writer's own CPU time in microseconds.
 fn count(log: &Path) -> Result<(u64, f64)> {
     let mut reader = BufReader::with_capacity(1 << 20, File::open(log)?);
     let mut lines = 0;
@@ -83,18 +88,31 @@ fn count(log: &Path) -> Result<(u64, f64)> {
     loop {
         line.clear();
         if reader.read_line(&mut line)? == 0 {
-            return Err(format!("{} has no last line", log.display()).into());
+            return Err(format!(
+                "{}: the last line, which contains the writer's CPU time, is missing",
+                log.display()
+            )
+            .into());
         }
         let text = line
             .split_once(" stdout F ")
             .map(|(_, text)| text.trim_end());
-        let text = text.ok_or_else(|| format!("{}: {line:?}", log.display()))?;
+        let text = text.ok_or_else(|| {
+            format!(
+                "{}: the line {line:?} does not contain \" stdout F \"",
+                log.display()
+            )
+        })?;
         if let Some(own) = text.strip_prefix("own ") {
             return Ok((lines, own.parse()?));
         }
         let number = text.split(' ').next().and_then(|word| word.parse().ok());
         if number != Some(lines) || text.len() != 99 {
-            return Err(format!("{}: {text:?} where line {lines} was due", log.display()).into());
+            return Err(format!(
+                "{}: the text of line {lines} is wrong: {text:?}",
+                log.display()
+            )
+            .into());
         }
         lines += 1;
     }

@@ -1,5 +1,7 @@
-//! Benchmarks: rrun beside its peers, all of them measured in one run, taking turns. Runs as root
-//! in a view (`tests/bench/run` starts it there). Nothing is asserted about time.
+//! Benchmarks that compare rrun with other runtimes and servers. During one run, a benchmark
+//! alternates between the programs that it compares. `tests/bench/run` starts the benchmarks as
+//! root, in the native view (tests/native/run) or in the guest machine. The benchmarks measure
+//! times, but they never fail because a program is slow.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -31,10 +33,10 @@ type Result<T = ()> = std::result::Result<T, Error>;
 #[derive(Parser)]
 #[command(name = "rrun-bench")]
 struct Arguments {
-    /// Where floor, launch and nothing are, built by tests/bench/run
+    /// Directory of the programs floor, launch and nothing, which tests/bench/run builds
     #[arg(long, global = true, default_value = "/out/bin")]
     programs: PathBuf,
-    /// Where the raw figures go
+    /// Directory for the raw figures
     #[arg(long, global = true, default_value = "/out")]
     results: PathBuf,
     #[command(subcommand)]
@@ -43,11 +45,13 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Benchmark {
-    /// OCI runtimes: `run`, create + start + delete, `exec` of a program that does nothing
+    /// Measures OCI runtimes: `run`, create + start + delete, and `exec` of a program that does
+    /// nothing
     Oci(oci::OciOptions),
-    /// CRI servers: critest's benchmark, a pod's life, ExecSync, pulls, memory
+    /// Measures CRI servers: critest's benchmark, creating and removing pods, ExecSync, pulls,
+    /// memory
     Cri(cri::CriOptions),
-    /// kubelet: from manifests to Ready, and what a node full of probed pods uses
+    /// Measures kubelet: the time until pods are Ready, and the load of a node full of probed pods
     Ready(ready::ReadyOptions),
 }
 

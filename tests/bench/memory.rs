@@ -1,4 +1,5 @@
-//! Memory: what a pod costs beside its workload, and what the servers take.
+//! Measures the memory that each pod needs in addition to its workload, and the memory of the
+//! servers.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,11 +11,13 @@ use crate::Result;
 use crate::cri::{CriOptions, Network, SLEEP, Server};
 use crate::report::{self, Table, figure, ratio};
 
-/// Proportional set sizes of all processes but the workload's, by program, and resident set sizes.
+/// The memory of all processes except the workload's. The maps contain the sum for each program.
 #[derive(Clone, Debug, Default)]
 struct Memory {
-    /// In kB. Memory that n processes share counts a n-th in each.
+    /// The proportional set sizes in kB. If n processes share memory, 1/n of this memory is added
+    /// to the size of each process.
     pss: BTreeMap<String, f64>,
+    /// The resident set sizes in kB.
     rss: BTreeMap<String, f64>,
 }
 
@@ -31,11 +34,11 @@ pub(crate) async fn run(
         "",
         "PSS a pod",
         "× first",
-        "of it helpers",
-        "of it the server",
+        "helpers",
+        "the server",
         "server RSS idle",
-        "server RSS then",
-        "by program, a pod",
+        "server RSS with pods",
+        "by program, for each pod",
     ];
     let mut table = Table::new(title, &columns);
     let mut skipped = Vec::new();
@@ -92,17 +95,18 @@ pub(crate) async fn run(
     Ok((json!(raw), skipped))
 }
 
-/// In the view, but no part of a server.
+/// Programs that run during the measurement but are not part of a server.
 const OTHERS: &[&str] = &["rrun-bench", "docker-registry", "bash"];
 
 async fn measure(server: &mut Server, options: &CriOptions) -> Result<(Memory, Memory)> {
-    // What the first pod brings into memory once is not any pod's.
+    // The first pod loads files into memory that all pods share. This pod is started before the
+    // first measurement, so that the shared memory is not counted.
     let pod = server
         .start_pod(Network::Own, &options.image, SLEEP)
         .await?;
     server.end_pod(&pod).await?;
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-    let before = look()?;
+    let before = read_memory()?;
     let mut pods = Vec::new();
     let mut outcome = Ok(());
     for _ in 0..options.pods {
@@ -115,7 +119,7 @@ async fn measure(server: &mut Server, options: &CriOptions) -> Result<(Memory, M
         }
     }
     tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-    let after = look();
+    let after = read_memory();
     for pod in &pods {
         server.end_pod(pod).await?;
     }
@@ -123,26 +127,26 @@ async fn measure(server: &mut Server, options: &CriOptions) -> Result<(Memory, M
     Ok((before, after?))
 }
 
-/// The proportional set size of a program's processes, in kB.
+/// Returns the sum of the proportional set sizes of a program's processes, in kB.
 pub(crate) fn of_program(name: &str) -> Result<f64> {
-    Ok(look()?.pss.get(name).copied().unwrap_or(0.0))
+    Ok(read_memory()?.pss.get(name).copied().unwrap_or(0.0))
 }
 
-/// The resident set size of a program's processes, in kB.
+/// Returns the sum of the resident set sizes of a program's processes, in kB.
 pub(crate) fn resident(name: &str) -> Result<f64> {
-    Ok(look()?.rss.get(name).copied().unwrap_or(0.0))
+    Ok(read_memory()?.rss.get(name).copied().unwrap_or(0.0))
 }
 
-/// The proportional set sizes of all processes of this view by program, in kB, without these and
-/// what is no part of a server.
-pub(crate) fn beside(workload: &[&str]) -> Result<BTreeMap<String, f64>> {
-    let mut programs = look()?.pss;
+/// Returns the proportional set sizes of all programs, in kB, except the programs in `workload` and
+/// in [`OTHERS`].
+pub(crate) fn without(workload: &[&str]) -> Result<BTreeMap<String, f64>> {
+    let mut programs = read_memory()?.pss;
     programs
         .retain(|name, _| !OTHERS.contains(&name.as_str()) && !workload.contains(&name.as_str()));
     Ok(programs)
 }
 
-fn look() -> Result<Memory> {
+fn read_memory() -> Result<Memory> {
     let mut memory = Memory::default();
     for entry in fs::read_dir("/proc")?.flatten() {
         let process = entry.path();
@@ -154,7 +158,7 @@ fn look() -> Result<Memory> {
         {
             continue;
         }
-        // A process may end at any moment.
+        // A process that exits during the measurement is skipped.
         let (Ok(name), Ok(arguments), Ok(sizes)) = (
             fs::read_to_string(process.join("comm")),
             fs::read(process.join("cmdline")),
@@ -172,7 +176,7 @@ fn look() -> Result<Memory> {
     Ok(memory)
 }
 
-/// A line of smaps_rollup, in kB.
+/// Returns the value in kB of the line of smaps_rollup that begins with `name`.
 fn size(sizes: &str, name: &str) -> f64 {
     let line = sizes.lines().find_map(|line| line.strip_prefix(name));
     let word = line.and_then(|line| line.split_whitespace().next());

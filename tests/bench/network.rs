@@ -1,5 +1,5 @@
-//! Pods' networks: what passes from pod to pod on one node, and what RunPodSandbox takes beside the
-//! run time of CNI plugins.
+//! Measures pods' networks. The first figure is the traffic from pod to pod on one node. The second
+//! figure is the time of RunPodSandbox, with and without the run time of CNI plugins.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -12,25 +12,25 @@ use rrun_proto::v1::PodSandboxStatusRequest;
 use serde_json::Value;
 
 use crate::Result;
-use crate::cri::{CriOptions, Network, Server, pod_config, timed, told};
+use crate::cri::{CriOptions, Network, Server, call_error, pod_config, timed};
 use crate::report::{self, Comparison};
 use crate::service::Service;
 
-const RATE: &str = "pod to pod by TCP, MB/s";
-const RATE6: &str = "the same by IPv6, MB/s";
-const TURNS: &str = "round trips of one byte, each in us";
-const PLUGINS: &str = "bridge + portmap by CNI: RunPodSandbox, ms";
-const SHARE: &str = "of it beside the plugins, ms";
-const NAMESPACE: &str = "a network namespace, made and pinned by hand, ms";
+const RATE: &str = "TCP from pod to pod, MB/s";
+const RATE6: &str = "TCP from pod to pod by IPv6, MB/s";
+const ROUND_TRIP: &str = "round trip of one byte, us";
+const PLUGINS: &str = "RunPodSandbox with the CNI plugins bridge + portmap, ms";
+const SHARE: &str = "RunPodSandbox without the run time of these plugins, ms";
+const NAMESPACE: &str = "creating and pinning a network namespace without a server, ms";
 
-/// What is sent each time, in MB.
+/// The amount of data that each measurement of the data rate sends, in MB.
 const MEGABYTES: usize = 1024;
 const ROUND_TRIPS: u32 = 10_000;
-/// How often both are measured.
+/// The number of times that the data rate and the round-trip time are measured.
 const ROUNDS: usize = 5;
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What the plugins' stand-in (plugin.c) writes.
+/// The file to which the wrapper plugin.c writes the run time of each CNI plugin.
 const TIMES: &str = "/run/rrun-bench-plugins";
 
 pub(crate) async fn run(
@@ -39,13 +39,13 @@ pub(crate) async fn run(
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
     let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
-    let quantities = [RATE, RATE6, TURNS, PLUGINS, SHARE, NAMESPACE];
+    let quantities = [RATE, RATE6, ROUND_TRIP, PLUGINS, SHARE, NAMESPACE];
     let mut comparison = Comparison::new("pods' networks", &names, &quantities);
     let mut skipped = Vec::new();
     for round in 0..=ROUNDS {
         for server in servers.iter_mut() {
             match traffic(server).await {
-                // The first ones warm up.
+                // The first round loads files into memory, so its figures are ignored.
                 Ok(found) if round > 0 => {
                     for (quantity, value) in found {
                         comparison.add_one(&server.name, quantity, value);
@@ -57,7 +57,7 @@ pub(crate) async fn run(
         }
     }
     if let Some(ours) = names.iter().find(|name| name.as_str() == "rrun-cri")
-        && let Err(error) = by_plugins(options, ours, &mut comparison).await
+        && let Err(error) = with_plugins(options, ours, &mut comparison).await
     {
         skipped.push(format!("{ours} with CNI: {error}"));
     }
@@ -65,7 +65,8 @@ pub(crate) async fn run(
     Ok((comparison.raw(), skipped))
 }
 
-/// Two pods, and what passes between their namespaces: sockets of this program's.
+/// Measures the traffic between two pods. The benchmark itself creates the sockets, in the network
+/// namespaces of the pods.
 async fn traffic(server: &mut Server) -> Result<Vec<(&'static str, f64)>> {
     let mut pods = Vec::new();
     for _ in 0..2 {
@@ -74,13 +75,13 @@ async fn traffic(server: &mut Server) -> Result<Vec<(&'static str, f64)>> {
         pods.push((id?, config.log_directory));
     }
     let measured = async {
-        let (from, _) = place(server, &pods[0].0).await?;
-        let (to, addresses) = place(server, &pods[1].0).await?;
+        let (from, _) = namespace_of(server, &pods[0].0).await?;
+        let (to, addresses) = namespace_of(server, &pods[1].0).await?;
         let mut found = Vec::new();
         for address in addresses {
-            let (rate, turn) = passed(&from, &to, address)?;
+            let (rate, turn) = measure_traffic(&from, &to, address)?;
             match address {
-                IpAddr::V4(_) => found.extend([(RATE, rate), (TURNS, turn)]),
+                IpAddr::V4(_) => found.extend([(RATE, rate), (ROUND_TRIP, turn)]),
                 IpAddr::V6(_) => found.push((RATE6, rate)),
             }
         }
@@ -95,34 +96,39 @@ async fn traffic(server: &mut Server) -> Result<Vec<(&'static str, f64)>> {
     measured
 }
 
-/// The pod's network namespace and its addresses.
-async fn place(server: &mut Server, pod: &str) -> Result<(PathBuf, Vec<IpAddr>)> {
+/// Returns the path of the pod's network namespace, and the pod's addresses.
+async fn namespace_of(server: &mut Server, pod: &str) -> Result<(PathBuf, Vec<IpAddr>)> {
     let request = PodSandboxStatusRequest {
         pod_sandbox_id: pod.to_owned(),
         verbose: true,
     };
     let answer = server.runtime.pod_sandbox_status(request).await;
     let answer = answer
-        .map_err(|status| told("PodSandboxStatus", &status))?
+        .map_err(|status| call_error("PodSandboxStatus", &status))?
         .into_inner();
-    let info: Value = serde_json::from_str(answer.info.get("info").ok_or("no info")?)?;
+    let info: Value = serde_json::from_str(
+        answer
+            .info
+            .get("info")
+            .ok_or("the response to PodSandboxStatus contains no verbose status")?,
+    )?;
     let by_spec = || {
         let all = info.pointer("/runtimeSpec/linux/namespaces")?.as_array()?;
         all.iter().find(|one| one["type"] == "network")?["path"].as_str()
     };
     let path = info["networkNamespace"].as_str().or_else(by_spec);
-    let path = path.ok_or("no path of the network namespace")?;
+    let path = path.ok_or("the pod's verbose status contains no path of its network namespace")?;
     let network = answer.status.and_then(|status| status.network);
-    let network = network.ok_or("no network in the status")?;
+    let network = network.ok_or("the pod's status contains no IP addresses")?;
     let more = network.additional_ips.iter().map(|one| one.ip.as_str());
     let all = std::iter::once(network.ip.as_str()).chain(more);
     let addresses: std::result::Result<_, _> = all.map(str::parse).collect();
     Ok((path.into(), addresses?))
 }
 
-/// Megabytes a second, and microseconds a round trip.
-fn passed(from: &Path, to: &Path, address: IpAddr) -> Result<(f64, f64)> {
-    let listener = inside(to, move || Ok(TcpListener::bind((address, 0))?))?;
+/// Returns the data rate in megabytes per second, and the round-trip time in microseconds.
+fn measure_traffic(from: &Path, to: &Path, address: IpAddr) -> Result<(f64, f64)> {
+    let listener = in_namespace(to, move || Ok(TcpListener::bind((address, 0))?))?;
     let to = SocketAddr::new(address, listener.local_addr()?.port());
     let serving = std::thread::spawn(move || -> std::io::Result<()> {
         let (mut bulk, _) = listener.accept()?;
@@ -139,27 +145,27 @@ fn passed(from: &Path, to: &Path, address: IpAddr) -> Result<(f64, f64)> {
         }
         Ok(())
     });
-    let found = inside(from, move || {
+    let found = in_namespace(from, move || {
         let mut bulk = TcpStream::connect_timeout(&to, SOCKET_TIMEOUT)?;
         bulk.set_read_timeout(Some(SOCKET_TIMEOUT))?;
         let block = vec![1; 1 << 20];
         let mut byte = [1];
-        let begun = Instant::now();
+        let started = Instant::now();
         for _ in 0..MEGABYTES {
             bulk.write_all(&block)?;
         }
         bulk.shutdown(std::net::Shutdown::Write)?;
         bulk.read_exact(&mut byte)?;
-        let rate = MEGABYTES as f64 / begun.elapsed().as_secs_f64();
+        let rate = MEGABYTES as f64 / started.elapsed().as_secs_f64();
         let mut turns = TcpStream::connect_timeout(&to, SOCKET_TIMEOUT)?;
         turns.set_nodelay(true)?;
         turns.set_read_timeout(Some(SOCKET_TIMEOUT))?;
-        let begun = Instant::now();
+        let started = Instant::now();
         for _ in 0..ROUND_TRIPS {
             turns.write_all(&byte)?;
             turns.read_exact(&mut byte)?;
         }
-        let turn = begun.elapsed().as_secs_f64() * 1e6 / f64::from(ROUND_TRIPS);
+        let turn = started.elapsed().as_secs_f64() * 1e6 / f64::from(ROUND_TRIPS);
         Ok((rate, turn))
     })?;
     serving
@@ -168,8 +174,8 @@ fn passed(from: &Path, to: &Path, address: IpAddr) -> Result<(f64, f64)> {
     Ok(found)
 }
 
-/// Runs this on a thread that has moved into the namespace.
-fn inside<T: Send + 'static>(
+/// Runs `work` on a thread that has entered the network namespace at `path`.
+fn in_namespace<T: Send + 'static>(
     path: &Path,
     work: impl FnOnce() -> std::result::Result<T, Box<dyn std::error::Error>> + Send + 'static,
 ) -> Result<T> {
@@ -183,8 +189,9 @@ fn inside<T: Send + 'static>(
     Ok(found?)
 }
 
-/// A second rrun-cri, on CNI, whose plugins write down what they take.
-async fn by_plugins(options: &CriOptions, name: &str, comparison: &mut Comparison) -> Result {
+/// Measures a second rrun-cri process that uses CNI plugins. A wrapper records the run time of each
+/// plugin.
+async fn with_plugins(options: &CriOptions, name: &str, comparison: &mut Comparison) -> Result {
     let service = Service::start("rrun-cri-cni")?;
     let mut server = Server::open(name, &service.address).await?;
     for round in 0..options.rounds + 2 {
@@ -199,7 +206,11 @@ async fn by_plugins(options: &CriOptions, name: &str, comparison: &mut Compariso
         fs::remove_dir_all(&config.log_directory)?;
         let by_hand = namespace()?;
         if plugins.len() != 2 {
-            return Err(format!("{} runs of plugins, not 2", plugins.len()).into());
+            return Err(format!(
+                "number of CNI plugins that RunPodSandbox started: {}, expected: 2",
+                plugins.len()
+            )
+            .into());
         }
         if round >= 2 {
             comparison.add_one(name, PLUGINS, took);
@@ -210,11 +221,12 @@ async fn by_plugins(options: &CriOptions, name: &str, comparison: &mut Compariso
     Ok(())
 }
 
-/// What a pool of ready namespaces could save at most: milliseconds to make and pin one.
+/// Returns the time for creating and pinning a network namespace, in milliseconds. A server that
+/// prepared namespaces in advance could save at most this time for each pod.
 fn namespace() -> Result<f64> {
     let pin = "/run/rrun-bench-netns";
     fs::write(pin, "")?;
-    let begun = Instant::now();
+    let started = Instant::now();
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNET)?;
         let none = None::<&str>;
@@ -222,7 +234,7 @@ fn namespace() -> Result<f64> {
         nix::mount::mount(own, pin, none, nix::mount::MsFlags::MS_BIND, none)
     });
     thread.join().map_err(|_| "a thread panicked")??;
-    let took = begun.elapsed().as_secs_f64() * 1e3;
+    let took = started.elapsed().as_secs_f64() * 1e3;
     nix::mount::umount2(pin, nix::mount::MntFlags::MNT_DETACH)?;
     fs::remove_file(pin)?;
     Ok(took)

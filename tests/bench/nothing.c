@@ -1,6 +1,7 @@
 /*
- * The containers' program: does nothing, or with any argument waits to be killed. Its exit status
- * is one that nobody else has, so that a runtime that never ran it is found out.
+ * The program of the measured containers. It does nothing, or waits to be killed if it has an
+ * argument. Its exit status is unusual, so that a test detects a runtime that has not run this
+ * program.
  */
 #include <unistd.h>
 

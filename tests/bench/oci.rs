@@ -1,4 +1,4 @@
-//! OCI runtimes side by side, and the floor below them.
+//! Compares OCI runtimes with each other, and with the minimum time that floor.c needs.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,14 +17,13 @@ use crate::{Error, Result};
 
 #[derive(clap::Args)]
 pub(crate) struct OciOptions {
-    /// How often each is measured
+    /// Number of measurements of each operation with each runtime
     #[arg(long, default_value_t = 100)]
     rounds: usize,
-    /// Rounds before these that do not count
+    /// Number of warm-up rounds, whose figures are ignored
     #[arg(long, default_value_t = 3)]
     warm_up: usize,
-    /// Runtimes by name or path; the first is the one that others are compared with after floor
-    /// and crun
+    /// Names or paths of the runtimes; the table compares each runtime with floor and crun
     #[arg(
         long,
         value_delimiter = ',',
@@ -38,14 +37,14 @@ pub(crate) struct OciOptions {
         default_value = "run,lifecycle,exec"
     )]
     operations: Vec<Operation>,
-    /// What the containers are made of
+    /// Configuration of the containers
     #[arg(long, value_enum, default_value = "plain")]
     config: Variant,
-    /// Pause after each measurement, for what the kernel still has to do (milliseconds): it takes
-    /// network namespaces down on its own time
+    /// Length of the pause after each measurement, in milliseconds; the kernel removes network
+    /// namespaces during the pause
     #[arg(long, default_value_t = 10)]
     settle: u64,
-    /// Measure without real-time priority (launch.c says what it is for)
+    /// Measure without real-time priority; launch.c describes the purpose of this priority
     #[arg(long)]
     no_realtime: bool,
 }
@@ -60,7 +59,9 @@ enum Operation {
 impl Operation {
     fn title(self) -> &'static str {
         match self {
-            Operation::Run => "run: a container that does nothing, from its making to its end",
+            Operation::Run => {
+                "run: a container whose program does nothing, from creation to removal"
+            }
             Operation::Lifecycle => "create + start + delete --force of a container that waits",
             Operation::Exec => "exec of a program that does nothing in a running container",
         }
@@ -74,7 +75,7 @@ impl Operation {
         }
     }
 
-    /// The commands, where they are more than one.
+    /// Returns the names of the commands if the operation consists of several commands.
     fn steps(self) -> &'static [&'static str] {
         match self {
             Operation::Lifecycle => &["create", "start", "delete"],
@@ -94,7 +95,7 @@ impl Runtime {
     }
 }
 
-/// A directory that goes at the end.
+/// A directory that is deleted when this value is dropped.
 struct Scratch(PathBuf);
 
 impl Drop for Scratch {
@@ -107,14 +108,16 @@ struct Bench<'a> {
     options: &'a OciOptions,
     programs: &'a Path,
     scratch: Scratch,
-    /// The bundle of a container that ends at once, and of one that waits.
+    /// The bundle of a container that exits immediately.
     once: PathBuf,
+    /// The bundle of a container that waits to be killed.
     waits: PathBuf,
-    /// Counts containers: each gets an id of its own.
+    /// The number of containers that were created so far. The number is part of each container's
+    /// id.
     count: u64,
-    /// The container that floor's exec enters: its first process and its cgroup.
-    entered: Option<(u64, PathBuf)>,
-    /// What could not be measured and why.
+    /// The first process and the cgroup of the container that floor's exec enters.
+    exec_target: Option<(u64, PathBuf)>,
+    /// The measurements that failed, each with the reason.
     skipped: Vec<String>,
 }
 
@@ -139,17 +142,17 @@ pub(crate) fn run(options: &OciOptions, programs: &Path, results: &Path) -> Resu
         once,
         waits,
         count: 0,
-        entered: None,
+        exec_target: None,
         skipped,
     };
     let runtimes = bench.find_runtimes();
     let mut measured = Measured::new();
     for &operation in &options.operations {
-        let of_all = bench.measure(operation, &runtimes)?;
-        show(results, operation, &of_all, options)?;
-        measured.insert(operation, of_all);
+        let usages = bench.measure(operation, &runtimes)?;
+        show(results, operation, &usages, options)?;
+        measured.insert(operation, usages);
     }
-    bench.tell_conditions(&runtimes);
+    bench.print_conditions(&runtimes);
     let name = format!("oci-{:?}.json", options.config).to_lowercase();
     report::write_json(&results.join(name), &raw(&measured, &runtimes, &bench))
 }
@@ -168,7 +171,7 @@ impl Bench<'_> {
                     name: short.to_owned(),
                     program,
                 }),
-                None => self.skip(short, "is not here"),
+                None => self.skip(short, "the program is not installed"),
             }
         }
         found
@@ -179,20 +182,21 @@ impl Bench<'_> {
         self.skipped.push(format!("{what}: {why}"));
     }
 
-    /// Measures an operation with all runtimes that can do it, in turns and in another order each
-    /// time: what drifts hits all alike, and none always follows the same other.
+    /// Measures an operation with all runtimes that support it. The runtimes run alternately. Slow
+    /// changes of the machine's speed then affect all runtimes equally. The order is random in each
+    /// round, because the previous runtime can influence the figures of the next one.
     fn measure(
         &mut self,
         operation: Operation,
         runtimes: &[Runtime],
     ) -> Result<BTreeMap<String, Vec<Usage>>> {
-        let mut taking_part = Vec::new();
+        let mut participants = Vec::new();
         for runtime in runtimes {
             if runtime.is_floor() && operation == Operation::Lifecycle {
                 continue;
             }
             match self.warm_up(operation, runtime) {
-                Ok(()) => taking_part.push(runtime),
+                Ok(()) => participants.push(runtime),
                 Err(error) => {
                     self.skip(
                         &format!("{} {}", runtime.name, operation.name()),
@@ -206,8 +210,8 @@ impl Bench<'_> {
         let mut random = Random(0x9e37_79b9_7f4a_7c15);
         let mut outcome = Ok(());
         'rounds: for _ in 0..self.options.rounds {
-            random.shuffle(&mut taking_part);
-            for runtime in &taking_part {
+            random.shuffle(&mut participants);
+            for runtime in &participants {
                 match self.once(operation, runtime) {
                     Ok(usage) => measured
                         .entry(runtime.name.clone())
@@ -222,24 +226,26 @@ impl Bench<'_> {
             }
         }
         if operation == Operation::Exec {
-            for runtime in &taking_part {
+            for runtime in &participants {
                 self.clean_up(runtime);
             }
         }
         outcome.map(|()| measured)
     }
 
-    /// Everything that is to be there before the first measurement, and some that don't count.
+    /// If the operation is an exec, starts the container that the exec enters. Runs the operation a
+    /// few times, and ignores the measured times.
     fn warm_up(&mut self, operation: Operation, runtime: &Runtime) -> Result {
         if operation == Operation::Exec {
-            self.start_entered(runtime)?;
+            self.start_exec_container(runtime)?;
         }
         for _ in 0..self.options.warm_up.max(1) {
             self.once(operation, runtime)?;
         }
         if operation == Operation::Lifecycle {
-            // Exit statuses alone do not say that there was a container.
-            self.start_entered(runtime)?;
+            // An exit status alone does not prove that the runtime has started a container. For
+            // this reason, `start_exec_container` also checks the container's state.
+            self.start_exec_container(runtime)?;
             self.clean_up(runtime);
         }
         Ok(())
@@ -266,14 +272,17 @@ impl Bench<'_> {
                 self.command(runtime, &["delete", "--force", &id])?,
             ],
             Operation::Exec if runtime.is_floor() => {
-                let (pid, cgroup) = self.entered.as_ref().ok_or("no container to enter")?;
+                let (pid, cgroup) = self
+                    .exec_target
+                    .as_ref()
+                    .ok_or("no container for exec was started")?;
                 vec![command(
                     runtime,
                     &["exec", &pid.to_string(), text(cgroup)?, "/bin/nothing"],
                 )]
             }
             Operation::Exec => {
-                vec![self.command(runtime, &["exec", &entered(runtime), "/bin/nothing"])?]
+                vec![self.command(runtime, &["exec", &exec_container(runtime), "/bin/nothing"])?]
             }
         };
         let launch = Launch {
@@ -298,7 +307,7 @@ impl Bench<'_> {
         Ok(command(runtime, &all))
     }
 
-    /// The runtime's --root.
+    /// Returns the directory for the runtime's option --root.
     fn state_root(&self, runtime: &Runtime) -> PathBuf {
         PathBuf::from(format!(
             "/run/rrun-bench-{}-{}",
@@ -307,37 +316,44 @@ impl Bench<'_> {
         ))
     }
 
-    /// A container to exec into. Not under `launch`, which waits until nobody is left.
-    fn start_entered(&mut self, runtime: &Runtime) -> Result {
-        let host = self
-            .host_of(runtime)
-            .ok_or("no runtime to make a container with")?;
-        let id = entered(runtime);
-        self.say(&host, &["create", "--bundle", text(&self.waits)?, &id])?;
-        self.say(&host, &["start", &id])?;
+    /// Starts the container that exec enters. `launch` is not used here, because it would wait
+    /// until the container's processes exit.
+    fn start_exec_container(&mut self, runtime: &Runtime) -> Result {
+        let host = self.creator_of(runtime).ok_or(
+            "neither crun nor runc is installed, and floor needs one of them to create a container",
+        )?;
+        let id = exec_container(runtime);
+        self.output_of(&host, &["create", "--bundle", text(&self.waits)?, &id])?;
+        self.output_of(&host, &["start", &id])?;
         let pid = self.running(&host, &id)?;
         if runtime.is_floor() {
             let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
             let group = groups.lines().find_map(|line| line.strip_prefix("0::/"));
-            let group = group.ok_or("a process outside of cgroup v2")?;
-            self.entered = Some((pid, Path::new("/sys/fs/cgroup").join(group)));
+            let group = group.ok_or("the container's process is not in a cgroup v2 cgroup")?;
+            self.exec_target = Some((pid, Path::new("/sys/fs/cgroup").join(group)));
         }
         Ok(())
     }
 
-    /// The first process of a container, which must be running.
+    /// Returns the process id of a container's first process. Returns an error unless the container
+    /// is running.
     fn running(&self, runtime: &Runtime, id: &str) -> Result<u64> {
-        let state: Value = serde_json::from_str(&self.say(runtime, &["state", id])?)
-            .map_err(|error| format!("`state {id}`: {error}"))?;
+        let state: Value = serde_json::from_str(&self.output_of(runtime, &["state", id])?)
+            .map_err(|error| {
+                format!("the output of the command `state {id}` is not JSON: {error}")
+            })?;
         let pid = state.get("pid").and_then(Value::as_u64);
         let status = state.get("status").and_then(Value::as_str);
         let pid = pid.filter(|_| status == Some("running"));
-        pid.ok_or_else(|| format!("`state {id}` says {state}, not running").into())
+        pid.ok_or_else(|| {
+            format!("the container {id} is not running; the output of `state {id}`: {state}").into()
+        })
     }
 
-    /// What makes the container that a runtime's exec enters. floor can make none that stays, so
-    /// it borrows a peer.
-    fn host_of(&self, runtime: &Runtime) -> Option<Runtime> {
+    /// Returns the runtime that creates the container for an exec with `runtime`. Usually `runtime`
+    /// itself creates the container. The program floor cannot create a container that keeps
+    /// running. For floor, crun or runc creates the container.
+    fn creator_of(&self, runtime: &Runtime) -> Option<Runtime> {
         let program = if !runtime.is_floor() {
             runtime.program.clone()
         } else {
@@ -349,49 +365,55 @@ impl Bench<'_> {
         })
     }
 
-    fn say(&self, runtime: &Runtime, args: &[&str]) -> Result<String> {
-        let said = self.scratch.0.join("stderr");
+    fn output_of(&self, runtime: &Runtime, args: &[&str]) -> Result<String> {
+        let stderr = self.scratch.0.join("stderr");
         let line = self.command(runtime, args)?;
-        let (program, args) = line.split_first().ok_or("no command")?;
-        // A pipe would be held open by the container.
+        let (program, args) = line.split_first().ok_or("the command is empty")?;
+        // The output is written to a file. The container would keep a pipe open, and this program
+        // would never reach the end of the output.
         let out = self.scratch.0.join("stdout");
         let status = Command::new(program)
             .args(args)
             .stdin(std::process::Stdio::null())
             .stdout(fs::File::create(&out)?)
-            .stderr(fs::File::create(&said)?)
+            .stderr(fs::File::create(&stderr)?)
             .status()
-            .map_err(|error| format!("{program}: {error}"))?;
+            .map_err(|error| format!("cannot start {program}: {error}"))?;
         if !status.success() {
-            let said = fs::read_to_string(&said).unwrap_or_default();
-            return Err(format!("`{}`: {status}: {}", line.join(" "), said.trim()).into());
+            let stderr = fs::read_to_string(&stderr).unwrap_or_default();
+            return Err(format!(
+                "`{}` failed with {status}; its error output: {}",
+                line.join(" "),
+                stderr.trim()
+            )
+            .into());
         }
         Ok(fs::read_to_string(&out)?)
     }
 
     fn clean_up(&mut self, runtime: &Runtime) {
-        if let Some(host) = self.host_of(runtime) {
-            for id in [entered(runtime), format!("bench-{}", self.count)] {
-                let _ = self.say(&host, &["delete", "--force", &id]);
+        if let Some(host) = self.creator_of(runtime) {
+            for id in [exec_container(runtime), format!("bench-{}", self.count)] {
+                let _ = self.output_of(&host, &["delete", "--force", &id]);
             }
         }
         let _ = fs::remove_dir_all(self.state_root(runtime));
     }
 
-    fn tell_conditions(&self, runtimes: &[Runtime]) {
+    fn print_conditions(&self, runtimes: &[Runtime]) {
         println!();
         for runtime in runtimes.iter().filter(|runtime| !runtime.is_floor()) {
             println!("  {}", version(runtime));
         }
         println!(
-            "  {} rounds in turns; config.json: {}; {}; load {}",
+            "  {} rounds, with alternating runtimes; config.json: {}; {}; load {}",
             self.options.rounds,
             match self.options.config {
-                Variant::Plain => "runc spec's, without device rules; no seccomp filter",
-                Variant::Devices => "runc spec's; no seccomp filter",
-                Variant::Userns => "runc spec's, without device rules, in a user namespace",
+                Variant::Plain => "from runc spec, without device rules; no seccomp filter",
+                Variant::Devices => "from runc spec; no seccomp filter",
+                Variant::Userns => "from runc spec, without device rules, in a user namespace",
                 Variant::Seccomp =>
-                    "runc spec's, without device rules, with a default seccomp profile",
+                    "from runc spec, without device rules, with a default seccomp profile",
             },
             if self.options.no_realtime {
                 "ordinary priority"
@@ -403,7 +425,7 @@ impl Bench<'_> {
                 .trim(),
         );
         println!(
-            "  CPU: of all processes, the kernel's own threads excepted; peak: the runtime's largest process"
+            "  CPU: the CPU time of all processes, without kernel threads; peak: the memory of the runtime's largest process"
         );
         match self.skipped.as_slice() {
             [] => println!("  nothing skipped"),
@@ -429,11 +451,12 @@ impl Drop for Bench<'_> {
     }
 }
 
-/// The exit status of the program that does nothing: it says that it has run.
+/// The exit status of the program `nothing`. If a measured command exits with this status, the
+/// program has run.
 const NOTHING: i32 = 42;
 
-/// The id of the container that `exec` enters.
-fn entered(runtime: &Runtime) -> String {
+/// Returns the id of the container that `exec` enters.
+fn exec_container(runtime: &Runtime) -> String {
     format!("bench-entered-{}", runtime.name)
 }
 
@@ -445,7 +468,7 @@ fn command(runtime: &Runtime, args: &[&str]) -> Vec<String> {
 
 fn text(path: &Path) -> Result<&str> {
     path.to_str()
-        .ok_or_else(|| Error::from(format!("{} is not UTF-8", path.display())))
+        .ok_or_else(|| Error::from(format!("the path {} is not valid UTF-8", path.display())))
 }
 
 fn find_program(name: &str) -> Option<PathBuf> {
@@ -459,9 +482,9 @@ fn find_program(name: &str) -> Option<PathBuf> {
 }
 
 fn version(runtime: &Runtime) -> String {
-    let said = Command::new(&runtime.program).arg("--version").output();
-    let said = said.map(|said| String::from_utf8_lossy(&said.stdout).into_owned());
-    let line = said
+    let output = Command::new(&runtime.program).arg("--version").output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let line = text
         .unwrap_or_default()
         .lines()
         .next()
@@ -476,7 +499,7 @@ fn version(runtime: &Runtime) -> String {
     format!("{line} ({:.1} MB on disk)", size as f64 / 1048576.0)
 }
 
-/// One quantity of all measurements.
+/// Returns the values of one quantity in all measurements.
 fn samples(usages: Option<&Vec<Usage>>, quantity: impl Fn(&Usage) -> f64) -> Samples {
     Samples::new(usages.into_iter().flatten().map(quantity).collect())
 }
@@ -556,7 +579,8 @@ fn raw(measured: &Measured, runtimes: &[Runtime], bench: &Bench) -> Value {
     })
 }
 
-/// xorshift: the order of turns, the same each time.
+/// The random generator xorshift. Its start value is constant. Each run of the benchmark therefore
+/// uses the same order of runtimes.
 struct Random(u64);
 
 impl Random {

@@ -1,5 +1,5 @@
-/* Runs the CNI plugin of the same name and writes down how long it took, this program included:
- * microseconds, a line each, to /run/rrun-bench-plugins. */
+/* Runs the CNI plugin of the same name and records its run time. Each call appends a line to
+ * /run/rrun-bench-plugins, with the run time of the plugin and of this program in microseconds. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>

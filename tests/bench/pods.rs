@@ -1,11 +1,11 @@
-//! A pod's life, call by call.
+//! Measures each CRI call in the life cycle of a pod.
 
 use std::path::Path;
 
 use serde_json::{Value, json};
 
 use crate::Result;
-use crate::cri::{CriOptions, Network, OBEDIENT, Server, cpu_of_others, pod_config, timed};
+use crate::cri::{CriOptions, EXITS_ON_SIGTERM, Network, Server, cpu_of_others, pod_config, timed};
 use crate::report::{self, Comparison};
 
 const CALLS: &[&str] = &[
@@ -16,8 +16,8 @@ const CALLS: &[&str] = &[
     "RemoveContainer",
     "StopPodSandbox",
     "RemovePodSandbox",
-    "all of them",
-    "CPU of the node, an exec too",
+    "all calls",
+    "CPU of the node, including an exec",
 ];
 
 pub(crate) async fn run(
@@ -30,24 +30,25 @@ pub(crate) async fn run(
     for (network, title) in [
         (
             Network::Node,
-            "a pod's life, the node's network (our own client; milliseconds)",
+            "a pod with the node's network, from creation to removal (our own client; milliseconds)",
         ),
         (
             Network::Own,
-            "a pod's life, a network of its own (our own client; milliseconds)",
+            "a pod with its own network, from creation to removal (our own client; milliseconds)",
         ),
     ] {
         let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
         let mut comparison = Comparison::new(title, &names, CALLS);
-        let mut out_of_it = vec![false; servers.len()];
+        let mut failed = vec![false; servers.len()];
         for round in 0..options.rounds + 2 {
             for (server, out) in servers
                 .iter_mut()
-                .zip(&mut out_of_it)
+                .zip(&mut failed)
                 .filter(|(_, out)| !**out)
             {
-                match life(server, network, &options.image).await {
-                    // The first ones warm up.
+                match life_cycle(server, network, &options.image).await {
+                    // The figures of the first two rounds are ignored, because these rounds load
+                    // files into memory.
                     Ok(times) if round >= 2 => comparison.add(&server.name, &times),
                     Ok(_) => {}
                     Err(error) => {
@@ -65,13 +66,14 @@ pub(crate) async fn run(
     Ok((raw, skipped))
 }
 
-async fn life(server: &mut Server, network: Network, image: &str) -> Result<Vec<f64>> {
+async fn life_cycle(server: &mut Server, network: Network, image: &str) -> Result<Vec<f64>> {
     let config = pod_config(network)?;
     let cpu = cpu_of_others()?;
     let (run, pod) = timed(server.run_pod(&config)).await?;
-    let (create, container) = timed(server.create(&pod, &config, image, OBEDIENT)).await?;
+    let (create, container) = timed(server.create(&pod, &config, image, EXITS_ON_SIGTERM)).await?;
     let (start, ()) = timed(server.start(&container)).await?;
-    // Not a signal that comes before the program is ready for it.
+    // During this exec, the container's program has enough time to install its signal handler. The
+    // program then exits immediately when the server stops the container.
     server.exec(&container, &["true"]).await?;
     let (stop, ()) = timed(server.stop(&container)).await?;
     let (remove, ()) = timed(server.remove(&container)).await?;

@@ -1,4 +1,4 @@
-//! Pull and removal of an image.
+//! Measures the pull and the removal of an image.
 
 use std::path::Path;
 
@@ -14,18 +14,25 @@ pub(crate) async fn run(
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
     let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
-    let title = format!("{} from the local registry (milliseconds)", options.pulled);
+    let title = format!(
+        "pulls of the image {} from the local registry (milliseconds)",
+        options.pulled
+    );
     let mut comparison = Comparison::new(
         title,
         &names,
-        &["PullImage", "RemoveImage", "CPU of the node, registry too"],
+        &[
+            "PullImage",
+            "RemoveImage",
+            "CPU of the node, including the registry",
+        ],
     );
     let mut skipped = Vec::new();
-    let mut out_of_it = vec![false; servers.len()];
+    let mut failed = vec![false; servers.len()];
     for round in 0..options.rounds.div_ceil(3) + 1 {
         for (server, out) in servers
             .iter_mut()
-            .zip(&mut out_of_it)
+            .zip(&mut failed)
             .filter(|(_, out)| !**out)
         {
             match once(server, &options.pulled).await {

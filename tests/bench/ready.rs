@@ -1,5 +1,6 @@
-//! kubelet over either server: from a pod's manifest to Ready, and from its removal until it is
-//! gone; and what a node full of probed pods uses.
+//! Measures kubelet with each server. The first figure is the time from writing a manifest until
+//! the pod is Ready. The second figure is the time from deleting the manifest until the pod is
+//! removed. The third figure is the load of a node full of probed pods.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -19,51 +20,51 @@ use crate::{Result, cri};
 
 #[derive(clap::Args)]
 pub(crate) struct ReadyOptions {
-    /// containerd, rrun-cri; figures are compared with the first one's
+    /// Servers to measure: containerd, rrun-cri; figures are compared with those of the first
+    /// server
     #[arg(long, value_delimiter = ',', default_value = "containerd,rrun-cri")]
     servers: Vec<String>,
-    /// How many pods at a time; the most of them stay, for what the node uses then
+    /// Numbers of pods to start at once; the node's load is measured with the largest number
     #[arg(long, value_delimiter = ',', default_value = "1,30")]
     pods: Vec<usize>,
-    /// How often few pods, five or less, come and go; more do so once
+    /// Number of rounds for five pods or fewer; a larger number of pods is started only once
     #[arg(long, default_value_t = 5)]
     rounds: usize,
-    /// For how many seconds the node is watched
+    /// Number of seconds for which the node's load is measured
     #[arg(long, default_value_t = 20)]
     watch: u64,
-    /// A web server on port 5000; it is there before the pods are
+    /// Image with a web server on port 5000, which is pulled before the pods start
     #[arg(long, default_value = "127.0.0.1:5000/demo/web:1")]
     image: String,
 }
 
 const MANIFESTS: &str = "/etc/kubernetes/manifests";
 
-/// Enough for a guest that computes twenty times slower than a host.
+/// The timeout for pods to be ready. This time suffices for a guest that is twenty times slower
+/// than a host.
 const READY_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// So many pods or less are few.
+/// The maximum number of pods for which the benchmark runs several rounds and polls kubelet more
+/// often.
 const FEW: usize = 5;
 
-/// Seconds from the manifests to the first pod's Ready, to the last one's, and from their removal
-/// until kubelet knows of no pod and none runs.
+/// The times of one round, in seconds.
 #[derive(Clone, Copy, Debug)]
 struct Times {
+    /// The time from writing the manifests until the first pod is Ready.
     first: f64,
+    /// The time from writing the manifests until all pods are Ready.
     last: f64,
-    gone: f64,
+    /// The time from deleting the manifests until kubelet lists no pods and the server has no
+    /// running pods.
+    removed: f64,
 }
 
 pub(crate) fn run(options: &ReadyOptions, results: &Path) -> Result {
     let _registry = Service::start("registry")?;
     let mut times = Table::new(
         "kubelet, static pods with an HTTP readiness probe and an exec liveness probe each second (seconds, medians)",
-        &[
-            "",
-            "first Ready",
-            "all Ready",
-            "× first",
-            "gone after removal",
-        ],
+        &["", "first Ready", "all Ready", "× first", "removed"],
     );
     let most = options.pods.iter().copied().max().unwrap_or_default();
     let mut loads = load::table(most);
@@ -84,22 +85,22 @@ pub(crate) fn run(options: &ReadyOptions, results: &Path) -> Result {
             println!("{name}, {pods} pods: {all:?}");
             let median =
                 |of: fn(&Times) -> f64| Samples::new(all.iter().map(of).collect()).median();
-            let [first, last, gone] = [
+            let [first, last, removed] = [
                 median(|times| times.first),
                 median(|times| times.last),
-                median(|times| times.gone),
+                median(|times| times.removed),
             ];
             first_time = first_time.or(last);
             let cells = [
                 figure(first),
                 figure(last),
                 ratio(last, first_time),
-                figure(gone),
+                figure(removed),
             ];
             times.row(&format!("{pods} pods, {name}"), cells);
             raw.push(
                 json!({ "server": name, "pods": pods, "first_ready_s": first, "all_ready_s": last,
-                    "gone_s": gone, "load": load.as_ref().map(Load::raw) }),
+                    "gone_s": removed, "load": load.as_ref().map(Load::raw) }),
             );
             if let Some(load) = load {
                 load.row(&mut loads, name, first_load.get_or_insert(load.clone()));
@@ -108,10 +109,10 @@ pub(crate) fn run(options: &ReadyOptions, results: &Path) -> Result {
     }
     report::show(results, &times)?;
     report::show(results, &loads)?;
-    if counts_nothing() {
+    if has_no_controllers() {
         println!(
-            "  no cgroup v2 controllers here: both servers call their runtimes through a program that drops \
-             limits (tests/bench/unlimited.c)"
+            "  this kernel has no cgroup v2 controllers, so both servers call their runtimes through a \
+             program that removes the limits (tests/bench/unlimited.c)"
         );
     }
     let raw = json!({ "machine": report::machine(), "times": raw, "skipped": skipped });
@@ -122,10 +123,11 @@ pub(crate) fn run(options: &ReadyOptions, results: &Path) -> Result {
     }
 }
 
-/// Whether no limit can be set on this machine.
-fn counts_nothing() -> bool {
-    let told = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
-    !told.split_whitespace().any(|name| name == "cpu")
+/// Returns whether this machine has no cgroup v2 controllers. On such a machine, the runtime cannot
+/// set the limits of containers.
+fn has_no_controllers() -> bool {
+    let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers").unwrap_or_default();
+    !controllers.split_whitespace().any(|name| name == "cpu")
 }
 
 fn measure(
@@ -134,7 +136,7 @@ fn measure(
     options: &ReadyOptions,
     watch: Option<u64>,
 ) -> Result<(Vec<Times>, Option<Load>)> {
-    let environment: &[(&str, &str)] = if counts_nothing() {
+    let environment: &[(&str, &str)] = if has_no_controllers() {
         &[
             ("RRUN_BENCH_UNLIMITED", "1"),
             (
@@ -152,10 +154,10 @@ fn measure(
     let mut all = Vec::new();
     let mut load = None;
     let rounds = if pods <= FEW { options.rounds } else { 1 };
-    // What is read from the disk for the first time is charged to nobody.
-    come_and_go(&server, 1, &options.image, &mut || Ok(()))?;
+    // The times of the first pod are ignored, because its start loads files from the disk.
+    start_and_remove(&server, 1, &options.image, &mut || Ok(()))?;
     for _ in 0..rounds {
-        let times = come_and_go(&server, pods, &options.image, &mut || {
+        let times = start_and_remove(&server, pods, &options.image, &mut || {
             load = watch.map(load::watch).transpose()?;
             Ok(())
         })?;
@@ -164,13 +166,16 @@ fn measure(
     Ok((all, load))
 }
 
-fn come_and_go(
+/// Writes the manifests of `pods` pods, waits until they are ready, calls `while_ready`, and
+/// removes them.
+fn start_and_remove(
     server: &Service,
     pods: usize,
     image: &str,
     while_ready: &mut dyn FnMut() -> Result,
 ) -> Result<Times> {
-    // Names that kubelet has never heard: what comes again under an old one is the old pod to it.
+    // Each round uses new names. kubelet would mistake a new pod for an earlier pod of the same
+    // name.
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     let begin = NEXT.fetch_add(pods, Ordering::Relaxed);
     let numbers = begin..begin + pods;
@@ -193,8 +198,8 @@ fn come_and_go(
     for number in numbers {
         fs::remove_file(manifest(number))?;
     }
-    let removed = Instant::now();
-    wait(removed, pods, &mut || {
+    let deleted = Instant::now();
+    wait(deleted, pods, &mut || {
         let known = pods_that(&kubelet_pods()?, |_| true);
         let running = cri::running_pods(&server.address)?;
         Ok((known + running == 0).then_some(()))
@@ -203,7 +208,7 @@ fn come_and_go(
     Ok(Times {
         first: first.unwrap_or(last).as_secs_f64(),
         last: last.as_secs_f64(),
-        gone: removed.elapsed().as_secs_f64(),
+        removed: deleted.elapsed().as_secs_f64(),
     })
 }
 
@@ -237,20 +242,26 @@ fn write_manifest(number: usize, image: &str) -> Result {
             }],
         },
     });
-    // kubelet passes over what begins with a dot: it never sees half a manifest.
+    // kubelet ignores files whose names begin with a dot. It therefore never reads an incomplete
+    // manifest.
     let partial = format!("{MANIFESTS}/.partial");
     fs::write(&partial, serde_json::to_vec(&pod)?)?;
     Ok(fs::rename(&partial, manifest(number))?)
 }
 
-/// Few pods are looked at more often: the answer is short.
+/// Calls `probe` until it returns a value. If there are at most [`FEW`] pods, kubelet returns only
+/// a short list of pods, so this function calls `probe` more often.
 fn wait(started: Instant, pods: usize, probe: &mut dyn FnMut() -> Result<Option<()>>) -> Result {
     loop {
         if let Some(()) = probe()? {
             return Ok(());
         }
         if started.elapsed() > READY_TIMEOUT {
-            return Err(format!("not within {} s", READY_TIMEOUT.as_secs()).into());
+            return Err(format!(
+                "the pods did not reach the expected state within {} s",
+                READY_TIMEOUT.as_secs()
+            )
+            .into());
         }
         sleep(Duration::from_millis(if pods <= FEW { 50 } else { 250 }));
     }
@@ -273,12 +284,13 @@ fn is_ready(pod: &Value) -> bool {
     })
 }
 
-/// What kubelet's read-only port says of its pods.
+/// Returns the list of pods from kubelet's read-only port.
 fn kubelet_pods() -> Result<Value> {
     let address = SocketAddr::from(([127, 0, 0, 1], 10255));
-    let mut stream = TcpStream::connect(address).map_err(|error| format!("kubelet: {error}"))?;
+    let mut stream = TcpStream::connect(address)
+        .map_err(|error| format!("cannot connect to kubelet: {error}"))?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-    // HTTP/1.0: one answer, whole, and the end of the connection.
+    // With HTTP/1.0, kubelet sends one complete answer and then closes the connection.
     stream.write_all(b"GET /pods HTTP/1.0\r\nHost: kubelet\r\n\r\n")?;
     let mut answer = Vec::new();
     stream.read_to_end(&mut answer)?;
@@ -286,8 +298,9 @@ fn kubelet_pods() -> Result<Value> {
     let body = answer.windows(end.len()).position(|window| window == end);
     let body = body
         .and_then(|at| answer.get(at + end.len()..))
-        .ok_or("kubelet: no answer")?;
-    Ok(serde_json::from_slice(body).map_err(|error| format!("kubelet's /pods: {error}"))?)
+        .ok_or("kubelet's answer contains no body")?;
+    Ok(serde_json::from_slice(body)
+        .map_err(|error| format!("kubelet's response for /pods is not JSON: {error}"))?)
 }
 
 #[cfg(test)]
@@ -295,7 +308,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_pod_is_ready_by_its_condition_only() {
+    fn a_pod_is_ready_only_if_its_condition_ready_is_true() {
         let pod = |status: &str| {
             json!({ "status": { "phase": "Running", "conditions": [
                 { "type": "PodScheduled", "status": "True" }, { "type": "Ready", "status": status }] } })

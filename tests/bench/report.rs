@@ -1,4 +1,4 @@
-//! What a benchmark leaves: tables on the terminal, raw figures as JSON in files.
+//! Reports a benchmark's results: tables on the terminal, and raw figures as JSON in files.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use crate::Result;
 use crate::samples::Samples;
 
-/// A table of text; the first column is aligned left, all others right.
+/// A table of text. The first column is aligned left, and all others are aligned right.
 pub(crate) struct Table {
     title: String,
     rows: Vec<Vec<String>>,
@@ -54,7 +54,7 @@ impl Table {
     }
 }
 
-/// A figure with as many decimals as are worth reading, or a dash for none.
+/// Formats a figure with about three significant digits, or a dash for `None`.
 pub(crate) fn figure(value: Option<f64>) -> String {
     match value {
         None => "–".to_owned(),
@@ -64,7 +64,7 @@ pub(crate) fn figure(value: Option<f64>) -> String {
     }
 }
 
-/// `value` as a multiple of `base`.
+/// Formats `value` as a multiple of `base`.
 pub(crate) fn ratio(value: Option<f64>, base: Option<f64>) -> String {
     figure(
         value
@@ -74,7 +74,8 @@ pub(crate) fn ratio(value: Option<f64>, base: Option<f64>) -> String {
     )
 }
 
-/// Several quantities of several servers; the table has a ratio to the first server.
+/// The values of several quantities for several servers. The table shows the ratio of each server's
+/// value to the first server's value.
 pub(crate) struct Comparison {
     title: String,
     names: Vec<String>,
@@ -96,7 +97,8 @@ impl Comparison {
         }
     }
 
-    /// One value of each quantity, in their order.
+    /// Adds one value for each quantity. `values` has the same order as the comparison's
+    /// quantities.
     pub(crate) fn add(&mut self, name: &str, values: &[f64]) {
         for (quantity, &value) in self.quantities.clone().iter().zip(values) {
             self.add_one(name, quantity, value);
@@ -157,7 +159,7 @@ impl Comparison {
     }
 }
 
-/// What the figures were measured on.
+/// Returns a description of the machine on which the figures were measured.
 pub(crate) fn machine() -> Value {
     let first_line = |path: &str, start: &str| {
         let text = fs::read_to_string(path).unwrap_or_default();
@@ -180,7 +182,7 @@ pub(crate) fn machine() -> Value {
     })
 }
 
-/// Prints a table and adds it to `results`/tables.txt, so that it outlives the terminal.
+/// Prints a table and appends it to `results`/tables.txt.
 pub(crate) fn show(results: &Path, table: &Table) -> Result {
     use std::io::Write as _;
     let text = table.text();
@@ -204,7 +206,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn columns_line_up() {
+    fn columns_are_aligned() {
         let mut table = Table::new("T", &["", "wall", "ratio"]);
         table.row("crun", ["6.60".to_owned(), ratio(Some(6.6), Some(2.2))]);
         assert_eq!(

@@ -1,6 +1,8 @@
-//! Order statistics. Medians and not means: what disturbs a measurement only ever adds to it.
+//! Medians and other quantiles. Reports contain medians instead of means. Other work on the machine
+//! can only increase a measured value. Such work would increase the mean, but it hardly changes the
+//! median.
 
-/// The values of one measured quantity, in order of size.
+/// The sorted values of one measured quantity.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Samples(Vec<f64>);
 
@@ -10,7 +12,8 @@ impl Samples {
         Samples(values)
     }
 
-    /// The value that this share of all values does not exceed; `None` without values.
+    /// Returns the quantile for `share`. The fraction `share` of all values is less than or equal
+    /// to this quantile. Returns `None` if there are no values.
     pub(crate) fn quantile(&self, share: f64) -> Option<f64> {
         let last = self.0.len().checked_sub(1)?;
         let position = share.clamp(0.0, 1.0) * last as f64;
@@ -29,7 +32,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn quantiles_lie_between_neighbours() {
+    fn a_quantile_is_interpolated_between_two_values() {
         let samples = Samples::new(vec![4.0, 1.0, 3.0, 2.0]);
         assert_eq!(samples.median(), Some(2.5));
         assert_eq!(samples.quantile(0.0), Some(1.0));

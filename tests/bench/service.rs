@@ -1,45 +1,47 @@
-//! Servers that are started and stopped by scripts of the test set-up.
+//! Starts and stops servers with scripts.
 
 use std::fs::File;
 use std::process::{Command, Stdio};
 
 use crate::Result;
 
-/// Where the checkout is in a view.
+/// The path of the checkout in the native view and in the guest machine.
 const SOURCE: &str = "/src";
 
-/// Something that runs until it is dropped.
+/// A server that runs until this value is dropped.
 pub(crate) struct Service {
     script: String,
     stop: Vec<String>,
     environment: Vec<(String, String)>,
-    /// Where it answers, if its script tells.
+    /// The server's address, if its script prints one.
     pub(crate) address: String,
 }
 
 impl Service {
-    /// registry, containerd or rrun-cri.
+    /// Starts the registry, containerd or rrun-cri.
     pub(crate) fn start(name: &str) -> Result<Self> {
         Self::with(name, &[])
     }
 
-    /// The same, with this in its script's environment.
+    /// Starts the registry, containerd or rrun-cri, with additional environment variables for its
+    /// script.
     pub(crate) fn with(name: &str, environment: &[(&str, &str)]) -> Result<Self> {
         let (start, stop) = (["start", name], ["stop", name]);
-        Self::by("tests/bench/server", &start, &stop, environment)
+        Self::run_script("tests/bench/server", &start, &stop, environment)
     }
 
-    /// kubelet, for the server at this address; it looks for manifests in this directory.
+    /// Starts kubelet for the server at `address`. kubelet reads the pods in the directory
+    /// `manifests`.
     pub(crate) fn kubelet(
         address: &str,
         manifests: &str,
         environment: &[(&str, &str)],
     ) -> Result<Self> {
         let start = ["start", address, manifests];
-        Self::by("tests/setup/kubelet.sh", &start, &["stop"], environment)
+        Self::run_script("tests/setup/kubelet.sh", &start, &["stop"], environment)
     }
 
-    fn by(
+    fn run_script(
         script: &str,
         start: &[&str],
         stop: &[&str],
@@ -59,17 +61,18 @@ impl Service {
         Ok(service)
     }
 
-    /// Whether it is the one that was started by this name.
-    pub(crate) fn is(&self, name: &str) -> bool {
+    /// Returns whether the server was started with the name `name`.
+    pub(crate) fn is_named(&self, name: &str) -> bool {
         self.stop.iter().any(|word| word == name)
     }
 
-    /// Stops it, for [`Service::begin`] to start it again.
+    /// Stops the server. [`Service::begin`] can start it again.
     pub(crate) fn end(&self) -> Result {
         self.call(&self.stop).map(|_| ())
     }
 
-    /// Starts it again; the script ends when it answers.
+    /// Starts the server again. The returned process is the script. The script exits when the
+    /// server answers.
     pub(crate) fn begin(&self) -> Result<std::process::Child> {
         let start = self.stop.iter().map(|word| match word.as_str() {
             "stop" => "start",
@@ -83,20 +86,22 @@ impl Service {
             .spawn()?)
     }
 
-    /// What the script says in its last line.
+    /// Runs the script and returns the last line of its output.
     fn call<S: AsRef<std::ffi::OsStr>>(&self, arguments: &[S]) -> Result<String> {
-        // A file, not a pipe, which a server would hold open.
-        let said = std::env::temp_dir().join(format!("rrun-bench-service-{}", std::process::id()));
+        // The output is written to a file. The server would keep a pipe open, and this program
+        // would never reach the end of the script's output.
+        let output =
+            std::env::temp_dir().join(format!("rrun-bench-service-{}", std::process::id()));
         let status = Command::new(&self.script)
             .args(arguments)
             .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
-            .stdout(File::create(&said)?)
-            .stderr(std::fs::OpenOptions::new().append(true).open(&said)?)
+            .stdout(File::create(&output)?)
+            .stderr(std::fs::OpenOptions::new().append(true).open(&output)?)
             .status()
             .map_err(|error| format!("{}: {error}", self.script))?;
-        let text = std::fs::read_to_string(&said)?;
-        let _ = std::fs::remove_file(&said);
+        let text = std::fs::read_to_string(&output)?;
+        let _ = std::fs::remove_file(&output);
         if status.success() {
             Ok(text.lines().last().unwrap_or_default().trim().to_owned())
         } else {

@@ -1,8 +1,10 @@
-//! Streams: how soon an interactive exec answers, what a forwarded port carries and costs, and
-//! what a session that is open and silent takes of memory.
+//! Measures streams. The figures for an interactive exec are the time until its prompt and the
+//! memory of an idle session. The figures for a forwarded port are its throughput and CPU time, and
+//! its memory while it is idle.
 //!
-//! The client is our own and does next to nothing, so that it is the servers that are measured:
-//! a WebSocket for exec, SPDY for ports, as kubectl has it.
+//! The benchmark has its own client, which needs little CPU time. The figures therefore mostly
+//! depend on the servers. Like kubectl, the client uses a WebSocket for exec and SPDY for
+//! port-forward.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -15,50 +17,52 @@ use crate::cri::{CriOptions, Network, Pod, Server, cpu_of_others};
 use crate::report::{self, Comparison};
 use crate::{Result, memory};
 
-/// What a forwarded port or an exec carries, in MB, each time.
+/// The amount of data for each transfer through a forwarded port or an exec, in MB.
 const MEGABYTES: usize = 512;
 
-/// Sessions that are open at once for the memory figures.
+/// The number of open sessions while memory is measured. The benchmark first opens this number of
+/// exec sessions, and later this number of forwarded ports.
 const SESSIONS: usize = 50;
 
-/// Sends, and ends.
+/// The port on which the pod sends data and then closes the connection.
 const SOURCE: u16 = 6000;
 
-/// Reads to the end, and ends.
+/// The port on which the pod reads data to the end and then closes the connection.
 const SINK: u16 = 6001;
 
-/// Says nothing.
+/// The port on which the pod neither sends nor reads data.
 const SILENT: u16 = 6002;
 
-/// The streams of a forwarded connection.
+/// The ids of the two SPDY streams of a forwarded connection.
 const ERROR: u32 = 1;
 const DATA: u32 = 3;
 
 const ROUNDS: usize = 5;
 
-/// Shells that are started each round.
+/// The number of shells that are started in each round.
 const PROMPTS: usize = 10;
 
-/// How long what happens behind an answer may take before memory is looked at.
+/// The pause before memory is measured. During the pause, a server completes its work for earlier
+/// requests.
 const MEMORY_SETTLE: Duration = Duration::from_millis(300);
 
-/// What kubectl puts into one frame.
+/// The amount of data that kubectl sends in one frame.
 const FRAME: usize = 32 << 10;
 
 const QUANTITIES: &[&str] = &[
-    "exec -it to the prompt, ms",
+    "exec -it until the prompt, ms",
     "port-forward from the pod, MB/s",
-    "  CPU ms a GB, all",
-    "  CPU ms a GB, the server",
+    "  CPU ms per GB, all processes",
+    "  CPU ms per GB, the server",
     "port-forward to the pod, MB/s",
-    "  CPU ms a GB, all",
-    "  CPU ms a GB, the server",
+    "  CPU ms per GB, all processes",
+    "  CPU ms per GB, the server",
     "exec's output, MB/s",
-    "  CPU ms a GB, all",
-    "  CPU ms a GB, the server",
-    "a silent exec, kB of the server",
-    "a silent exec, kB of its helpers",
-    "a silent forwarded port, kB of the server",
+    "  CPU ms per GB, all processes",
+    "  CPU ms per GB, the server",
+    "an idle exec, kB of the server",
+    "an idle exec, kB of its helper processes",
+    "an idle forwarded port, kB of the server",
 ];
 
 pub(crate) async fn run(
@@ -67,12 +71,14 @@ pub(crate) async fn run(
     results: &Path,
 ) -> Result<(Value, Vec<String>)> {
     let names: Vec<String> = servers.iter().map(|server| server.name.clone()).collect();
-    // A quantity's name is its key: those below another's get that of it in front.
+    // Each quantity needs a unique key. The key of a quantity that is not indented is its name. But
+    // indented quantities below different quantities have the same names. The key of an indented
+    // quantity therefore consists of the name of the quantity above and its own name.
     let mut above = "";
     let keys: Vec<String> = QUANTITIES
         .iter()
         .map(|quantity| match quantity.strip_prefix("  ") {
-            Some(of_it) => format!("{}: {of_it}", above.trim_end_matches(", MB/s")),
+            Some(part) => format!("{}: {part}", above.trim_end_matches(", MB/s")),
             None => {
                 above = quantity;
                 (*quantity).to_owned()
@@ -85,7 +91,7 @@ pub(crate) async fn run(
     for round in 0..ROUNDS {
         for server in servers.iter_mut() {
             match one_round(server, options).await {
-                // The first one warms up.
+                // The first round loads files into memory, so its figures are ignored.
                 Ok(_) if round == 0 => {}
                 Ok(figures) => {
                     for (key, values) in keys.iter().zip(figures) {
@@ -102,7 +108,7 @@ pub(crate) async fn run(
     Ok((comparison.raw(), skipped))
 }
 
-/// The values of each quantity, in their order.
+/// Returns the values of each quantity, in the order of [`QUANTITIES`].
 async fn one_round(server: &mut Server, options: &CriOptions) -> Result<Vec<Vec<f64>>> {
     let script = format!(
         "nc -ll -p {SOURCE} -e dd if=/dev/zero bs=1M count={MEGABYTES} & \
@@ -135,17 +141,17 @@ async fn measure(server: &mut Server, pod: &Pod) -> Result<Vec<Vec<f64>>> {
     let name = server.name.clone();
     let mut buffer = vec![0; 1 << 20];
 
-    let mut stream = forwarded(server, pod, SOURCE).await?;
-    figures.extend(carried(&name, read_all(&mut stream, &mut buffer)).await?);
+    let mut stream = forward_port(server, pod, SOURCE).await?;
+    figures.extend(transfer_figures(&name, read_all(&mut stream, &mut buffer)).await?);
 
-    let mut stream = forwarded(server, pod, SINK).await?;
-    figures.extend(carried(&name, write_all(&mut stream, &mut buffer)).await?);
+    let mut stream = forward_port(server, pod, SINK).await?;
+    figures.extend(transfer_figures(&name, write_all(&mut stream, &mut buffer)).await?);
 
     let count = format!("count={MEGABYTES}");
     let words = ["dd", "if=/dev/zero", "bs=1M", &count];
     let url = server.exec_url(&pod.container, &words, false).await?;
-    let mut stream = upgraded(&url, "websocket", "v4.channel.k8s.io").await?;
-    figures.extend(carried(&name, read_all(&mut stream, &mut buffer)).await?);
+    let mut stream = upgrade(&url, "websocket", "v4.channel.k8s.io").await?;
+    figures.extend(transfer_figures(&name, read_all(&mut stream, &mut buffer)).await?);
 
     let of_server = || memory::of_program(&name);
     let of_helpers = || -> Result<f64> {
@@ -165,15 +171,19 @@ async fn measure(server: &mut Server, pod: &Pod) -> Result<Vec<Vec<f64>>> {
     let before = of_server()?;
     let mut sessions = Vec::new();
     for _ in 0..SESSIONS {
-        sessions.push(forwarded(server, pod, SILENT).await?);
+        sessions.push(forward_port(server, pod, SILENT).await?);
     }
     tokio::time::sleep(MEMORY_SETTLE).await;
     figures.push(vec![(of_server()? - before) / SESSIONS as f64]);
     Ok(figures)
 }
 
-/// The rate at which [`MEGABYTES`] went, and what they cost in CPU.
-async fn carried(server: &str, transfer: impl Future<Output = Result>) -> Result<[Vec<f64>; 3]> {
+/// Measures a transfer of [`MEGABYTES`] MB. Returns the data rate, the CPU time of all processes
+/// per gigabyte, and the CPU time of the server per gigabyte.
+async fn transfer_figures(
+    server: &str,
+    transfer: impl Future<Output = Result>,
+) -> Result<[Vec<f64>; 3]> {
     let (all, own, begin) = (cpu_of_others()?, cpu_of_program(server)?, Instant::now());
     transfer.await?;
     let took = begin.elapsed().as_secs_f64();
@@ -189,15 +199,20 @@ async fn read_all(stream: &mut TcpStream, buffer: &mut [u8]) -> Result {
     let mut left = MEGABYTES << 20;
     while left > 0 {
         match stream.read(buffer).await? {
-            0 => return Err(format!("closed with {left} bytes to come").into()),
+            0 => {
+                return Err(format!(
+                    "the connection was closed, although {left} bytes had not yet arrived"
+                )
+                .into());
+            }
             count => left = left.saturating_sub(count),
         }
     }
     Ok(())
 }
 
-/// Sends frames as kubectl does, and waits until the program in the pod has read them all: then it
-/// ends.
+/// Sends frames as kubectl does, and waits until the program in the pod has read all of them and
+/// exits.
 async fn write_all(stream: &mut TcpStream, buffer: &mut [u8]) -> Result {
     let mut frame = vec![0; 8 + FRAME];
     let header =
@@ -211,14 +226,15 @@ async fn write_all(stream: &mut TcpStream, buffer: &mut [u8]) -> Result {
         writing.write_all(&header(1, 0).to_be_bytes()).await?;
         Ok::<_, crate::Error>(())
     };
-    // Its answers: windows, and at last what the program in the pod has to say, and the end.
+    // The server sends window updates, then the output of the program in the pod, then the end of
+    // the stream.
     let read = async {
-        let mut came = Vec::new();
+        let mut received = Vec::new();
         let end = header(1, 0).to_be_bytes();
-        while !came.windows(end.len()).any(|window| window == end) {
+        while !received.windows(end.len()).any(|window| window == end) {
             match reading.read(buffer).await? {
-                0 => return Err("closed before the end".into()),
-                count => came.extend_from_slice(buffer.get(..count).unwrap_or_default()),
+                0 => return Err("the connection was closed before the stream's end".into()),
+                count => received.extend_from_slice(buffer.get(..count).unwrap_or_default()),
             }
         }
         Ok(())
@@ -226,14 +242,15 @@ async fn write_all(stream: &mut TcpStream, buffer: &mut [u8]) -> Result {
     tokio::try_join!(write, read).map(|_| ())
 }
 
-/// Milliseconds of CPU that a program's processes have used, by the scheduler's count.
+/// Returns the CPU time in milliseconds that a program's processes have used, from the scheduler's
+/// statistics.
 fn cpu_of_program(name: &str) -> Result<f64> {
     let mut nanoseconds = 0.0;
     for process in std::fs::read_dir("/proc")?.flatten() {
         let comm = std::fs::read_to_string(process.path().join("comm"));
         if comm.is_ok_and(|comm| comm.trim_end() == name) {
             for task in std::fs::read_dir(process.path().join("task"))?.flatten() {
-                // A thread may end at any moment, and its time is nobody's then.
+                // If a thread exits during the measurement, its CPU time is not counted.
                 let Ok(text) = std::fs::read_to_string(task.path().join("schedstat")) else {
                     continue;
                 };
@@ -245,18 +262,18 @@ fn cpu_of_program(name: &str) -> Result<f64> {
     Ok(nanoseconds / 1e6)
 }
 
-/// An interactive exec that has shown its prompt.
+/// Starts an interactive exec and waits for its prompt.
 async fn shell(server: &mut Server, pod: &Pod) -> Result<TcpStream> {
     let url = server.exec_url(&pod.container, &["sh"], true).await?;
-    let mut stream = upgraded(&url, "websocket", "v4.channel.k8s.io").await?;
+    let mut stream = upgrade(&url, "websocket", "v4.channel.k8s.io").await?;
     prompt(&mut stream).await?;
     Ok(stream)
 }
 
-/// A connection to a port of the pod.
-async fn forwarded(server: &mut Server, pod: &Pod, port: u16) -> Result<TcpStream> {
+/// Opens a connection to a port of the pod.
+async fn forward_port(server: &mut Server, pod: &Pod, port: u16) -> Result<TcpStream> {
     let url = server.port_forward_url(&pod.id).await?;
-    let mut stream = upgraded(&url, "SPDY/3.1", "portforward.k8s.io").await?;
+    let mut stream = upgrade(&url, "SPDY/3.1", "portforward.k8s.io").await?;
     stream.write_all(&open_pair(port)).await?;
     Ok(stream)
 }
@@ -268,19 +285,23 @@ async fn prompt(stream: &mut TcpStream) -> Result {
     while !all.contains(&b'#') && !all.contains(&b'$') {
         let count = stream.read(&mut buffer).await?;
         if count == 0 {
-            return Err(format!("no prompt: {:?}", String::from_utf8_lossy(&all)).into());
+            return Err(format!(
+                "the connection was closed before the shell wrote a prompt; the shell's output: {:?}",
+                String::from_utf8_lossy(&all)
+            )
+            .into());
         }
         all.extend_from_slice(buffer.get(..count).unwrap_or_default());
     }
     Ok(())
 }
 
-/// Connects, and asks for an upgrade.
-async fn upgraded(url: &str, to: &str, protocol: &str) -> Result<TcpStream> {
+/// Connects to a URL and upgrades the connection to a protocol.
+async fn upgrade(url: &str, to: &str, protocol: &str) -> Result<TcpStream> {
     let (host, path) = url
         .strip_prefix("http://")
         .and_then(|rest| rest.split_once('/'))
-        .ok_or_else(|| format!("not a URL: {url}"))?;
+        .ok_or_else(|| format!("{url} is not a URL of the form http://HOST/PATH"))?;
     let mut stream = TcpStream::connect(host).await?;
     let head = format!(
         "GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: Upgrade\r\nUpgrade: {to}\r\n\
@@ -294,13 +315,16 @@ async fn upgraded(url: &str, to: &str, protocol: &str) -> Result<TcpStream> {
     }
     if !answer.starts_with(b"HTTP/1.1 101") {
         let answer = String::from_utf8_lossy(&answer).into_owned();
-        return Err(format!("no upgrade: {answer}").into());
+        return Err(format!(
+            "the server refused the upgrade of the connection; its response: {answer}"
+        )
+        .into());
     }
     Ok(stream)
 }
 
-/// The two streams of a forwarded connection: SYN_STREAM frames, their headers in stored blocks of
-/// one zlib stream.
+/// Returns the frames that open the two streams of a forwarded connection. The frames are
+/// SYN_STREAM frames. The headers in the two frames are uncompressed blocks of one zlib stream.
 fn open_pair(port: u16) -> Vec<u8> {
     let mut frames = Vec::new();
     let port = port.to_string();

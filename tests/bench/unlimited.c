@@ -1,8 +1,9 @@
-// An OCI runtime for a kernel's view without cgroup controllers: takes the limits out of the bundle's
-// config.json, and becomes the runtime that it is called after. kubelet asks for CPU shares whatever it
-// is told, and a runtime fails on what it cannot set. Called unlimited-rrun or unlimited-runc.
+// An OCI runtime for machines without cgroup controllers. It removes the limits from the bundle's
+// config.json and then executes another runtime. The file name of this program selects the other
+// runtime: unlimited-rrun executes rrun, and unlimited-runc executes runc. The program is needed
+// because kubelet always requests CPU shares, and a runtime fails if it cannot set a limit.
 //
-// What tests/setup/runc-without-limits does, for less than the shell and sed of that take.
+// tests/setup/runc-without-limits does the same, but its shell and sed take more time.
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <stdio.h>
@@ -19,7 +20,8 @@ static void fail(const char *what)
     exit(1);
 }
 
-// Blanks what is between these braces wherever this key is. They have none within.
+// Overwrites the content of the braces after each occurrence of `key` with blanks. Nested braces
+// are not supported.
 static void clear(char *text, const char *key)
 {
     for (char *at = text; (at = strstr(at, key)); at++) {

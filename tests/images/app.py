@@ -1,7 +1,8 @@
-"""The application of kubelet's tests: a web service on port 5000.
+"""The application that kubelet's tests run: a web service on port 5000.
 
-What it answers shows where it runs and what it was given: version, host, addresses, environment,
-the files of its volumes. /ready and /live can be told to fail; /burn and /grow use what a limit limits.
+Its answer to / shows where it runs and how it is configured: version, host, addresses, environment and
+the files of its volumes. POST /fail/ready and /fail/live make these probes fail. /burn uses CPU time
+and /grow uses memory, so that tests can reach a limit.
 """
 
 import os
@@ -20,7 +21,7 @@ hoard = []
 
 
 def files(directory):
-    """Every file in a volume, by name; what cannot be read is told too."""
+    """Returns the content of each file in a volume, by name, or the error of reading it."""
     found = {}
     for path in sorted(pathlib.Path(directory).glob("*")):
         if path.is_file() and not path.name.startswith("."):
@@ -32,7 +33,7 @@ def files(directory):
 
 
 @app.get("/")
-def tell():
+def describe():
     return jsonify(
         version=os.environ.get("APP_VERSION"),
         host=socket.gethostname(),
@@ -85,6 +86,7 @@ def slow(seconds):
 
 
 if __name__ == "__main__":
-    # As process 1 it has no default action for SIGTERM.
+    # The kernel ignores SIGTERM for process 1 of a container, unless the process handles the
+    # signal.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     app.run(host="::", port=int(os.environ.get("APP_PORT", "5000")), threaded=True)

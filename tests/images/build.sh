@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The test images, made of busybox and, for one application, of Debian's python3-flask: a registry's directory with all of them,
-# and two archives. tests/images/make.sh lists them. Prints the directory; --peek builds nothing
-# and fails if it is not there.
+# Builds the test images, which tests/images/make.sh lists, from busybox. One application also uses
+# Debian's python3-flask. Prints a directory with a registry's files, which contain all images, and
+# with two archives. --peek builds nothing, and fails if the directory does not exist.
 #
 #   tests/images/build.sh [--demo] [--peek]
 #
@@ -15,8 +15,9 @@ build_images() {
     local out=$1
     export RRUN_MAKING_IMAGES=${2:-all}
     cp -a "$("$HERE/../setup/busybox.sh")" "$out/busybox"
-    # containerd's pods need one: it waits, reaps what it inherits and ends when told. (A shell or
-    # busybox would be mistaken by critest for a process of the container's.)
+    # containerd's pods need a pause process. It waits, reaps the processes that it inherits, and
+    # exits on SIGTERM and SIGINT. critest would mistake a shell or busybox for a process of the
+    # container.
     gcc -static -Os -s -x c -o "$out/pause" - <<'END'
 #include <signal.h>
 #include <sys/wait.h>

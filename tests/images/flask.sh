@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The two lower layers of the Flask application's image, as a Dockerfile's `FROM debian` and
-# `RUN apt-get install python3-flask` would leave them: directories base/ and install/ in a cache
-# entry, whose path is printed.
+# Builds the two lower layers of the Flask application's image: the directories base/ and install/
+# in a cache entry. They have the content that a Dockerfile's `FROM debian` and `RUN apt-get install
+# python3-flask` would create. Prints the path of the entry.
 #
 #   tests/images/flask.sh
 set -euo pipefail
@@ -11,14 +11,14 @@ HERE=$(readlink -f -- "$(dirname -- "$0")")
 
 SUITE=trixie
 
-# What no image needs: an archive's lists, other languages, manuals.
+# Deletes files that an image does not need: apt's lists, translations, manuals, logs.
 strip_tree() {
     rm -rf "${1:?}"/usr/share/{doc,man,locale,info,lintian,zoneinfo,bug,i18n} "${1:?}"/var/cache/{apt,debconf,ldconfig}/* \
         "${1:?}"/var/lib/apt/lists/* "${1:?}"/var/log/* "${1:?}"/etc/apt/sources.list* "${1:?}"/tmp/* "${1:?}"/dev/*
 }
 
-# The packages are fetched from outside by an apt that takes the image's for its own, so that
-# nothing in the image reaches for a network.
+# Downloads the packages with the apt of the machine, which reads the list of installed packages
+# from the image. So no program in the image needs a network.
 fetch() {
     local base=$1 apt=$2
     mkdir -p "$apt"/{lists,cache/archives/partial,root}
@@ -30,18 +30,23 @@ fetch() {
     apt-get "${options[@]}" install --yes --download-only --no-install-recommends python3-flask
 }
 
-# install BASE ARCHIVES UPPER: what dpkg changes, over the base. In a mount namespace of its own.
+# install_over BASE ARCHIVES UPPER OVER: writes the files that dpkg changes or adds on BASE to
+# UPPER. Runs in a separate mount namespace.
 install_over() {
     local base=$1 archives=$2 upper=$3 over=$4
     mkdir -p "$over"/{work,merged}
     mount -t overlay -o "lowerdir=$base,upperdir=$upper,workdir=$over/work" flask "$over/merged"
     mkdir "$over/merged/packages"
     mount --bind "$archives" "$over/merged/packages"
-    # dpkg does not sort by what must be there before: what it refuses at first goes the next time.
+    # dpkg does not sort packages by their dependencies. Each round installs those that were
+    # refused.
     DEBIAN_FRONTEND=noninteractive LC_ALL=C chroot "$over/merged" \
         sh -c 'for round in 1 2 3; do dpkg --install --recursive --skip-same-version /packages && exit; done; exit 1'
-    # A layer's files all have one date, which no .pyc of dpkg's would fit: each start would compile
-    # the library anew, for minutes under emulation. These are not compared with their source.
+    # A .pyc file records the date of its source file. This script gives all files of a layer the
+    # same date, so the dates that dpkg's .pyc files record no longer match their sources. Python
+    # would then compile the library again at each start, which takes minutes under emulation. For
+    # this reason, this command writes unchecked .pyc files, which Python does not compare with
+    # their sources.
     LC_ALL=C chroot "$over/merged" \
         sh -c 'python3 -m compileall -qf --invalidation-mode unchecked-hash /usr/lib/python3*'
     umount "$over/merged/packages"
@@ -60,7 +65,8 @@ build_flask() {
     unshare --mount --propagation private bash -euc 'install_over "$@"' install \
         "$out/base" "$out/apt/cache/archives" "$out/install" "$out/over" >>"$RRUN_CACHE/flask.log" 2>&1 ||
         { tail -n 20 "$RRUN_CACHE/flask.log"; die "installing python3-flask failed"; }
-    # A layer says that a file is gone by a name of its own, overlayfs by a character device 0:0.
+    # overlayfs marks a deleted file by a character device 0:0, and an OCI layer by a file named
+    # .wh.NAME.
     find "$out/install" -type c | while read -r upper; do
         rm "$upper"
         : >"${upper%/*}/.wh.${upper##*/}"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes every test image, or with `demo` only the one that the demo uses, and pushes it to a
-# registry whose directory is then kept. Runs in the native view, for tests/images/build.sh: /out
-# holds busybox/, nnp and pause, and receives registry/ and archives/.
+# Builds every test image, or with `demo` only the image that the demo uses, and pushes the images
+# to a registry whose directory is kept. tests/images/build.sh runs this script in the native view.
+# /out contains busybox/, nnp and pause. This script adds registry/ and archives/.
 set -euo pipefail
 HERE=$(dirname -- "$(readlink -f -- "$0")")
 . "$HERE/oci.sh"
@@ -12,7 +12,7 @@ oci_layout "$tree/layout"
 mkdir -p /out/registry /out/archives
 skopeo() { command skopeo --insecure-policy "$@"; }
 
-# Pushes all images to a real registry once. The files that it stores are kept.
+# Pushes all images to a real registry. The tests use the files that the registry stores.
 push() {
     local name
     local -a names=()
@@ -26,7 +26,7 @@ push() {
     "$HERE/registry.sh" stop
 }
 
-# What every image stands on: busybox and the files that a small distribution has.
+# The lowest layer of every image: busybox, and the files that a small distribution has.
 base=$tree/base
 mkdir -p "$base"/{dev,proc,sys,etc,home,root,run,var/{run,log,www,spool/mail}} "$base/tmp"
 cp -a /out/busybox/. "$base/"
@@ -58,11 +58,11 @@ if [[ ${1-} == demo ]]; then
     exit
 fi
 
-# file NAME MODE: standard input as the only file of a layer; prints the layer.
+# file NAME MODE: writes a layer whose only file contains the standard input, and prints the layer.
 file() {
     local dir
     dir=$(mktemp -d "$tree/file.XXXX")
-    # The layer's top is the container's root: not only root's.
+    # The layer's top directory becomes the container's root, which all users must be able to enter.
     chmod 755 "$dir"
     mkdir -p "$dir/$(dirname "$1")"
     cat >"$dir/$1"
@@ -70,21 +70,21 @@ file() {
     oci_layer "$dir"
 }
 
-# incompressible SEED MEGABYTES: the same bytes for the same seed.
+# incompressible SEED MEGABYTES: prints random bytes, which are the same for the same seed.
 incompressible() {
     openssl enc -aes-128-ctr -nosalt -pbkdf2 -pass "pass:$1" -in /dev/zero 2>/dev/null |
         head -c "$2M" || true
 }
 
-# The demonstration: a web server on port 5000 in seven layers, three of them large enough for a
-# parallel pull to show.
+# The demonstration image: a web server on port 5000 in seven layers. Three layers are so large that
+# the effect of a parallel pull is visible.
 page=$(echo 'hello from rrun' | file www/index.html 644)
 health=$(echo ok | file www/healthz 644)
 bulk=()
 for seed in one two three; do
     bulk+=("$(incompressible "$seed" 2 | file "www/bulk-$seed" 644)")
 done
-# As process 1 httpd would not hear SIGTERM, and every stop would take its whole grace period.
+# As process 1, httpd would ignore SIGTERM, and every stop would take its whole grace period.
 server=$(file usr/bin/web 755 <<'END'
 #!/bin/sh
 httpd -f -vv -p "${PORT:-5000}" -h /www &
@@ -108,8 +108,8 @@ for version in 1 2; do
         "$flask_base" "$flask_install" "$flask_app"
 done
 
-# critest's images. Its web server must be found as `nginx` with its pid in a file, have "master
-# process" in its command line, and end when told.
+# critest's images. critest expects a web server whose program is called `nginx`, with its process
+# ID in a file and "master process" in its command line. The server must exit on SIGTERM.
 web_server() {
     local port=$1
     file usr/sbin/nginx 755 <<END
@@ -135,7 +135,7 @@ oci_image e2e-test-images/httpd:2.4.39-4 "{$path,\"Cmd\":[\"/usr/sbin/start-http
     "$base" "$page" "$starter"
 oci_image e2e-test-images/nonewprivs:1.3 "{$path,\"Cmd\":[\"/nnp\"]}" "$base" "$(file nnp 4755 </out/nnp)"
 
-# A layer of its own for each image that must not share its digest with another.
+# Each of these images has a separate layer, so that no two of them have the same digest.
 for name in test-image-1:latest test-image-2:latest test-image-3:latest test-image-latest:latest \
     test-image-tag:test test-image-tag:all; do
     oci_image "k8s-staging-cri-tools/$name" "$busybox" "$base" "$(echo "$name" | file etc/image 644)"

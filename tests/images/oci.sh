@@ -1,9 +1,9 @@
 # shellcheck shell=bash
-# Sourced, not run: writes images as an OCI layout, with tar, gzip and jq alone, so that the same
-# input gives the same digests.
+# This file is sourced, not run. It writes images as an OCI layout. It uses only tar, gzip and jq,
+# so that the same input results in the same digests.
 #
-#   oci_layout DIR                      starts a layout
-#   oci_layer DIRECTORY                 adds a layer; prints its name for oci_image
+#   oci_layout DIR                      creates a layout
+#   oci_layer DIRECTORY                 adds a layer; prints the LAYER argument for oci_image
 #   oci_image TAG CONFIG LAYER…         adds an image; CONFIG is the JSON of the image's `config`
 
 oci_layout() {
@@ -14,7 +14,7 @@ oci_layout() {
         >"$LAYOUT/index.json"
 }
 
-# Moves a file among the blobs; prints its descriptor.
+# oci_blob FILE MEDIA-TYPE: moves a file to the layout's blobs, and prints its descriptor.
 oci_blob() {
     local file=$1 media_type=$2 digest size
     digest=$(sha256sum "$file" | cut -d' ' -f1)

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Serves the test images from a real registry (docker-registry), in either view.
 #
-#   tests/images/registry.sh start [PORT]           on 127.0.0.1, default port 5000; returns when it answers
+#   tests/images/registry.sh start [PORT]           serves on 127.0.0.1, default port 5000; returns
+#                                                   when the registry answers
 #   tests/images/registry.sh stop [PORT]
-#   tests/images/registry.sh mirrors DIR [PORT]     writes a certs.d tree to DIR (hosts.toml files)
-#                                                   that sends the registries which tests name to it
+#   tests/images/registry.sh mirrors DIR [PORT]     writes hosts.toml files to DIR (certs.d), which
+#                                                   redirect the registries that tests use to it
 #
-# It serves a copy of /images/registry (or REGISTRY_DATA itself), so it can be pushed to.
+# The registry serves a copy of /images/registry, so that tests can push to it. If REGISTRY_DATA is
+# set, the registry serves that directory itself.
 set -euo pipefail
 
 command=${1-}
@@ -24,7 +26,7 @@ start() {
         data=/var/lib/registry/$port
         rm -rf "$data"
         mkdir -p "$data"
-        # Links serve as well as copies, which cost a guest a while.
+        # Symbolic links are sufficient. Copying the files would take long in a guest machine.
         cp -as /images/registry/. "$data/"
     fi
     cat >"$state/config.yml" <<END

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Sets up what the tests and the demo need. Entries that are in the cache already take no time.
+# Installs and builds what the tests and the demo need. Entries that are in the cache are not
+# rebuilt.
 #
 #   tests/setup/all.sh [demo | base | kubernetes]…    default: base kubernetes
 #
 #   demo          packages, the root, one image, crictl, the guest machine: 3 minutes if not cached
-#   base          as demo, with all test images and critest: 5 minutes
-#   kubernetes    kubelet and the rest of a cluster: 7 minutes more
+#   base          the same as demo, and all test images and critest: 5 minutes
+#   kubernetes    kubelet and the other programs of a cluster: 7 minutes more
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 . "$HERE/cache.sh"
 
 demo() {
     "$HERE/packages.sh"
-    # The root is fetched and unpacked, and busybox compiled, while Go compiles.
+    # Fetch and unpack the root and compile busybox while Go compiles the tools.
     { "$HERE/root.sh" && "$HERE/busybox.sh"; } >/dev/null &
     local fetched=$!
     trap 'pkill -TERM -P "$fetched"' EXIT
@@ -32,11 +33,11 @@ base() {
 }
 
 kubernetes() {
-    # Only `make test-full` uses the last two.
+    # Only `make test-full` uses kubelet-old and metrics.
     disks kubelet cluster ${RRUN_TEST_FULL:+kubelet-old metrics}
 }
 
-# disks TOOL…: builds these tools, and makes a disk for the guest machine of each.
+# disks TOOL…: builds these tools, and creates a disk for the guest machine from each of them.
 disks() {
     local name entry
     for name in "$@"; do
@@ -52,4 +53,4 @@ for set in "$@"; do
         *) die "usage: tests/setup/all.sh [demo | base | kubernetes]…" ;;
     esac
 done
-say "set up ($*), in $RRUN_CACHE"
+say "the set-up of $* is complete, in $RRUN_CACHE"

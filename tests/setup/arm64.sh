@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A Debian root with a Rust that has the standard library of both architectures, and a C
-# cross-compiler for what dependencies compile: for checking on x86-64 that everything compiles for
-# arm64, where rustup can not fetch it. Prints its directory. Takes about a minute.
+# Builds a Debian root for checking on x86-64 that everything compiles for arm64. It is used if
+# rustup cannot download the target. The root contains Rust with the standard library of both
+# architectures, and a C cross-compiler for the C code of dependencies. Prints the root's directory.
+# Takes about a minute.
 #
 #   tests/setup/arm64.sh
 set -euo pipefail

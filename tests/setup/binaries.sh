@@ -1,9 +1,10 @@
 # shellcheck shell=bash
-# Sourced, not run: binary_path NAME prints which build of one of our binaries a view gets.
+# This file is sourced, not run. `binary_path NAME` prints the path of the build of rrun's program
+# NAME that a view uses.
 #
-# RRUN_BIN_DIR (directories, separated by colons) is searched in order if it is set; else the
-# most recent build among the target directory's profiles is taken, which is what someone who has
-# just run `cargo build` means.
+# If RRUN_BIN_DIR is set, its directories (separated by colons) are searched in order. Otherwise the
+# most recent build of any profile in the target directory is used, because a user who has just run
+# `cargo build` expects that build.
 
 BINARIES=(rrun rrun-cri rrun-monitor rrun-e2e rrun-bench)
 

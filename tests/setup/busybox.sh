@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A static busybox with every applet of its default configuration, from Debian's source: the guest
-# machine's initramfs and all test images are made of it. (Debian's own binaries lack applets that
-# critest runs, and their shell runs applets without an exec, which tests can tell.)
+# Compiles a static busybox with every applet of its default configuration, from Debian's source.
+# The guest machine's initramfs and all test images contain this busybox. Debian's own binaries are
+# not suitable: they lack applets that critest runs. Their shell also runs applets without an exec,
+# and the tests would observe that difference.
 #
 #   tests/setup/busybox.sh
 #
-# Prints a directory with bin/, sbin/, usr/: the applets are hard links of one file.
+# Prints a directory with bin/, sbin/ and usr/. The applets in it are hard links to one file.
 set -euo pipefail
 . "$(dirname -- "$0")/cache.sh"
 . "$(dirname -- "$0")/mirror.sh"
@@ -26,7 +27,7 @@ build_busybox() {
     cd "$apt"/busybox-*/
     say "compiling busybox (about a minute)"
     make -s defconfig >/dev/null
-    # tc does not compile against current kernel headers, and nothing here shapes traffic.
+    # tc does not compile against current kernel headers, and the tests do not need it.
     sed -i -E -e 's/^# (CONFIG_STATIC) is not set/\1=y/' \
         -e 's/^(CONFIG_TC|CONFIG_FEATURE_TC_INGRESS)=y/# \1 is not set/' \
         -e 's/^(CONFIG_INSTALL_APPLET_SYMLINKS)=y/# \1 is not set/' \

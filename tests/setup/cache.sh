@@ -1,35 +1,35 @@
 # shellcheck shell=bash
-# Sourced, not run: the cache that every set-up script builds into.
+# This file is sourced, not run. It implements the cache for the results of the set-up scripts.
 #
-#   cache_key WORD…              the key: a hash over the words and the calling script itself
-#   cache_entry NAME KEY BUILD   prints the path of the entry NAME-KEY; if it is not there,
-#                                runs the function BUILD with an empty directory to fill
-#   say / die                    a line with elapsed seconds, on stderr
-#   progress WHAT TOTAL PATTERN UNIT   reads a command's output, shows how many of its lines match
-#   progress_size WHAT FILE MB   runs beside a command, and shows how much of a file is written
+#   cache_key WORD…              prints the key: a hash of the words and of the calling script
+#   cache_entry NAME KEY BUILD   prints the path of the entry NAME-KEY; if the entry does not exist,
+#                                calls the function BUILD with an empty directory to fill
+#   say / die                    print a line with the elapsed seconds to stderr
+#   progress WHAT TOTAL PATTERN UNIT   reads a command's output, and shows how many lines match
+#   progress_size WHAT FILE MB   runs in parallel with a command, and shows the size of a file
 #
-# An entry is built under a temporary name and renamed when complete, so an interrupted build
-# never counts; under a lock, so two callers never build the same thing twice.
-# Entries live in RRUN_CACHE (default ~/.cache/rrun); those unused for two weeks are dropped
-# when a newer one of the same name is built.
+# An entry is built under a temporary name and renamed when it is complete, so that the result of an
+# interrupted build is never used. A lock prevents two callers from building the same entry.
+# Entries are stored in RRUN_CACHE (default ~/.cache/rrun). When a new entry is built, entries of
+# the same name that were not used for two weeks are deleted.
 
-# Go and cargo will not run without one.
+# Go and cargo require HOME.
 export HOME=${HOME:-$(getent passwd "$EUID" | cut -d: -f6)}
 export RRUN_CACHE=${RRUN_CACHE:-$HOME/.cache/rrun}
-# Seconds count from the outermost script's start.
+# The time at which the outermost script started.
 export RRUN_STARTED=${RRUN_STARTED:-$EPOCHSECONDS}
 
 say() { printf '[%4ds] %s\n' "$((EPOCHSECONDS - RRUN_STARTED))" "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-# Whether progress is shown as one line that changes. Steps that run side by side would overwrite
-# each other's line.
+# one_line: succeeds if progress is shown as one line that is overwritten. Steps that run in
+# parallel would overwrite each other's line.
 one_line() { [[ -t 2 && -z ${RRUN_SIDE_BY_SIDE-} ]]; }
 
-# show_count WHAT DONE TOTAL UNIT: changes one line on a terminal, and prints a new line elsewhere.
+# show_count WHAT DONE TOTAL UNIT: overwrites one line on a terminal. Otherwise prints a new line.
 show_count() {
     local text
-    # TOTAL is an estimate, so that DONE may be more.
+    # TOTAL is an estimate, so that DONE can exceed it.
     text=$(printf '[%4ds] %s: %d %s of about %d (%d %%)' "$((EPOCHSECONDS - RRUN_STARTED))" "$1" "$2" "$4" "$3" \
         "$(($2 * 100 / ($3 > $2 ? $3 : $2 + 1)))")
     if one_line; then
@@ -39,8 +39,8 @@ show_count() {
     fi
 }
 
-# progress WHAT TOTAL PATTERN UNIT <OUTPUT: TOTAL is how many lines are expected to match PATTERN,
-# an extended regular expression. Prints nothing in the first five seconds.
+# progress WHAT TOTAL PATTERN UNIT <OUTPUT: TOTAL is the number of lines that are expected to match
+# PATTERN, an extended regular expression. Prints nothing in the first five seconds.
 progress() {
     local what=$1 total=$2 pattern=$3 unit=$4 line count=0 shown=$EPOCHSECONDS pause=5
     [[ $total -gt 0 ]] || total=1
@@ -55,10 +55,11 @@ progress() {
     ! one_line || printf '\r\e[K' >&2
 }
 
-# progress_size WHAT FILE MEGABYTES: shows the size of FILE every five seconds, until it is killed.
+# progress_size WHAT FILE MEGABYTES: shows the size of FILE every five seconds until it is killed.
 progress_size() {
     local never
-    # Nothing is ever written to this pipe. If this function is killed, a `sleep` would outlive it.
+    # `read` waits with a timeout on a pipe to which no process writes. A `sleep` in its place would
+    # continue to run after this function was killed.
     exec {never}<> <(:)
     while ! read -r -t 5 -u "$never"; do
         show_count "$1" "$(du -m "$2" 2>/dev/null | cut -f1)" "$3" MB
@@ -78,12 +79,13 @@ cache_entry() {
         flock -n "$lock" || { say "waiting for another build of $name"; flock "$lock"; }
         if [[ ! -e $dest ]]; then
             say "building $name-$key"
-            # Under the lock, whatever has this name was left by a build that died.
+            # This process has the lock, so a directory of this name was left by a build that was
+            # killed.
             rm -rf --one-file-system "$RRUN_CACHE/.partial-$name"
             partial=$RRUN_CACHE/.partial-$name
             mkdir "$partial"
-            # The lock must not outlive us in a daemon that the build leaves behind.
-            # Bash does not stop at a failure within $(…), unless -e is set again.
+            # The build does not inherit the lock. A daemon that the build started would keep the
+            # lock. Bash does not stop at a failure within $(…), unless -e is set again.
             (set -e; "$build" "$partial" {lock}>&-) >&2
             [[ $? -eq 0 ]] || die "building $name-$key failed"
             mv "$partial" "$dest"
@@ -97,7 +99,7 @@ cache_entry() {
     printf '%s\n' "$dest"
 }
 
-# cache_peek NAME KEY: the path of the entry if it is there, else fails.
+# cache_peek NAME KEY: prints the path of the entry NAME-KEY. Fails if the entry does not exist.
 cache_peek() {
     local dest=$RRUN_CACHE/$1-$2
     [[ -e $dest ]] && printf '%s\n' "$dest"

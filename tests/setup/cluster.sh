@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# A whole cluster of one node, in either view: etcd, the API server, the controller manager, the scheduler,
-# kube-proxy in nftables mode, and a kubelet over a CRI server that already runs.
+# Runs a complete Kubernetes cluster of one node, in either view: etcd, the API server, the
+# controller manager, the scheduler, kube-proxy in nftables mode, and a kubelet that uses a running
+# CRI server.
 #
-#   tests/setup/cluster.sh start CRI-SOCKET [MANIFEST-DIR]    returns when the node is Ready
+#   tests/setup/cluster.sh start CRI-SOCKET [MANIFEST-DIR]    returns when the node is ready
 #   tests/setup/cluster.sh metrics                            adds the metrics API: metrics-server
 #   tests/setup/cluster.sh stop
 #
-# kubectl finds it by KUBECONFIG=/run/cluster/admin.conf. Logs go to /out/cluster/. The environment
-# configures the kubelet as tests/setup/kubelet.sh says. Nobody else is on this machine: the API server's
-# certificate is its own, credentials are tokens made anew each time.
+# kubectl uses the cluster with KUBECONFIG=/run/cluster/admin.conf. The logs are in /out/cluster/.
+# The environment variables that configure kubelet are listed in tests/setup/kubelet.sh. No other
+# user can reach this machine, so the API server's certificate is self-signed, and the credentials
+# are tokens that each start generates.
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 
@@ -41,7 +43,7 @@ until_true() {
     local end=$((SECONDS + $1)) what=$2
     shift 2
     until "$@" >/dev/null 2>&1; do
-        [[ $SECONDS -lt $end ]] || { echo "$what: not within the time" >&2; tail -n 5 /out/cluster/*.log >&2; exit 1; }
+        [[ $SECONDS -lt $end ]] || { echo "$what: not reached before the timeout" >&2; tail -n 5 /out/cluster/*.log >&2; exit 1; }
         sleep 0.5
     done
 }
@@ -56,7 +58,8 @@ start() {
     mkdir -p "$state/certs" /out/cluster
     chmod 700 "$state"
     openssl genrsa -out "$state/accounts.key" 2048 2>/dev/null
-    # Who the API server is to the servers behind it, its own authority.
+    # Create the client certificate that the API server uses for extension API servers. The
+    # certificate is self-signed, so it is also the certificate of its authority.
     openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=front -addext extendedKeyUsage=clientAuth \
         -keyout "$state/front.key" -out "$state/certs/front.crt" 2>/dev/null
     declare -A tokens
@@ -96,13 +99,14 @@ END
     daemon kube-proxy --kubeconfig "$state/proxy.conf" --proxy-mode nftables --conntrack-max-per-core 0 \
         --cluster-cidr 10.88.0.0/16
     until_true 300 "the node's readiness" node_is_ready
-    # Pods need it, and the controller manager takes its time.
+    # Pods need the default service account, which the controller manager creates some time after
+    # its start.
     until_true 120 "the default service account" kubectl get serviceaccount default
 }
 
 metrics_are_served() { kubectl get --raw /apis/metrics.k8s.io/v1beta1; }
 
-# On the node itself, not in a pod: no image of it is to be had.
+# Starts metrics-server on the node itself, not in a pod, because no image of it is available.
 metrics() {
     daemon metrics-server --kubeconfig "$state/metrics.conf" --authentication-kubeconfig "$state/metrics.conf" \
         --authorization-kubeconfig "$state/metrics.conf" --secure-port 4443 --cert-dir "$state/metrics-certs" \
@@ -134,7 +138,7 @@ END
     until_true 300 "the metrics API" metrics_are_served
 }
 
-# What it started, the last first. Containers stay, as they do on a node.
+# Stops the processes that `start` and `metrics` started, in reverse order. Containers keep running.
 stop() {
     local name pid tries
     "$HERE/kubelet.sh" stop
@@ -149,7 +153,7 @@ stop() {
         kill -KILL "$pid" 2>/dev/null || true
     done
     ! command -v kube-proxy >/dev/null || kube-proxy --cleanup --proxy-mode nftables >/dev/null 2>&1 || true
-    # kubelet's own rules, which it would make again each minute.
+    # The remaining rules are kubelet's own. A running kubelet creates them again every minute.
     for name in iptables ip6tables; do
         ! "$name-save" 2>/dev/null | grep -q KUBE- || "$name-save" | grep -v KUBE- | "$name-restore"
     done

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# The peer: containerd with runc and the CNI bridge plugin, set up as in a cluster, in either view.
+# Runs containerd in either view, so that tests can compare rrun-cri with containerd. containerd
+# uses runc and the CNI bridge plugin, as in a cluster.
 #
-#   tests/setup/containerd.sh start [REGISTRY-PORT]    returns when it answers; default port 5000
+#   tests/setup/containerd.sh start [REGISTRY-PORT]    returns when containerd answers; default port 5000
 #   tests/setup/containerd.sh stop
 #
-# RUNC in the environment is another runtime's path.
+# The environment variable RUNC can contain the path of another runtime.
 #
-# It answers on unix:///run/containerd/containerd.sock and logs to /out/containerd.log. Images of
-# registry.k8s.io and the other names in tests/images/registry.sh come from the local registry,
-# which is started apart. Its network configuration lies in a directory of its own, so that
-# rrun-cri beside it keeps its embedded network. crictl: `crictl -r unix:///run/containerd/containerd.sock`.
+# containerd answers on unix:///run/containerd/containerd.sock and logs to /out/containerd.log. It
+# pulls images of registry.k8s.io and of the other names in tests/images/registry.sh from the local
+# registry, which must already run. Its network configuration is in a separate directory, so that
+# rrun-cri on the same machine continues to use its embedded network. Call crictl like this:
+# `crictl -r unix:///run/containerd/containerd.sock`.
 set -euo pipefail
 
 socket=/run/containerd/containerd.sock
@@ -17,9 +19,10 @@ pid_file=/run/containerd-test.pid
 
 start() {
     local port=${1:-5000} restrict=false runc=/usr/sbin/runc tries
-    # Lowering oom_score_adj takes CAP_SYS_RESOURCE, which some hosts keep to themselves.
+    # Lowering oom_score_adj requires CAP_SYS_RESOURCE, and some hosts do not grant it to
+    # containers.
     [[ $((0x$(awk '/^CapEff/ { print $2 }' /proc/self/status) >> 24 & 1)) -eq 1 ]] || restrict=true
-    # The native view of a host with cgroup v1.
+    # The native view has no controllers if the host uses cgroup v1.
     grep -qw cpu /sys/fs/cgroup/cgroup.controllers ||
         runc=$(readlink -f -- "$(dirname -- "$0")")/runc-without-limits
     runc=${RUNC:-$runc}

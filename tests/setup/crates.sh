@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Keeps compiled dependencies outside the checkout, so that a fresh clone compiles only its own
+# Stores compiled dependencies outside the checkout, so that a fresh clone compiles only its own
 # crates.
 #
-#   tests/setup/crates.sh restore     into a target directory that does not exist yet
-#   tests/setup/crates.sh save        from one in which everything has been compiled, if none is kept
+#   tests/setup/crates.sh restore     copies them to the target directory, if that does not exist
+#   tests/setup/crates.sh save        copies them from the target directory, if they are not stored yet
 #
-# The key covers what cargo's own fingerprints of dependencies cover: the compiler, the lock file,
-# features, profiles and flags. cargo checks the fingerprints again, and compiles what does not
-# match.
+# The key covers the same inputs as cargo's fingerprints of dependencies: the compiler, the lock
+# file, features, profiles and flags. cargo checks the fingerprints again, and compiles each
+# dependency whose fingerprint does not match.
 set -euo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 . "$HERE/cache.sh"
 cd "$HERE/../.."
 target=${CARGO_TARGET_DIR:-$PWD/target}
 
-# Crates lie in folders of the checkout, and in folders of these.
+# Crates are in folders of the checkout, and in subfolders of these folders.
 manifests() { find . -maxdepth 3 -name target -prune -o -name Cargo.toml -print | LC_ALL=C sort; }
 key=$(cache_key "$(rustc -vV)" "$(manifests | xargs cat Cargo.lock .cargo/config.toml)")
 
-# Removes the workspace's own crates, because cargo identifies those by their directory. All are named
-# rrun or rrun-SOMETHING.
+# The workspace's own crates are not stored, because cargo identifies them by their directory. The
+# names of all these crates begin with rrun.
 save() {
     local profile
     while read -r profile; do
@@ -27,7 +27,7 @@ save() {
         cp -a "$target/$profile"/{.fingerprint,build,deps} "$1/$profile/"
     done < <(cd "$target" && find . -mindepth 2 -maxdepth 4 -type d -name .fingerprint -printf '%h\n')
     find "$1" -mindepth 3 \( -name 'rrun*' -o -name 'librrun*' \) -prune -exec rm -rf {} +
-    # All programs here are tests of the workspace's crates.
+    # All programs in these directories are tests of the workspace's crates.
     find "$1" -path '*/deps/*' -type f -perm -u+x ! -name '*.so' -delete
 }
 

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Runs inside either view, just before the command: what both have in common.
+# Runs a command inside either view, after the set-up steps that both views have in common.
 #
 #   tests/setup/inside.sh CMD…
 #
-# Expects RRUN_TEST_VIEW and the paths of the views: /src, /out, /images, /tools.
+# The caller sets RRUN_TEST_VIEW and mounts the directories of a view: /src, /out, /images, /tools.
 set -euo pipefail
 
 ip link set lo up
-# A way out for those that want a default route (kubelet, etcd): nobody lives behind it.
+# kubelet and etcd require a default route. The route uses an interface that is not connected to a
+# network.
 if ! ip link show uplink0 >/dev/null 2>&1; then
     ip link add uplink0 type dummy 2>/dev/null || {
         ip link add uplink0 type veth peer name uplink1
@@ -22,7 +23,7 @@ ulimit -n 65536 2>/dev/null || ulimit -n "$(ulimit -Hn)"
 
 path=/usr/local/bin
 for tool in /tools/*/; do
-    # Another kubelet, asked for by KUBELET.
+    # Tests select the older kubelet with the variable KUBELET, so it is not in PATH.
     [[ -d $tool && $tool != */kubelet-old/ ]] && path+=:${tool%/}
 done
 export PATH=$path:/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin

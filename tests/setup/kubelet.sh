@@ -1,24 +1,29 @@
 #!/usr/bin/env bash
-# kubelet on its own (no API server), in either view: runs the pods whose manifests lie in a directory.
+# Runs kubelet in either view, by default without an API server. kubelet then runs the pods whose
+# manifests are in a directory.
 #
-#   tests/setup/kubelet.sh start CRI-SOCKET [MANIFEST-DIR]    returns when it answers
+#   tests/setup/kubelet.sh start CRI-SOCKET [MANIFEST-DIR]    returns when kubelet answers
 #   tests/setup/kubelet.sh stop
 #
-# CRI-SOCKET is a path or unix:// address; MANIFEST-DIR defaults to /etc/kubernetes/manifests and is
-# looked at every second. http://127.0.0.1:10255/pods and /healthz answer without credentials. Logs
-# to /out/kubelet.log; its own state is /var/lib/kubelet. The cgroup driver is the runtime's.
+# CRI-SOCKET is a path or unix:// address. MANIFEST-DIR defaults to /etc/kubernetes/manifests, and
+# kubelet reads it every second. kubelet answers requests to http://127.0.0.1:10255/pods and
+# /healthz without credentials. It logs to /out/kubelet.log and stores its state in
+# /var/lib/kubelet. It uses the cgroup driver that the runtime reports.
 #
-# From the environment: KUBELET, the program (default: the one in PATH); KUBELET_CONFIG, lines for its
-# configuration; KUBELET_KUBECONFIG and KUBELET_ADDRESS, the API server that it belongs to and where
-# it is to be reached by that (tests/setup/cluster.sh).
+# Environment variables: KUBELET is the program (default: kubelet in PATH). KUBELET_CONFIG contains
+# lines for its configuration. tests/setup/cluster.sh sets two more variables: KUBELET_KUBECONFIG is
+# the configuration for reaching the API server, and KUBELET_ADDRESS the address that kubelet
+# listens on.
 set -euo pipefail
 
 pid_file=/run/kubelet-test.pid
-# A group of its own, as a service has: in the root's kubelet finds no swap to share out.
+# kubelet runs in a separate cgroup, as a service does. In the root cgroup it would find no swap to
+# assign to pods.
 group=/sys/fs/cgroup/kubelet-test
 
-# unless_told KEY VALUE: a key may be there once only.
-unless_told() {
+# unless_configured KEY VALUE: prints the line, unless KUBELET_CONFIG has the key. YAML allows a key
+# once.
+unless_configured() {
     grep -q "^$1:" <<<"${KUBELET_CONFIG-}" || echo "$1: $2"
 }
 
@@ -26,7 +31,7 @@ start() {
     local socket=$1 manifests=${2:-/etc/kubernetes/manifests} tries
     [[ $socket == *://* ]] || socket=unix://$socket
     mkdir -p "$manifests" /var/lib/kubelet /var/log/pods
-    # The image service's address is the runtime's. Nothing here is reachable from elsewhere.
+    # Requests need no credentials, because the view is not reachable from other machines.
     cat >/var/lib/kubelet/config.yaml <<END
 apiVersion: kubelet.config.k8s.io/v1beta1
 kind: KubeletConfiguration
@@ -43,8 +48,8 @@ authentication:
 authorization: {mode: AlwaysAllow}
 enableServer: true
 resolvConf: /etc/resolv.conf
-$(unless_told imageGCHighThresholdPercent 100)
-$(unless_told evictionHard '{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}')
+$(unless_configured imageGCHighThresholdPercent 100)
+$(unless_configured evictionHard '{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}')
 ${KUBELET_CONFIG-}
 END
     if [[ $(</proc/self/cgroup) == 0::/ ]]; then
@@ -64,7 +69,7 @@ END
     exit 1
 }
 
-# Its containers stay, as they do on a node.
+# Stops kubelet. The containers keep running, as they do on a node.
 stop() {
     [[ -f $pid_file ]] || return 0
     local pid tries
@@ -75,7 +80,7 @@ stop() {
         sleep 0.1
     done
     rm -f "$pid_file"
-    # Whatever it has started ends a moment later.
+    # The processes that kubelet has started exit a moment later.
     for ((tries = 0; tries < 50; tries++)); do
         [[ ! -d $group ]] || rmdir "$group" 2>/dev/null || { sleep 0.1; continue; }
         break

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced after cache.sh, not run.
+# This file is sourced after cache.sh, not run.
 #
-#   debian_mirror                       prints the Debian archive that apt is configured with, so that
-#                                       no script writes one down
+#   debian_mirror                       prints the Debian archive in apt's configuration, so that no
+#                                       script contains the address of an archive
 #   debian_root WHAT SUITE DIR PACKAGE… installs a Debian with these packages into an empty directory
 
 debian_mirror() {

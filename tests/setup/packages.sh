@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that the tests need on this machine, and any PACKAGE that is given.
-# Needs root. Does nothing if they are installed.
+# Installs the Debian packages that the tests need on this machine, and each given PACKAGE. Needs
+# root. Does nothing if all of them are installed.
 #
 #   tests/setup/packages.sh [PACKAGE…]
 set -euo pipefail
 . "$(dirname -- "$0")/cache.sh"
 . "$(dirname -- "$0")/mirror.sh"
 
-# mmdebstrap: the test root. debootstrap: the lower layers of an image. e2fsprogs: guest disks.
-# secilc: the guest's SELinux policy. The others build busybox and run the views.
+# mmdebstrap builds the test root, and debootstrap the lower layers of an image. e2fsprogs creates
+# the guest's disks. secilc compiles the guest's SELinux policy. The other packages are needed for
+# building busybox and for running the views.
 PACKAGES=(mmdebstrap debootstrap e2fsprogs secilc cpio xz-utils zstd jq curl make gcc libc6-dev perl bzip2
     util-linux procps iproute2 kmod strace shellcheck ca-certificates)
 
@@ -23,7 +24,7 @@ missing() {
 case $(uname -m) in
     x86_64) qemu='qemu-system-x86' ;;
     aarch64) qemu='qemu-system-arm' ;;
-    *) die "no guest machine is known for $(uname -m)" ;;
+    *) die "the guest machine does not support $(uname -m)" ;;
 esac
 
 apt_get() {
@@ -32,22 +33,23 @@ apt_get() {
 }
 
 for command in go cargo rustc; do
-    command -v "$command" >/dev/null || die "$command is not in PATH: Go and Rust come before make setup"
+    command -v "$command" >/dev/null || die "$command is not in PATH: install Go and Rust before make setup"
 done
 
 exec {lock}>/run/lock/rrun-packages
 flock "$lock"
 
-wanted=$(missing "${PACKAGES[@]}" "$@")
-if [[ -n $wanted ]]; then
-    say "installing: ${wanted//$'\n'/ }"
+to_install=$(missing "${PACKAGES[@]}" "$@")
+if [[ -n $to_install ]]; then
+    say "installing: ${to_install//$'\n'/ }"
     apt_get update
-    # One word per line, none with a blank in it.
+    # Names of packages contain no blanks, so that the variable can be split into words.
     # shellcheck disable=SC2086
-    apt_get install $wanted
+    apt_get install $to_install
 fi
 
-# QEMU 7.2 of Debian 12 dies of a double fault in current kernels; 10 from its backports does not.
+# In QEMU 7.2 of Debian 12, current kernels crash with a double fault. QEMU 10 from its backports
+# works.
 qemu_major() { dpkg-query -W -f '${Version}' "$qemu" 2>/dev/null | sed 's/^[0-9]*://; s/\..*//'; }
 if [[ $(qemu_major) -lt 10 ]]; then
     codename=$(. /etc/os-release && echo "$VERSION_CODENAME")

@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# The Debian root that both test views stand on: the native one (tests/native/run) and the guest
-# machine (tests/vm/run). Current peers and clients from sid, systemd, and a kernel with its
-# modules for the guest. Prints its directory.
+# Builds the Debian root of both test views: the native view (tests/native/run) and the guest
+# machine (tests/vm/run). It contains systemd, current versions of rrun's peers and clients from
+# sid, and a kernel with modules for the guest. Prints the root's directory.
 #
 #   tests/setup/root.sh
 #
-# Nobody writes into it: both views put something of their own over it. Takes about 2 minutes.
+# The root is never changed: each view puts a writable overlay over it. Building takes about 2
+# minutes.
 set -euo pipefail
 . "$(dirname -- "$0")/cache.sh"
 . "$(dirname -- "$0")/mirror.sh"
 
-# By what they are for: peers of rrun; peers of rrun-cri; images; network; looking around;
-# PID 1 of the guest; callers of rrun and what confines; terminals, volumes, registries; measuring.
+# Each line of packages has one purpose, in this order: peers of rrun; peers of rrun-cri; images;
+# the network; inspecting a system; PID 1 of the guest; programs that call rrun, and security;
+# terminals, volumes and registries; measuring.
 PACKAGES=(
     runc crun
     containerd podman conmon containernetworking-plugins
@@ -23,8 +25,8 @@ PACKAGES=(
     tmux socat conntrack fuse3 attr zstd openssl apache2-utils
     hyperfine
 )
-# The peers' and clients' versions are sid's of the day; the guest's kernel is a known one, since
-# a new one may not run under every QEMU.
+# The peers and clients have the versions that sid has on the day of the build. The guest's kernel
+# is from a stable release, because a newer kernel does not run under every version of QEMU.
 SUITE=sid
 KERNEL_SUITE=trixie
 
@@ -32,12 +34,12 @@ kernel_package() {
     case $(dpkg --print-architecture) in
         amd64) echo linux-image-cloud-amd64 ;;
         arm64) echo linux-image-cloud-arm64 ;;
-        *) die "no guest kernel is known for $(dpkg --print-architecture)" ;;
+        *) die "the guest machine has no kernel for $(dpkg --print-architecture)" ;;
     esac
 }
 
-# An apt of its own for the kernel's suite: the package is unpacked, not installed, so that no
-# initramfs or boot loader is made for it.
+# apt uses a separate configuration for the kernel's suite. The package is unpacked, not installed,
+# so that its scripts create no initramfs and no boot loader entry.
 unpack_kernel() {
     local root=$1 apt=$1/tmp/kernel-apt package
     mkdir -p "$apt"/{lists,cache}
@@ -56,8 +58,8 @@ unpack_kernel() {
     rm -rf "$apt"
     local release
     release=$(ls "$root/usr/lib/modules")
-    [[ -n $release && -f $root/boot/vmlinuz-$release ]] || die "the kernel package held no kernel"
-    # No device of these is in the guest.
+    [[ -n $release && -f $root/boot/vmlinuz-$release ]] || die "the kernel package contained no kernel"
+    # The guest has no devices that need these modules.
     (cd "$root/usr/lib/modules/$release/kernel" &&
         rm -rf sound drivers/{media,gpu,infiniband,hid,usb,scsi,target,nvdimm,ata,mmc,pcmcia,input,iio,hwmon})
     depmod -b "$root" "$release"
@@ -70,7 +72,7 @@ build_root() {
     DEBIAN_ROOT_PACKAGES=350 debian_root root "$SUITE" "$root" "${PACKAGES[@]}"
     unpack_kernel "$root"
 
-    # Tests start what they need; at boot nothing comes up by itself.
+    # Tests start the services that they need. No service is started at boot.
     for service in containerd docker apparmor apache-htcacheclean docker-registry podman podman-restart podman-auto-update \
         podman-clean-transient apt-daily apt-daily-upgrade dpkg-db-backup e2scrub_all \
         e2scrub_reap fstrim nftables systemd-networkd systemd-timesyncd systemd-pstore \
@@ -78,17 +80,19 @@ build_root() {
         find "$root/etc/systemd/system" -name "$service.*" -type l -delete
     done
 
-    # The same on every machine, and telling nothing of the one that built it.
+    # These files are the same on every machine, and do not depend on the machine that builds the
+    # root.
     echo rrun-test >"$root/etc/hostname"
     printf '127.0.0.1 localhost\n127.0.1.1 rrun-test\n::1 localhost ip6-localhost\n' >"$root/etc/hosts"
-    # Refuses at once; a name server that never answers stalls kubelet for 10 s a pod.
+    # Port 53 of 127.0.0.1 refuses queries at once. A name server that never answers delays kubelet
+    # by 10 s for each pod.
     rm -f "$root/etc/resolv.conf"
     echo 'nameserver 127.0.0.1' >"$root/etc/resolv.conf"
     : >"$root/etc/fstab"
     echo rrun-test-root-machine-id | md5sum | cut -d' ' -f1 >"$root/etc/machine-id"
     passwd --root "$root" -d root >/dev/null
     mkdir -p "$root"/{src,out,images,tools,etc/rrun,opt/cni}
-    # Where clients look for CNI plugins by default.
+    # Clients search for CNI plugins in /opt/cni/bin by default.
     ln -sfn /usr/lib/cni "$root/opt/cni/bin"
     rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/* \
         "$root"/usr/share/{doc,man,locale,info,lintian,bug} "$root"/etc/cni/net.d/* \

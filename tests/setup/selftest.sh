@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What the two views promise, held: in the manner of cargo's tests, for tests/run.
+# Checks that both views behave as documented. Reports the checks as cargo reports tests, for
+# tests/run.
 set -uo pipefail
 HERE=$(readlink -f -- "$(dirname -- "$0")")
 native=$HERE/../native/run
@@ -8,17 +9,17 @@ guest=$HERE/../vm/run
 OUT=$(mktemp -d)
 trap 'rm -rf "$OUT"' EXIT
 
-the_native_view_passes_the_exit_status_on() {
+the_native_view_returns_the_exit_status_of_the_command() {
     "$native" --out "$OUT" -- sh -c 'exit 42'
     [[ $? -eq 42 ]]
 }
 
-the_native_view_is_gone_with_its_command() {
+the_native_view_is_removed_when_its_command_exits() {
     local marker=selftest-$$
     "$native" --out "$OUT" -- sh -c "mkdir /sys/fs/cgroup/$marker && mount -t tmpfs $marker /mnt &&
         ip link add br-$$ type bridge && touch /run/$marker /var/lib/rrun/$marker && setsid sleep 1000.$$ &
         sleep 0.3" || return 1
-    # Looked for where the view's own root would have put them on the host.
+    # None of the objects that the command created in the view may exist on the host.
     ! ip link show "br-$$" 2>/dev/null &&
         ! pgrep -f "sleep 1000[.]$$" &&
         [[ ! -e /run/$marker && ! -e /var/lib/rrun/$marker ]] &&
@@ -26,16 +27,16 @@ the_native_view_is_gone_with_its_command() {
         ! unshare --mount bash -c "mount -t cgroup2 none /mnt && find /mnt -name $marker | grep ."
 }
 
-the_native_view_can_not_write_to_the_checkout() {
+the_native_view_cannot_write_to_the_checkout() {
     "$native" --out "$OUT" -- sh -c '! touch /src/selftest 2>/dev/null'
 }
 
-what_a_command_leaves_in_out_comes_back() {
+a_file_that_a_command_writes_to_out_is_copied_to_the_host() {
     "$native" --out "$OUT" -- sh -c 'echo native >/out/native' && [[ $(<"$OUT/native") == native ]] &&
         "$guest" --timeout 120 --out "$OUT" -- sh -c 'echo guest >/out/guest' && [[ $(<"$OUT/guest") == guest ]]
 }
 
-the_guest_has_every_controller_and_passes_the_exit_status_on() {
+the_guest_has_every_controller_and_returns_the_exit_status() {
     "$guest" --timeout 120 --out "$OUT" -- bash -c '
         for controller in cpu cpuset io memory pids hugetlb; do
             grep -qw $controller /sys/fs/cgroup/cgroup.subtree_control || exit 1
@@ -44,14 +45,14 @@ the_guest_has_every_controller_and_passes_the_exit_status_on() {
     [[ $? -eq 43 ]]
 }
 
-the_guest_boots_systemd_when_asked() {
+the_guest_boots_systemd_if_requested() {
     "$guest" --systemd --timeout 180 --out "$OUT" -- bash -c '
         [[ $(</proc/1/comm) == systemd ]] && busctl --quiet status org.freedesktop.systemd1 >/dev/null &&
             [[ $RRUN_TEST_VIEW == vm-systemd ]] && exit 44'
     [[ $? -eq 44 ]]
 }
 
-the_guest_is_switched_off_at_its_deadline() {
+the_guest_is_switched_off_at_its_timeout() {
     "$guest" --timeout 12 --out "$OUT" -- sleep 1000
     [[ $? -eq 124 ]]
 }
@@ -70,7 +71,7 @@ a_check_that_fails_twice_fails() {
     [[ $? -eq 1 && $printed == *'test check ... FAILED'*'1 failed'* ]]
 }
 
-for name in $(declare -F | awk '/ the_| what_| a_/ { print $3 }'); do
+for name in $(declare -F | awk '/ the_| a_/ { print $3 }'); do
     attempt "testbed::$name" "$name"
 done
 attempts_result

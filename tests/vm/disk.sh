@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Turns a cache entry into an ext4 disk image, once, and prints the image's path.
+# Creates an ext4 disk image from a cache entry, if it does not exist yet, and prints its path.
 #
-#   tests/vm/disk.sh ENTRY-DIR [SIZE]     SIZE default: what it holds and a quarter more
+#   tests/vm/disk.sh ENTRY-DIR [SIZE]     default SIZE: the size of the entry and a quarter more
 #
-# The images stay pristine: guests write into a throw-away overlay of them.
+# The images are never changed: a guest writes to a temporary snapshot of an image.
 set -euo pipefail
 . "$(dirname -- "$0")/../setup/cache.sh"
 
@@ -18,7 +18,8 @@ build_disk() {
     progress_size "the disk of $name" "$1/disk.img" "$holds" &
     watcher=$!
     trap 'kill "$watcher"' EXIT
-    # No journal: nobody reads the disk after a crash, and under emulation it costs time.
+    # The disk is not used again after a crash, so it needs no journal, which is slow under
+    # emulation.
     mkfs.ext4 -q -F -m 0 -O ^has_journal -E nodiscard -d "$ENTRY" "$1/disk.img"
 }
 

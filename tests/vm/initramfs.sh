@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes the guest's initramfs: busybox, the disk driver (a module in Debian's kernel) and
-# initramfs-init. Prints the path of the image.
+# Builds the guest's initramfs. It contains busybox, the disk driver (a module of Debian's kernel)
+# and initramfs-init. Prints the path of the image.
 #
 #   tests/vm/initramfs.sh ROOT-DIR
 set -euo pipefail

@@ -1,5 +1,5 @@
-//! The application of `tests/cluster/application.yaml` on a real cluster, by kubectl: from its first
-//! replica to its removal, as an operator would see it.
+//! Tests of the application in `tests/cluster/application.yaml` on a real cluster. The tests
+//! deploy, scale, update and remove the application with kubectl, as an operator does.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -20,13 +20,13 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        an_application_from_its_first_replica_to_its_removal,
+        kubectl_controls_an_application_from_deployment_to_removal,
         Need::NativeOrLong,
         APISERVER,
         KUBELET,
     ),
     test!(
-        runtime_classes_and_drained_nodes,
+        runtime_classes_select_runtimes_and_a_node_can_be_drained,
         Need::NativeOrLong,
         APISERVER,
         KUBELET,
@@ -35,19 +35,19 @@ pub(crate) const TESTS: &[Test] = &[
 
 const MANIFEST: &str = "/src/tests/cluster/application.yaml";
 
-fn an_application_from_its_first_replica_to_its_removal() -> Result {
+fn kubectl_controls_an_application_from_deployment_to_removal() -> Result {
     on_a_node(|node| {
         let cluster = Cluster::start(node)?;
         let started = Instant::now();
         cluster.asks(&["apply", "-f", MANIFEST])?;
         let pods = rolled_out(&cluster, 3)?;
         note(format!(
-            "a Deployment's three replicas were Ready {:.1} s after kubectl apply, the images' pull included",
+            "the three replicas of a Deployment were Ready {:.1} s after kubectl apply (this includes the pull of the images)",
             started.elapsed().as_secs_f64()
         ));
         let service = service(&cluster)?;
         every_replica_answers(service, &pods)?;
-        an_answer_shows_what_it_was_given(service)?;
+        the_application_answers_with_its_configured_values(service)?;
 
         for replicas in [5, 2] {
             let scale = format!("--replicas={replicas}");
@@ -55,11 +55,11 @@ fn an_application_from_its_first_replica_to_its_removal() -> Result {
             let pods = rolled_out(&cluster, replicas)?;
             every_replica_answers(service, &pods)?;
         }
-        an_update_fails_no_request(&cluster, service)?;
-        restarts_go_unnoticed(node, &cluster, service)?;
+        no_request_fails_during_a_rolling_update(&cluster, service)?;
+        no_request_fails_during_restarts_of_the_server_and_of_kubelet(node, &cluster, service)?;
 
         cluster.asks(&["delete", "-f", MANIFEST, &timeout_flag()])?;
-        eventually("the pods to be gone", || {
+        eventually("the pods to be deleted", || {
             Ok(pods_of(&cluster)?.is_empty().then_some(()))
         })?;
         Kubelet::has_stopped_everything(node)
@@ -70,7 +70,7 @@ fn pods_of(cluster: &Cluster) -> Result<Vec<Value>> {
     cluster.list(&["pods", "--selector", "app=application"])
 }
 
-/// Waits until so many replicas are Ready, and no other pod of it is there.
+/// Waits until the application has exactly `replicas` replicas, and all replicas are Ready.
 fn rolled_out(cluster: &Cluster, replicas: usize) -> Result<Vec<Value>> {
     cluster.asks(&[
         "rollout",
@@ -78,99 +78,125 @@ fn rolled_out(cluster: &Cluster, replicas: usize) -> Result<Vec<Value>> {
         "deployment/application",
         &timeout_flag(),
     ])?;
-    eventually(&format!("{replicas} Ready replicas"), || {
-        let pods = pods_of(cluster)?;
-        let states: Vec<_> = pods.iter().map(|pod| &pod["status"]["phase"]).collect();
-        ensure!(
-            pods.len() == replicas && pods.iter().all(is_ready),
-            "{states:?}"
-        );
-        Ok(Some(pods))
-    })
+    eventually(
+        &format!("the Deployment to have exactly {replicas} Ready replicas"),
+        || {
+            let pods = pods_of(cluster)?;
+            let states: Vec<_> = pods.iter().map(|pod| &pod["status"]["phase"]).collect();
+            ensure!(
+                pods.len() == replicas && pods.iter().all(is_ready),
+                "the number of Ready replicas is not {replicas}; the phases of all replicas are {states:?}"
+            );
+            Ok(Some(pods))
+        },
+    )
 }
 
-/// Where the cluster's Service is to be had.
+/// Returns the address of the application's Service.
 fn service(cluster: &Cluster) -> Result<SocketAddr> {
     let address = "jsonpath={.spec.clusterIP}:{.spec.ports[0].port}";
     let address = cluster.asks(&["get", "service", "application", "-o", address])?;
     let address = address.parse();
-    Ok(address.map_err(|error| format!("the Service's address: {error}"))?)
+    Ok(address.map_err(|error| format!("the Service's address is invalid: {error}"))?)
 }
 
-/// One request, by a connection of its own, as kube-proxy counts them.
+/// Sends one request on a new connection, because kube-proxy distributes connections, not requests,
+/// among the replicas.
 fn request(service: SocketAddr) -> Result<Value> {
     let mut stream = TcpStream::connect_timeout(&service, deadline())?;
     stream.set_read_timeout(Some(deadline()))?;
     stream.write_all(b"GET / HTTP/1.0\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
-    let (head, body) = answer.split_once("\r\n\r\n").ok_or("no end of a head")?;
-    ensure!(head.contains(" 200 "), "{head}");
-    Ok(serde_json::from_str(body).map_err(|error| format!("{error}: {body}"))?)
+    let (head, body) = answer
+        .split_once("\r\n\r\n")
+        .ok_or("the answer has no complete HTTP head")?;
+    ensure!(
+        head.contains(" 200 "),
+        "the answer's HTTP status is not 200; the head of the answer: {head}"
+    );
+    Ok(serde_json::from_str(body).map_err(|error| {
+        format!("cannot parse the body of the application's answer: {error}; the body: {body}")
+    })?)
 }
 
 fn host(answer: &Value) -> String {
     answer["host"].as_str().unwrap_or_default().to_owned()
 }
 
-/// The Service finds each of these, and after a while none but these.
+/// Waits until each pod in `pods` has answered a request to the Service. At first, the Service can
+/// still forward requests to other pods. The wait ignores the answers of other pods.
 fn every_replica_answers(service: SocketAddr, pods: &[Value]) -> Result {
     let names: Vec<&str> = pods
         .iter()
         .filter_map(|pod| pod["metadata"]["name"].as_str())
         .collect();
-    let mut wanted = names.clone();
-    wait_within(cluster_timeout(), "an answer by every replica", || {
-        let host = host(&request(service)?);
-        ensure!(names.contains(&host.as_str()), "{host} answered");
-        wanted.retain(|name| *name != host);
-        ensure!(wanted.is_empty(), "no answer by {wanted:?}");
-        Ok(Some(()))
-    })
+    let mut missing = names.clone();
+    wait_within(
+        cluster_timeout(),
+        "every replica of the Service to answer",
+        || {
+            let host = host(&request(service)?);
+            ensure!(
+                names.contains(&host.as_str()),
+                "the pod {host} answered, which is not one of the expected replicas"
+            );
+            missing.retain(|name| *name != host);
+            ensure!(
+                missing.is_empty(),
+                "these pods have not answered: {missing:?}"
+            );
+            Ok(Some(()))
+        },
+    )
 }
 
-fn an_answer_shows_what_it_was_given(service: SocketAddr) -> Result {
-    let told = request(service)?;
+fn the_application_answers_with_its_configured_values(service: SocketAddr) -> Result {
+    let answer = request(service)?;
     for (what, is, should) in [
-        ("version", &told["version"], json!("1")),
-        ("user", &told["user"], json!([1000, 1000, [1000]])),
+        ("the version", &answer["version"], json!("1")),
+        (
+            "the user and groups",
+            &answer["user"],
+            json!([1000, 1000, [1000]]),
+        ),
         (
             "the ConfigMap's key",
-            &told["environment"]["APP_COLOR"],
+            &answer["environment"]["APP_COLOR"],
             json!("green"),
         ),
         (
             "the ConfigMap's file",
-            &told["config"]["greeting"],
+            &answer["config"]["greeting"],
             json!("hello from the ConfigMap"),
         ),
         (
             "the Secret",
-            &told["secret"]["password"],
-            json!("not told to anyone"),
+            &answer["secret"]["password"],
+            json!("a password from the Secret"),
         ),
         (
             "the pod's name",
-            &told["downward"]["name"],
-            told["host"].clone(),
+            &answer["downward"]["name"],
+            answer["host"].clone(),
         ),
         (
             "the memory limit",
-            &told["downward"]["memory"],
+            &answer["downward"]["memory"],
             json!((128 << 20).to_string()),
         ),
         (
             "the init container's file",
-            &told["shared"]["init"],
+            &answer["shared"]["init"],
             json!("prepared\n"),
         ),
     ] {
-        ensure_eq!(*is, should, "{what} in {told}");
+        ensure_eq!(*is, should, "{what} in the application's answer {answer}");
     }
     Ok(())
 }
 
-/// Somebody who asks the Service all the time.
+/// A client that constantly sends requests to the Service.
 struct ConstantRequests {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<(BTreeMap<String, usize>, Vec<String>)>,
@@ -179,19 +205,19 @@ struct ConstantRequests {
 impl ConstantRequests {
     fn start(service: SocketAddr) -> Self {
         let stop = Arc::new(AtomicBool::new(false));
-        let told = stop.clone();
+        let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
             let started = Instant::now();
             let mut versions = BTreeMap::new();
             let mut failures = Vec::new();
-            while !told.load(Ordering::Relaxed) {
+            while !stopped.load(Ordering::Relaxed) {
                 match request(service) {
                     Ok(answer) => {
                         let version = answer["version"].as_str().unwrap_or_default();
                         *versions.entry(version.to_owned()).or_insert(0) += 1;
                     }
                     Err(failed) => failures.push(format!(
-                        "{:.1} s after the first: {}",
+                        "{:.1} s after the first request: {}",
                         started.elapsed().as_secs_f64(),
                         failed.message().unwrap_or_default()
                     )),
@@ -203,14 +229,15 @@ impl ConstantRequests {
         ConstantRequests { stop, thread }
     }
 
-    /// How many requests each version of the application has answered; none may have failed.
+    /// Stops the client and returns how many requests each version of the application answered.
+    /// Returns an error if a request failed.
     fn end(self) -> Result<BTreeMap<String, usize>> {
         self.stop.store(true, Ordering::Relaxed);
         let ended = self.thread.join();
-        let (versions, failures) = ended.map_err(|_| "the client's thread broke")?;
+        let (versions, failures) = ended.map_err(|_| "the client's thread panicked")?;
         ensure!(
             failures.is_empty(),
-            "{} requests failed beside {versions:?}:\n{}",
+            "{} requests failed (number of answers from each version of the application: {versions:?}):\n{}",
             failures.len(),
             failures.join("\n")
         );
@@ -218,7 +245,7 @@ impl ConstantRequests {
     }
 }
 
-fn an_update_fails_no_request(cluster: &Cluster, service: SocketAddr) -> Result {
+fn no_request_fails_during_a_rolling_update(cluster: &Cluster, service: SocketAddr) -> Result {
     let client = ConstantRequests::start(service);
     let image = "web=127.0.0.1:5000/demo/flask:2";
     let updated = cluster
@@ -228,68 +255,77 @@ fn an_update_fails_no_request(cluster: &Cluster, service: SocketAddr) -> Result 
     let pods = updated?;
     ensure!(
         versions.keys().eq(["1", "2"]),
-        "answers by version: {versions:?}"
+        "the answers must be from both versions of the application (1 and 2): {versions:?}"
     );
     note(format!(
-        "a rolling update failed no request: answers by version {versions:?}"
+        "no request failed during a rolling update (number of answers from each version of the application: {versions:?})"
     ));
     every_replica_answers(service, &pods)
 }
 
-fn restarts_go_unnoticed(node: &mut Node, cluster: &Cluster, service: SocketAddr) -> Result {
+fn no_request_fails_during_restarts_of_the_server_and_of_kubelet(
+    node: &mut Node,
+    cluster: &Cluster,
+    service: SocketAddr,
+) -> Result {
     let pods = rolled_out(cluster, 2)?;
     let before = lives(node, &pods)?;
     let client = ConstantRequests::start(service);
-    let restarted = restarts(node, cluster);
+    let restarted = restart_server_and_kubelet(node, cluster);
     client.end()?;
     restarted?;
     let pods = rolled_out(cluster, 2)?;
     ensure_eq!(
         lives(node, &pods)?,
         before,
-        "containers, processes and restarts"
+        "container ids, process ids and restart counts of the replicas after the restarts"
     );
     Ok(())
 }
 
-/// The server crashes, alone and while kubelet is away; kubelet comes back, and has looked at
-/// everything again when an exec probe and a log come through.
-fn restarts(node: &mut Node, cluster: &Cluster) -> Result {
+/// Kills and restarts the CRI server twice: first while kubelet runs, and then while kubelet is
+/// stopped. After each restart, waits until the pods are Ready, and kubectl exec and kubectl logs
+/// work.
+fn restart_server_and_kubelet(node: &mut Node, cluster: &Cluster) -> Result {
     node.kill_server()?;
     node.start_server()?;
-    through_everything(cluster)?;
+    kubectl_exec_and_logs_work(cluster)?;
     cluster.kubelet.stop()?;
     node.kill_server()?;
     node.start_server()?;
     cluster.kubelet.begin()?;
-    through_everything(cluster)
+    kubectl_exec_and_logs_work(cluster)
 }
 
-/// The API server, kubelet, the CRI server and the pod, by an exec and a log.
-fn through_everything(cluster: &Cluster) -> Result {
+/// Waits until the pods are Ready, and kubectl exec and kubectl logs work. Both commands reach the
+/// pod through the API server, kubelet and the CRI server.
+fn kubectl_exec_and_logs_work(cluster: &Cluster) -> Result {
     cluster.kubelet.ready(2)?;
     let web = ["deployment/application", "--container", "web"];
-    eventually("an exec after a restart", || {
-        cluster
-            .kubectl(&["exec"])
-            .args(web)
-            .args(["--", "cat", "/config/greeting"])
-            .ok()?
-            .says("hello")?;
-        cluster.kubectl(&["logs"]).args(web).ok()?.says("GET /")?;
-        Ok(Some(()))
-    })
+    eventually(
+        "kubectl exec and kubectl logs to work after a restart",
+        || {
+            cluster
+                .kubectl(&["exec"])
+                .args(web)
+                .args(["--", "cat", "/config/greeting"])
+                .ok()?
+                .says("hello")?;
+            cluster.kubectl(&["logs"]).args(web).ok()?.says("GET /")?;
+            Ok(Some(()))
+        },
+    )
 }
 
-fn runtime_classes_and_drained_nodes() -> Result {
+fn runtime_classes_select_runtimes_and_a_node_can_be_drained() -> Result {
     on_a_node(|node| {
         let cluster = Cluster::start(node)?;
-        runtime_classes_pick_runtimes(node, &cluster)?;
-        a_node_is_drained_and_comes_back(node, &cluster)
+        runtime_classes_select_runtimes(node, &cluster)?;
+        a_node_is_drained_and_used_again(node, &cluster)
     })
 }
 
-fn runtime_classes_pick_runtimes(node: &Node, cluster: &Cluster) -> Result {
+fn runtime_classes_select_runtimes(node: &Node, cluster: &Cluster) -> Result {
     for handler in ["runc", "none-such"] {
         cluster.apply(&json!({
             "apiVersion": "node.k8s.io/v1",
@@ -318,36 +354,51 @@ fn runtime_classes_pick_runtimes(node: &Node, cluster: &Cluster) -> Result {
     let id = container_id(&pod, "main")?;
     if is_rrun() {
         let state = node.join("state/runtime/runc").join(&id).join("state.json");
-        ensure!(state.exists(), "no {}: not by runc", state.display());
+        ensure!(
+            state.exists(),
+            "runc does not run the container, because its state file {} does not exist",
+            state.display()
+        );
     }
     let echo = ["exec", "by-runc", "--", "echo", "through runc"];
     cluster.kubectl(&echo).ok()?.says("through runc")?;
-    eventually("an event that names the handler", || {
-        let about = "involvedObject.name=by-none-such,reason=FailedCreatePodSandBox";
-        let events = cluster.asks(&["get", "events", "--field-selector", about])?;
-        ensure!(events.contains("none-such"), "{events}");
-        Ok(Some(()))
-    })?;
+    eventually(
+        "kubelet to report an event that names the missing handler",
+        || {
+            let about = "involvedObject.name=by-none-such,reason=FailedCreatePodSandBox";
+            let events = cluster.asks(&["get", "events", "--field-selector", about])?;
+            ensure!(
+                events.contains("none-such"),
+                "no event names the missing handler: {events}"
+            );
+            Ok(Some(()))
+        },
+    )?;
     let delete = ["delete", "pod", "by-runc", "by-none-such", &timeout_flag()];
     cluster.asks(&delete)?;
     Ok(())
 }
 
-fn a_node_is_drained_and_comes_back(node: &Node, cluster: &Cluster) -> Result {
+fn a_node_is_drained_and_used_again(node: &Node, cluster: &Cluster) -> Result {
     cluster.asks(&["apply", "-f", MANIFEST])?;
     let before = rolled_out(cluster, 3)?;
     let name = before[0]["spec"]["nodeName"].as_str().unwrap_or_default();
     cluster.asks(&["drain", name, "--delete-emptydir-data", &timeout_flag()])?;
-    // The replicas that take the evicted ones' places find no node.
+    // The cluster has only this node. The scheduler therefore finds no node for the new replicas,
+    // and this node must become empty.
     Kubelet::has_stopped_everything(node)?;
     for pod in pods_of(cluster)? {
-        ensure_eq!(pod["status"]["phase"], "Pending", "a pod's phase");
+        ensure_eq!(
+            pod["status"]["phase"],
+            "Pending",
+            "the phase of a replica while the node is drained"
+        );
     }
     cluster.asks(&["uncordon", name])?;
     let pods = rolled_out(cluster, 3)?;
     every_replica_answers(service(cluster)?, &pods)?;
     cluster.asks(&["delete", "-f", MANIFEST, &timeout_flag()])?;
-    eventually("the pods to be gone", || {
+    eventually("the pods to be deleted", || {
         Ok(pods_of(cluster)?.is_empty().then_some(()))
     })?;
     Kubelet::has_stopped_everything(node)

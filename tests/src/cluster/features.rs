@@ -1,4 +1,5 @@
-//! Features of pods that want an API server: recursive read-only mounts, limits changed in place, swap.
+//! Tests of pod features that require an API server: recursive read-only mounts, in-place changes
+//! of limits, and swap.
 
 use std::fs;
 use std::path::Path;
@@ -19,13 +20,13 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        read_only_mounts_are_so_all_the_way_down,
+        recursive_read_only_mounts_protect_the_mounts_below_them,
         Need::NativeOrLong,
         APISERVER,
         KUBELET,
     ),
     test!(
-        limits_change_in_place_and_swap_is_shared_out,
+        container_limits_change_in_place_and_swap_is_divided_among_pods,
         Need::Long,
         COUNTED,
         APISERVER,
@@ -33,7 +34,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-fn read_only_mounts_are_so_all_the_way_down() -> Result {
+fn recursive_read_only_mounts_protect_the_mounts_below_them() -> Result {
     on_a_node(|node| {
         let source = node.join("source");
         let below = source.join("below");
@@ -53,16 +54,19 @@ fn read_only_mounts_are_so_all_the_way_down() -> Result {
 
 fn read_only(node: &mut Node, source: &Path) -> Result {
     let cluster = Cluster::start(node)?;
-    // The scheduler, and whoever admits pods, go by what the node says of its handlers.
+    // The scheduler and the admission of pods rely on the features that the node's status lists for
+    // its runtime handlers.
     let handlers = "jsonpath={.items[0].status.runtimeHandlers}";
-    let told = cluster.asks(&["get", "nodes", "-o", handlers])?;
-    let told: Value = serde_json::from_str(&told)?;
-    let mut all = told.as_array().into_iter().flatten();
+    let reported = cluster.asks(&["get", "nodes", "-o", handlers])?;
+    let reported: Value = serde_json::from_str(&reported)?;
+    let mut all = reported.as_array().into_iter().flatten();
     let default = all.find(|handler| handler["name"].as_str().unwrap_or_default().is_empty());
-    let features = &default.ok_or(format!("no default handler: {told}"))?["features"];
+    let features = &default.ok_or(format!(
+        "the default handler is missing; the handlers in the node's status: {reported}"
+    ))?["features"];
     ensure!(
         features["recursiveReadOnlyMounts"] == true && features["userNamespaces"] == true,
-        "{told}"
+        "the default handler lacks a feature; the handlers in the node's status: {reported}"
     );
 
     let script = "for dir in top all maybe; do for place in $dir $dir/below; do \
@@ -96,11 +100,11 @@ fn read_only(node: &mut Node, source: &Path) -> Result {
         "--for=condition=Ready",
         &timeout_flag(),
     ])?;
-    let wanted = "top is not\ntop/below is written\nall is not\nall/below is not\n\
+    let expected = "top is not\ntop/below is written\nall is not\nall/below is not\n\
                   maybe is not\nmaybe/below is not";
-    eventually("the pod to have tried", || {
+    eventually("the pod to try every write", || {
         let tried = cluster.asks(&["logs", "reader"])?;
-        ensure_eq!(tried, wanted, "what it could write");
+        ensure_eq!(tried, expected, "results of the pod's writes");
         Ok(Some(()))
     })?;
     let status = container_status(&cluster.json(&["get", "pod", "reader"])?, "c")?;
@@ -111,22 +115,27 @@ fn read_only(node: &mut Node, source: &Path) -> Result {
     ] {
         let path = format!("/{name}");
         let mut mounts = status["volumeMounts"].as_array().into_iter().flatten();
-        let told = mounts.find(|mount| mount["mountPath"] == path.as_str());
-        let told = told.map(|mount| mount["recursiveReadOnly"].clone());
-        ensure_eq!(told, Some(mode.into()), "{path} in {status}");
+        let mount = mounts.find(|mount| mount["mountPath"] == path.as_str());
+        let mode_in_status = mount.map(|mount| mount["recursiveReadOnly"].clone());
+        ensure_eq!(
+            mode_in_status,
+            Some(mode.into()),
+            "value of recursiveReadOnly for the mount on {path}, in the container's status {status}"
+        );
     }
     cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
     Kubelet::has_stopped_everything(node)
 }
 
-/// What a container of the second test may have.
+/// The requests and limits of a container. `cpu` contains the CPU request and the CPU limit in
+/// millicores. `memory` contains the memory request and the memory limit in MiB.
 struct Size {
     cpu: [u64; 2],
     memory: [u64; 2],
 }
 
 impl Size {
-    /// Requests and limits, in millicores and MiB.
+    /// Returns the requests and limits as Kubernetes quantities.
     fn resources(&self) -> Value {
         let [cpu, memory] = [
             self.cpu.map(|cpu| format!("{cpu}m")),
@@ -139,7 +148,9 @@ impl Size {
     }
 }
 
-// kubelet resizes nobody who has swap, which all that ask for less memory than they may have do.
+// kubelet does not resize a container that has swap. A container has swap if its memory request is
+// below its memory limit. In SMALL and LARGE, the memory request therefore equals the memory limit,
+// and the container has no swap.
 const SMALL: Size = Size {
     cpu: [100, 200],
     memory: [64, 64],
@@ -153,7 +164,7 @@ const SHARING: Size = Size {
     memory: [48, 64],
 };
 
-fn limits_change_in_place_and_swap_is_shared_out() -> Result {
+fn container_limits_change_in_place_and_swap_is_divided_among_pods() -> Result {
     on_a_node(|node| {
         let _swap = Swap::of(1024)?;
         let config = "memorySwap: {swapBehavior: LimitedSwap}\n";
@@ -177,69 +188,85 @@ fn limits_change_in_place_and_swap_is_shared_out() -> Result {
             "--for=condition=Ready",
             &timeout_flag(),
         ])?;
-        swap_is_shared_out(node, &cluster)?;
-        limits_change_in_place(node, &cluster)?;
+        swap_is_divided_among_pods(node, &cluster)?;
+        container_limits_change_in_place(node, &cluster)?;
         cluster.asks(&["delete", "pod", "--all", &timeout_flag()])?;
         Kubelet::has_stopped_everything(node)
     })
 }
 
 fn pod(name: &str, resources: &Value) -> Value {
-    // Busy as soon as it is told to.
+    // The container becomes busy as soon as the file /busy exists.
     let script = "while [ ! -e /busy ]; do sleep 1; done; while :; do :; done";
     let mut pod = busybox_pod(name, &["sh", "-c", script]);
     pod["spec"]["containers"][0]["resources"] = resources.clone();
     pod
 }
 
-/// What this pod's container is, and its group.
+/// Returns the status and the cgroup of the only container in the pod `pod`.
 fn container(node: &Node, cluster: &Cluster, pod: &str) -> Result<(Value, std::path::PathBuf)> {
     let status = cluster.json(&["get", "pod", pod])?;
     let group = node.cgroup(&container_id(&status, "c")?)?;
     Ok((container_status(&status, "c")?, group))
 }
 
-/// The exit code of a program in the pod that needs so many MiB at once.
-fn takes(cluster: &Cluster, pod: &str, size: u64) -> Result<i32> {
+/// Runs a program that allocates `size` MiB in the pod, and returns the program's exit code.
+fn run_allocation(cluster: &Cluster, pod: &str, size: u64) -> Result<i32> {
     let size = format!("bs={size}M");
     let dd = ["dd", "if=/dev/zero", "of=/dev/null", &size, "count=1"];
     Ok(cluster.kubectl(&["exec", pod, "--"]).args(dd).end()?.code)
 }
 
-/// `(request / the node's memory) * the node's swap` for who is burstable; nothing for others.
-fn swap_is_shared_out(node: &Node, cluster: &Cluster) -> Result {
+/// Checks the swap limits of the pods. The swap limit of a burstable pod is `(memory request /
+/// memory of the node) * swap of the node`. Other pods get no swap.
+fn swap_is_divided_among_pods(node: &Node, cluster: &Cluster) -> Result {
     let memory = meminfo("MemTotal:")?;
     let swap = meminfo("SwapTotal:")?;
     let (_, group) = container(node, cluster, "sharing")?;
     swap_is(&group, &SHARING, memory, swap)?;
-    // Less than the pod may have of both, and more than it may have of memory.
-    ensure_eq!(takes(cluster, "sharing", 72)?, 0, "what took swap");
+    // The program needs more than the pod's memory limit, but less than the pod's memory and swap
+    // limits together.
+    ensure_eq!(
+        run_allocation(cluster, "sharing", 72)?,
+        0,
+        "exit code of a program that needs swap"
+    );
     for other in ["sized", "guaranteed", "best-effort"] {
         let (_, group) = container(node, cluster, other)?;
-        ensure_eq!(file(&group, "memory.swap.max")?, "0", "swap of {other}");
+        ensure_eq!(
+            file(&group, "memory.swap.max")?,
+            "0",
+            "memory.swap.max of the pod {other}"
+        );
     }
-    // The kernel kills it, and whoever is in the container with it.
-    let code = takes(cluster, "guaranteed", 72)?;
-    ensure!(code != 0, "who has no swap got more than it may have");
+    // The kernel kills the program and the container's other processes, so `kubectl exec` fails.
+    let code = run_allocation(cluster, "guaranteed", 72)?;
+    ensure!(
+        code != 0,
+        "a pod without swap could allocate more memory than its memory limit"
+    );
     Ok(())
 }
 
 fn swap_is(group: &Path, size: &Size, memory: u64, swap: u64) -> Result {
     let share = (size.memory[0] * MIB) as f64 / memory as f64 * swap as f64;
-    let told: u64 = file(group, "memory.swap.max")?.parse()?;
+    let limit: u64 = file(group, "memory.swap.max")?.parse()?;
     ensure!(
-        told.abs_diff(share as u64) <= 4096,
-        "memory.swap.max is {told}, a share of {share}"
+        limit.abs_diff(share as u64) <= 4096,
+        "memory.swap.max is {limit}, but the pod's share of the node's swap is {share}"
     );
     Ok(())
 }
 
-/// A line of /proc/meminfo, in bytes.
+/// Returns the value of the line `name` in /proc/meminfo, in bytes.
 fn meminfo(name: &str) -> Result<u64> {
     let text = fs::read_to_string("/proc/meminfo")?;
     let line = text.lines().find_map(|line| line.strip_prefix(name));
     let word = line.and_then(|line| line.split_whitespace().next());
-    Ok(word.ok_or(format!("no {name}"))?.parse::<u64>()? * 1024)
+    Ok(word
+        .ok_or(format!("the entry {name} is missing in /proc/meminfo"))?
+        .parse::<u64>()?
+        * 1024)
 }
 
 fn resize(cluster: &Cluster, resources: &Value) -> Result {
@@ -256,7 +283,7 @@ fn resize(cluster: &Cluster, resources: &Value) -> Result {
     Ok(())
 }
 
-fn limits_change_in_place(node: &Node, cluster: &Cluster) -> Result {
+fn container_limits_change_in_place(node: &Node, cluster: &Cluster) -> Result {
     let (before, group) = container(node, cluster, "sized")?;
     let pid = node.pid(&container_id_of(&before)?)?;
     limits_are(&group, &SMALL)?;
@@ -267,42 +294,70 @@ fn limits_change_in_place(node: &Node, cluster: &Cluster) -> Result {
     is_resized(node, cluster, &LARGE)?;
     let more = held_to(0.5, &group)?;
     note(format!(
-        "a busy loop used {:.0}m, and {:.0}m after a resize in place",
+        "CPU usage of a busy loop: {:.0}m before a resize in place, and {:.0}m after the resize",
         used * 1000.0,
         more * 1000.0
     ));
-    // Twice what it might have before.
-    ensure_eq!(takes(cluster, "sized", 128)?, 0, "in the memory that came");
+    // The program needs twice the old memory limit, so it succeeds only with the new limit.
+    ensure_eq!(
+        run_allocation(cluster, "sized", 128)?,
+        0,
+        "exit code of a program that needs more memory than the old limit allows"
+    );
 
     resize(cluster, &SMALL.resources())?;
     is_resized(node, cluster, &SMALL)?;
     held_to(0.2, &group)?;
 
     let (after, same_group) = container(node, cluster, "sized")?;
-    ensure_eq!(same_group, group, "the container's group");
-    ensure_eq!(after["restartCount"], 0, "restarts");
-    ensure_eq!(after["containerID"], before["containerID"], "the container");
-    ensure_eq!(node.pid(&container_id_of(&after)?)?, pid, "its process");
+    ensure_eq!(
+        same_group,
+        group,
+        "the container's cgroup after the resizes"
+    );
+    ensure_eq!(after["restartCount"], 0, "restart count after the resizes");
+    ensure_eq!(
+        after["containerID"],
+        before["containerID"],
+        "the container's id after the resizes"
+    );
+    ensure_eq!(
+        node.pid(&container_id_of(&after)?)?,
+        pid,
+        "the container's process id after the resizes"
+    );
     Ok(())
 }
 
 fn container_id_of(status: &Value) -> Result<String> {
     let id = status["containerID"].as_str();
     let id = id.and_then(|id| id.split("://").nth(1));
-    Ok(id.ok_or(format!("no containerID in {status}"))?.to_owned())
+    Ok(id
+        .ok_or(format!(
+            "the container's status has no containerID: {status}"
+        ))?
+        .to_owned())
 }
 
-/// Waits until the API server has it that the resize is done, and looks at what it has done.
+/// Waits until the API server reports the end of the resize. Then checks the new limits.
 fn is_resized(node: &Node, cluster: &Cluster, size: &Size) -> Result {
-    eventually("the end of a resize", || {
+    eventually("the API server to report the end of the resize", || {
         let pod = cluster.json(&["get", "pod", "sized"])?;
         let mut conditions = pod["status"]["conditions"].as_array().into_iter().flatten();
         let pending = conditions
             .find(|one| one["type"] == "PodResizePending" || one["type"] == "PodResizeInProgress");
-        ensure!(pending.is_none(), "{pending:?}");
-        // As the CRI server tells of the container.
+        ensure!(
+            pending.is_none(),
+            "the resize is not finished, because the pod still has this condition: {pending:?}"
+        );
+        // kubelet takes the resources in this status from the container status that the CRI server
+        // returns.
         let status = container_status(&pod, "c")?;
-        ensure_eq!(status["resources"], size.resources(), "actual resources");
+        ensure_eq!(
+            status["resources"],
+            size.resources(),
+            "resources in the container's status"
+        );
         Ok(Some(()))
     })?;
     let (_, group) = container(node, cluster, "sized")?;
@@ -310,15 +365,31 @@ fn is_resized(node: &Node, cluster: &Cluster, size: &Size) -> Result {
 }
 
 fn limits_are(group: &Path, size: &Size) -> Result {
-    let of_pod = group.parent().ok_or("no parent")?;
+    let of_pod = group
+        .parent()
+        .ok_or("the container's cgroup has no parent")?;
     for group in [group, of_pod] {
         let limit = format!("{} 100000", size.cpu[1] * 100);
-        ensure_eq!(file(group, "cpu.max")?, limit, "{}", group.display());
+        ensure_eq!(
+            file(group, "cpu.max")?,
+            limit,
+            "cpu.max of the cgroup {}",
+            group.display()
+        );
         let limit = (size.memory[1] * MIB).to_string();
-        ensure_eq!(file(group, "memory.max")?, limit, "{}", group.display());
+        ensure_eq!(
+            file(group, "memory.max")?,
+            limit,
+            "memory.max of the cgroup {}",
+            group.display()
+        );
     }
-    // 102 shares and 204, as runc has it.
+    // runc's formula converts 102 and 204 CPU shares to these weights.
     let weight = if size.cpu[0] == 100 { "17" } else { "29" };
-    ensure_eq!(file(group, "cpu.weight")?, weight, "cpu.weight");
+    ensure_eq!(
+        file(group, "cpu.weight")?,
+        weight,
+        "cpu.weight of the container's cgroup"
+    );
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! AppArmor profiles of pods' containers.
+//! Tests of the AppArmor profiles of containers.
 
 use serde_json::{Value, json};
 
@@ -9,40 +9,44 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        the_default_profile_is_there_unless_refused,
+        containers_run_under_the_default_apparmor_profile_unless_they_opt_out,
         A_NODE,
         APPARMOR,
         PARSER
     ),
     test!(
-        a_profile_of_the_nodes_is_had_by_its_name,
+        a_container_can_use_an_apparmor_profile_that_the_node_has_loaded,
         A_NODE,
         APPARMOR,
         PARSER
     ),
-    test!(a_profile_that_can_not_be_had_is_refused, A_NODE),
+    test!(
+        a_container_is_refused_if_its_apparmor_profile_is_not_loaded,
+        A_NODE
+    ),
 ];
 
 const PARSER: Need = Need::Program("apparmor_parser");
 
-/// A container's exit code and output, with this security context.
+/// Runs a container with the security context `context`. Returns the container's exit code and
+/// output.
 fn outcome(node: &mut Node, context: Value, args: &[&str]) -> Result<(Value, String)> {
     static NUMBER: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
     let number = NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
     let mut pod = node.pod(&format!("apparmor{number}"));
-    // A privileged container wants a privileged pod.
+    // A privileged container requires a privileged pod.
     pod["linux"]["security_context"]["privileged"] = json!(context["privileged"] == true);
     let pod_id = node.runp(&pod)?;
     let mut container = node.container("confined", args);
     container["linux"]["security_context"] = context;
     let id = node.run(&pod_id, &pod, &container)?;
     let status = node.exited(&id)?;
-    let said = node.crictl(&["logs", &id]).ok()?;
+    let output = node.crictl(&["logs", &id]).ok()?;
     node.asks(&["rmp", "--force", &pod_id])?;
-    Ok((status["exitCode"].clone(), said.stdout + &said.stderr))
+    Ok((status["exitCode"].clone(), output.stdout + &output.stderr))
 }
 
-fn the_default_profile_is_there_unless_refused() -> Result {
+fn containers_run_under_the_default_apparmor_profile_unless_they_opt_out() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let default = if is_rrun() {
@@ -57,11 +61,17 @@ fn the_default_profile_is_there_unless_refused() -> Result {
             (json!({ "apparmor_profile": "unconfined" }), "unconfined"),
             (json!({ "privileged": true }), "unconfined"),
         ] {
-            let (code, said) = outcome(node, context.clone(), &["cat", "/proc/self/attr/current"])?;
-            ensure_eq!((code, said.trim()), (json!(0), expected), "{context}");
+            let (code, output) =
+                outcome(node, context.clone(), &["cat", "/proc/self/attr/current"])?;
+            ensure_eq!(
+                (code, output.trim()),
+                (json!(0), expected),
+                "exit code and AppArmor profile of a container with the security context {context}"
+            );
         }
-        // What a container does all day is not denied, nor is its end by the node.
-        let (code, said) = outcome(
+        // The default profile permits ordinary work inside the container, and the signals with
+        // which the server stops the container.
+        let (code, output) = outcome(
             node,
             json!({}),
             &[
@@ -70,18 +80,25 @@ fn the_default_profile_is_there_unless_refused() -> Result {
                 "sleep 600 & kill $! && touch /tmp/x && wget -T1 -q -O- 127.0.0.1; ls /proc/1/ns >/dev/null && exit 7",
             ],
         )?;
-        ensure_eq!(code, json!(7), "exit code ({said})");
-        let (_, said) = outcome(
+        ensure_eq!(
+            code,
+            json!(7),
+            "exit code of a script that does ordinary work under the default profile (output of the script: {output})"
+        );
+        let (_, output) = outcome(
             node,
             json!({ "capabilities": { "add_capabilities": ["SYS_ADMIN"] } }),
             &["sh", "-c", "mount -t tmpfs t /tmp || echo refused"],
         )?;
-        ensure!(said.contains("refused"), "a mount is not refused: {said}");
+        ensure!(
+            output.contains("refused"),
+            "the default profile does not refuse a mount; output of the mount command: {output}"
+        );
         Ok(())
     })
 }
 
-fn a_profile_of_the_nodes_is_had_by_its_name() -> Result {
+fn a_container_can_use_an_apparmor_profile_that_the_node_has_loaded() -> Result {
     let text =
         "profile rrun-e2e-node flags=(attach_disconnected) {\n  file,\n  deny /tmp/** w,\n}\n";
     command("apparmor_parser", ["--replace", "--skip-cache"])
@@ -94,8 +111,11 @@ fn a_profile_of_the_nodes_is_had_by_its_name() -> Result {
             json!({ "apparmor": { "profile_type": 2, "localhost_ref": "localhost/rrun-e2e-node" } }),
             json!({ "apparmor_profile": "localhost/rrun-e2e-node" }),
         ] {
-            let (code, said) = outcome(node, context.clone(), &["touch", "/tmp/x"])?;
-            ensure!(code != json!(0), "{context}: it is not confined: {said}");
+            let (code, output) = outcome(node, context.clone(), &["touch", "/tmp/x"])?;
+            ensure!(
+                code != json!(0),
+                "the loaded profile does not deny a write to /tmp in a container with the security context {context}; output of the container: {output}"
+            );
         }
         Ok(())
     });
@@ -103,7 +123,7 @@ fn a_profile_of_the_nodes_is_had_by_its_name() -> Result {
     tested
 }
 
-fn a_profile_that_can_not_be_had_is_refused() -> Result {
+fn a_container_is_refused_if_its_apparmor_profile_is_not_loaded() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("absent");
@@ -112,10 +132,14 @@ fn a_profile_that_can_not_be_had_is_refused() -> Result {
         container["linux"]["security_context"] =
             json!({ "apparmor": { "profile_type": 2, "localhost_ref": "rrun-e2e-absent" } });
         let output = node.try_create(&pod_id, &pod, &container)?;
-        ensure!(output.code != 0, "{}", output.told());
+        ensure!(
+            output.code != 0,
+            "the server created a container with a profile that is not loaded: {}",
+            output.told()
+        );
         ensure!(
             output.stderr.to_lowercase().contains("apparmor"),
-            "{}",
+            "the error does not name AppArmor: {}",
             output.told()
         );
         Ok(())

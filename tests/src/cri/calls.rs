@@ -1,4 +1,4 @@
-//! What crictl has no command for: calls as kubelet makes them, by gRPC.
+//! Tests of gRPC calls that kubelet makes, but that crictl cannot make.
 
 use std::fs;
 use std::time::Duration;
@@ -20,25 +20,32 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        a_call_joins_the_one_that_is_in_flight,
+        a_call_joins_an_identical_call_in_flight,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        a_caller_that_gave_up_gets_its_pod_by_calling_again,
+        a_retry_of_a_cancelled_pod_creation_creates_no_second_pod,
         A_NODE,
         Need::RrunCri
     ),
-    test!(a_log_is_whole_through_rotations, A_NODE),
-    test!(events_tell_of_a_containers_life, A_NODE),
-    test!(a_client_may_call_the_server_by_its_sockets_path, A_NODE),
+    test!(log_rotations_lose_no_line, A_NODE),
+    test!(events_report_each_step_of_a_container_life_cycle, A_NODE),
     test!(
-        a_pods_containers_are_told_newest_first,
+        a_client_can_send_the_socket_path_as_the_http2_authority,
+        A_NODE
+    ),
+    test!(
+        the_server_lists_the_newest_container_of_a_pod_first,
         A_NODE,
         Need::RrunCri
     ),
-    test!(removal_of_what_is_not_there_is_no_error, A_NODE),
-    test!(methods_to_come_say_so, A_NODE, Need::RrunCri),
+    test!(the_removal_of_a_missing_pod_or_container_succeeds, A_NODE),
+    test!(
+        a_grpc_method_that_is_not_implemented_returns_unimplemented,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 fn count_pods(calls: &Calls) -> Result<usize> {
@@ -51,23 +58,26 @@ fn count_pods(calls: &Calls) -> Result<usize> {
     Ok(list?.into_inner().items.len())
 }
 
-/// The same answer from everybody.
+/// Returns the answer to identical calls, or an error if a call failed or the answers differ.
 fn one_answer<T: PartialEq + std::fmt::Debug>(
     answers: Vec<std::result::Result<T, tonic::Status>>,
 ) -> Result<T> {
     let mut answers = answers
         .into_iter()
         .collect::<std::result::Result<Vec<_>, _>>()?;
-    let first = answers.pop().ok_or("no answer")?;
+    let first = answers
+        .pop()
+        .ok_or("there is no answer, because no CRI call was made")?;
     ensure!(
         answers.iter().all(|answer| *answer == first),
-        "not all of {answers:?} are {first:?}"
+        "identical CRI calls returned different answers: one answer is {first:?}, and the others are {answers:?}"
     );
     Ok(first)
 }
 
-/// Others answer that the name is reserved: why this test is here.
-fn a_call_joins_the_one_that_is_in_flight() -> Result {
+/// In other CRI servers, a call reserves the name of its pod or container. These servers refuse an
+/// identical second call. rrun-cri must return the same answer to both calls.
+fn a_call_joins_an_identical_call_in_flight() -> Result {
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         one_answer(calls.together((0..8).map(|_| {
@@ -97,7 +107,11 @@ fn a_call_joins_the_one_that_is_in_flight() -> Result {
                     .map(|answer| answer.into_inner().pod_sandbox_id)
             }
         }))?)?;
-        ensure_eq!(count_pods(&calls)?, 1, "pods after eight calls for one");
+        ensure_eq!(
+            count_pods(&calls)?,
+            1,
+            "number of pods after eight RunPodSandbox calls for the same pod"
+        );
 
         one_answer(calls.together((0..8).map(|_| {
             let mut client = calls.runtime();
@@ -116,13 +130,13 @@ fn a_call_joins_the_one_that_is_in_flight() -> Result {
         ensure_eq!(
             node.asks(&["ps", "--all", "--quiet"])?.lines().count(),
             1,
-            "containers"
+            "number of containers after eight CreateContainer calls for the same container"
         );
         Ok(())
     })
 }
 
-fn a_caller_that_gave_up_gets_its_pod_by_calling_again() -> Result {
+fn a_retry_of_a_cancelled_pod_creation_creates_no_second_pod() -> Result {
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         for round in 0..12u64 {
@@ -134,7 +148,7 @@ fn a_caller_that_gave_up_gets_its_pod_by_calling_again() -> Result {
             let timeout = Duration::from_millis(round * 3);
             let mut client = calls.runtime();
             let first = request();
-            // Dropped in the middle, as a connection that breaks.
+            // The timeout cancels RunPodSandbox early, like a broken connection.
             let _ = calls.wait(async move {
                 tokio::time::timeout(timeout, client.run_pod_sandbox(first))
                     .await
@@ -147,13 +161,13 @@ fn a_caller_that_gave_up_gets_its_pod_by_calling_again() -> Result {
         ensure_eq!(
             count_pods(&calls)?,
             12,
-            "pods after twelve impatient callers"
+            "number of pods after twelve clients cancelled RunPodSandbox and repeated it"
         );
         Ok(())
     })
 }
 
-fn a_log_is_whole_through_rotations() -> Result {
+fn log_rotations_lose_no_line() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("rotated");
@@ -167,7 +181,7 @@ fn a_log_is_whole_through_rotations() -> Result {
         let log = node.join("logs/rotated/counts.log");
         let old = |round: usize| node.join(&format!("logs/rotated/counts.log.{round}"));
         for round in 0..5 {
-            wait_for("some lines in the log", || {
+            wait_for("the container's log to contain more than 20 lines", || {
                 Ok((line_numbers(&fs::read_to_string(&log)?)?.len() > 20).then_some(()))
             })?;
             fs::rename(&log, old(round))?;
@@ -177,7 +191,7 @@ fn a_log_is_whole_through_rotations() -> Result {
             };
             calls.wait(async move { client.reopen_container_log(request).await })??;
         }
-        wait_for("lines in the last log", || {
+        wait_for("the newest log file to contain lines", || {
             Ok((!fs::read_to_string(&log)?.is_empty()).then_some(()))
         })?;
         node.asks(&["stop", "--timeout", "0", &id])?;
@@ -193,12 +207,15 @@ fn a_log_is_whole_through_rotations() -> Result {
             container_id: "nobody".to_owned(),
         };
         let status = calls.wait(async move { client.reopen_container_log(request).await })?;
-        ensure!(status.is_err(), "the log of nobody was opened");
+        ensure!(
+            status.is_err(),
+            "ReopenContainerLog succeeded for a container that does not exist"
+        );
         Ok(())
     })
 }
 
-fn events_tell_of_a_containers_life() -> Result {
+fn events_report_each_step_of_a_container_life_cycle() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let calls = Calls::new(node)?;
@@ -211,11 +228,13 @@ fn events_tell_of_a_containers_life() -> Result {
         let id = node.run(&pod_id, &pod, &node.container("short", &["true"]))?;
         node.exited(&id)?;
         node.asks(&["rm", &id])?;
-        let (mut heard, mut of_pod) = (Vec::new(), Vec::new());
-        while !heard.contains(&ContainerEventType::ContainerDeletedEvent) {
-            let event = calls.wait(stream.message())??.ok_or("the stream ended")?;
+        let (mut of_container, mut of_pod) = (Vec::new(), Vec::new());
+        while !of_container.contains(&ContainerEventType::ContainerDeletedEvent) {
+            let event = calls
+                .wait(stream.message())??
+                .ok_or("the stream of container events ended")?;
             if event.container_id == id {
-                heard.push(event.container_event_type());
+                of_container.push(event.container_event_type());
             } else if event.container_id == pod_id {
                 of_pod.push(event.container_event_type());
             }
@@ -225,26 +244,28 @@ fn events_tell_of_a_containers_life() -> Result {
             ContainerStoppedEvent,
         };
         ensure_eq!(
-            heard,
+            of_container,
             [
                 ContainerCreatedEvent,
                 ContainerStartedEvent,
                 ContainerStoppedEvent,
                 ContainerDeletedEvent
             ],
-            "events of the container"
+            "types of the events about the container"
         );
         ensure_eq!(
             of_pod,
             [ContainerCreatedEvent, ContainerStartedEvent],
-            "events of the pod"
+            "types of the events about the pod"
         );
         Ok(())
     })
 }
 
-/// As gRPC in C++, Python and Java does, and Go's with a dialer of the caller's own.
-fn a_client_may_call_the_server_by_its_sockets_path() -> Result {
+/// The gRPC libraries for C++, Python and Java send the socket's path as the `:authority` of a
+/// request. The gRPC library for Go also sends the socket's path if the caller supplies its own
+/// dialer.
+fn a_client_can_send_the_socket_path_as_the_http2_authority() -> Result {
     on_a_node(|node| {
         let message = node.join("empty-message");
         fs::write(&message, [0_u8; 5])?;
@@ -252,7 +273,8 @@ fn a_client_may_call_the_server_by_its_sockets_path() -> Result {
         let socket = node.socket();
         let path = socket.display().to_string();
         for authority in [&path, &path.replace('/', "%2F"), "localhost"] {
-            // Twice on one connection: the second time it is in HPACK's table.
+            // curl sends two requests on one connection. In the second request, HPACK replaces the
+            // authority with its index in the dynamic table.
             let url = "http://localhost/runtime.v1.RuntimeService/Version";
             let answer = command("curl", ["-sS", "--http2-prior-knowledge", "--unix-socket"])
                 .arg(&socket)
@@ -261,14 +283,20 @@ fn a_client_may_call_the_server_by_its_sockets_path() -> Result {
                 .args(["-D", "-", url, url])
                 .ok()?;
             let answers = answer.text().matches("grpc-status: 0").count();
-            ensure_eq!(answers, 2, "answers to {authority}: {}", answer.told());
+            ensure_eq!(
+                answers,
+                2,
+                "number of successful answers to two requests with the authority {authority} (output of curl: {})",
+                answer.told()
+            );
         }
         Ok(())
     })
 }
 
-/// Of several attempts at a container kubelet takes the first that it is told of, for one.
-fn a_pods_containers_are_told_newest_first() -> Result {
+/// If the list contains several attempts of a container, kubelet uses the first attempt in the
+/// list.
+fn the_server_lists_the_newest_container_of_a_pod_first() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let calls = Calls::new(node)?;
@@ -292,41 +320,51 @@ fn a_pods_containers_are_told_newest_first() -> Result {
                 pod_sandbox_id: pod_id.clone(),
                 verbose: false,
             };
-            let told = calls.wait(async move { client.pod_sandbox_status(request).await })??;
-            let told = attempts(&told.into_inner().containers_statuses);
-            ensure_eq!(told, newest_first, "the pod's status");
+            let listed = calls.wait(async move { client.pod_sandbox_status(request).await })??;
+            let listed = attempts(&listed.into_inner().containers_statuses);
+            ensure_eq!(
+                listed,
+                newest_first,
+                "attempt numbers of the containers in the pod's status"
+            );
             let event = loop {
-                let event = calls.wait(events.message())??.ok_or("the stream ended")?;
+                let event = calls
+                    .wait(events.message())??
+                    .ok_or("the stream of container events ended")?;
                 if event.container_id == id {
                     break event;
                 }
             };
-            let told = attempts(&event.containers_statuses);
-            ensure_eq!(told, newest_first, "an event of the pod's");
+            let listed = attempts(&event.containers_statuses);
+            ensure_eq!(
+                listed,
+                newest_first,
+                "attempt numbers of the containers in the event of the newest container"
+            );
         }
         Ok(())
     })
 }
 
-fn removal_of_what_is_not_there_is_no_error() -> Result {
+fn the_removal_of_a_missing_pod_or_container_succeeds() -> Result {
     on_a_node(|node| {
         let calls = Calls::new(node)?;
-        let nobody = || "0123456789abcdef".repeat(4);
+        let missing = || "0123456789abcdef".repeat(4);
         let mut client = calls.runtime();
         calls.wait(async move {
             client
                 .stop_pod_sandbox(StopPodSandboxRequest {
-                    pod_sandbox_id: nobody(),
+                    pod_sandbox_id: missing(),
                 })
                 .await?;
             client
                 .remove_pod_sandbox(RemovePodSandboxRequest {
-                    pod_sandbox_id: nobody(),
+                    pod_sandbox_id: missing(),
                 })
                 .await?;
             client
                 .remove_container(RemoveContainerRequest {
-                    container_id: nobody(),
+                    container_id: missing(),
                 })
                 .await
         })??;
@@ -347,21 +385,21 @@ fn removal_of_what_is_not_there_is_no_error() -> Result {
     })
 }
 
-fn methods_to_come_say_so() -> Result {
+fn a_grpc_method_that_is_not_implemented_returns_unimplemented() -> Result {
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         let mut client = calls.runtime();
         let request = CheckpointContainerRequest::default();
         let answer = calls.wait(async move { client.checkpoint_container(request).await })?;
-        let status = answer.err().ok_or("CheckpointContainer did something")?;
+        let status = answer.err().ok_or("CheckpointContainer succeeded")?;
         ensure_eq!(
             status.code(),
             Code::Unimplemented,
-            "code of CheckpointContainer"
+            "gRPC code of CheckpointContainer"
         );
         ensure!(
             status.message().len() > 20,
-            "no sentence: {:?}",
+            "the error message of CheckpointContainer is too short: {:?}",
             status.message()
         );
         Ok(())

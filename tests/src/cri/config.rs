@@ -1,4 +1,5 @@
-//! What the server's configuration gives every container, and requests that are refused.
+//! Tests of the server's configuration, of the errors in a configuration, of the warnings that the
+//! server logs at start, and of invalid requests.
 
 use std::fs;
 
@@ -11,36 +12,36 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        limits_and_annotations_are_a_matter_of_configuration,
+        the_configuration_sets_rlimits_and_allows_annotations,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        a_mistake_is_told_with_file_line_and_key,
+        a_configuration_error_names_the_file_and_the_line_and_the_key,
         Need::RrunCri,
         SERVER
     ),
     test!(
-        the_start_tells_what_the_node_lacks,
+        the_server_logs_at_start_what_the_node_lacks,
         CRICTL,
         SERVER,
         Need::RrunCri
     ),
     test!(
-        where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope,
+        the_systemd_driver_puts_a_pod_in_a_slice_and_a_container_in_a_scope,
         A_NODE,
         Need::File("/run/systemd/system"),
         Need::Controller("memory"),
         Need::RrunCri
     ),
     test!(
-        what_makes_no_sense_is_refused_by_its_field,
+        the_refusal_of_an_invalid_request_names_the_field,
         A_NODE,
         Need::RrunCri
     ),
 ];
 
-fn limits_and_annotations_are_a_matter_of_configuration() -> Result {
+fn the_configuration_sets_rlimits_and_allows_annotations() -> Result {
     on_a_node(|node| {
         fs::write(
             node.join("config.d/10.toml"),
@@ -61,22 +62,28 @@ fn limits_and_annotations_are_a_matter_of_configuration() -> Result {
         ensure_eq!(
             report["limits"]["RLIMIT_NOFILE"],
             json!([1234, 2345]),
-            "open files"
+            "the container's RLIMIT_NOFILE"
         );
-        ensure_eq!(report["limits"]["RLIMIT_CORE"], json!([0, 0]), "core");
-        let info = node.json(&["inspect", &id])?;
-        let told = info.pointer("/info/runtimeSpec/annotations");
         ensure_eq!(
-            told,
+            report["limits"]["RLIMIT_CORE"],
+            json!([0, 0]),
+            "the container's RLIMIT_CORE"
+        );
+        let info = node.json(&["inspect", &id])?;
+        let annotations = info.pointer("/info/runtimeSpec/annotations");
+        ensure_eq!(
+            annotations,
             Some(&json!({ "pod.a": "1", "own/b": "3" })),
-            "what the runtime is told"
+            "annotations in the container's runtime spec"
         );
         Ok(())
     })
 }
 
-/// By `config check`, by a start, and by whoever asks for help.
-fn a_mistake_is_told_with_file_line_and_key() -> Result {
+/// Checks the errors in a configuration. `rrun-cri config check` reports these errors, and a
+/// starting server reports the same errors. Also checks the errors that rrun-monitor reports for
+/// its command line.
+fn a_configuration_error_names_the_file_and_the_line_and_the_key() -> Result {
     let directory = Directory::new("mistakes")?;
     let config = directory.join("config.toml");
     let hosts = directory.join("certs.d/example.org");
@@ -87,7 +94,7 @@ fn a_mistake_is_told_with_file_line_and_key() -> Result {
     let cri = |args: &[&str]| command("rrun-cri", args).arg("--config").arg(&config);
     let empty = directory.join("empty.pem").display().to_string();
     fs::write(&empty, "")?;
-    for (mistake, told) in [
+    for (mistake, expected) in [
         ("nonsense = 1\n", "line 3, nonsense"),
         (
             "[network]\nrange = ''\nrange6 = ''\n",
@@ -113,31 +120,48 @@ fn a_mistake_is_told_with_file_line_and_key() -> Result {
         fs::write(&config, &main)?;
         let drop_in = directory.join("config.d/10.toml");
         fs::write(&drop_in, format!("# a comment\n\n{mistake}"))?;
-        let told = format!("{}, {told}", drop_in.display());
+        let expected = format!("{}, {expected}", drop_in.display());
         for args in [&["config", "check"][..], &[]] {
             let output = cri(args).exits(1)?;
-            ensure!(output.stderr.contains(&told), "{told}:\n{}", output.told());
+            ensure!(
+                output.stderr.contains(&expected),
+                "the output of rrun-cri does not contain the expected error place {expected:?}:\n{}",
+                output.told()
+            );
         }
         fs::remove_file(&drop_in)?;
     }
-    // What the command line gets wrong stands in no file.
+    // This error is on the command line and not in a file. The error message therefore names only
+    // the option.
     let output = cri(&["--listen", "nowhere"]).exits(1)?;
     ensure!(
         output.stderr.contains("rrun-cri: listen: "),
-        "{}",
+        "the error message of rrun-cri does not name the option --listen: {}",
         output.told()
     );
     fs::write(&hosts, "server = 3\n")?;
     let output = cri(&["config", "check"]).exits(1)?;
-    let told = format!("{}, line 1, server", hosts.display());
-    ensure!(output.stderr.contains(&told), "{told}:\n{}", output.told());
+    let expected = format!("{}, line 1, server", hosts.display());
+    ensure!(
+        output.stderr.contains(&expected),
+        "the output of rrun-cri does not contain the expected error place {expected:?}:\n{}",
+        output.told()
+    );
     fs::write(&hosts, "server = 'https://x'\nsever = 3\n")?;
     let output = cri(&["config", "check"]).ok()?;
-    let told = format!("{}, line 2, sever", hosts.display());
-    ensure!(output.stderr.contains(&told), "{told}:\n{}", output.told());
+    let expected = format!("{}, line 2, sever", hosts.display());
+    ensure!(
+        output.stderr.contains(&expected),
+        "the output of rrun-cri does not contain the expected error place {expected:?}:\n{}",
+        output.told()
+    );
     fs::remove_file(&hosts)?;
     let output = cri(&["config", "check"]).ok()?;
-    ensure_eq!(output.stderr, "", "what is said of no mistake");
+    ensure_eq!(
+        output.stderr,
+        "",
+        "standard error of `rrun-cri config check` for a correct configuration"
+    );
     for flag in ["--help", "-h"] {
         command("rrun-monitor", [flag])
             .ok()?
@@ -150,17 +174,17 @@ fn a_mistake_is_told_with_file_line_and_key() -> Result {
     Ok(())
 }
 
-fn the_start_tells_what_the_node_lacks() -> Result {
+fn the_server_logs_at_start_what_the_node_lacks() -> Result {
     on_a_node(|node| {
-        let said = |node: &mut Node, what: &str| {
+        let logged = |node: &mut Node, what: &str| {
             let what = what.to_owned();
-            wait_for(&format!("{what:?} in the log"), || {
+            wait_for(&format!("the server to log {what:?}"), || {
                 Ok(node.log().contains(&what).then_some(()))
             })
         };
-        said(
+        logged(
             node,
-            "the runtime handler \"absent\": there is no runtime at /no/such/runtime",
+            "the runtime handler \"absent\": the runtime /no/such/runtime does not exist",
         )?;
         let controllers = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
         let lacks = ["cpu", "cpuset", "io", "memory", "pids"]
@@ -169,12 +193,27 @@ fn the_start_tells_what_the_node_lacks() -> Result {
             .collect::<Vec<_>>()
             .join(", ");
         if lacks.is_empty() {
-            ensure!(!node.log().contains("has no controller"), "{}", node.log());
+            ensure!(
+                !node.log().contains("lacks the cgroup controllers"),
+                "the server's log reports missing cgroup controllers, but no controller is missing:\n{}",
+                node.log()
+            );
         } else {
-            said(node, &format!("/sys/fs/cgroup has no controller {lacks}:"))?;
+            logged(
+                node,
+                &format!("/sys/fs/cgroup lacks the cgroup controllers {lacks}:"),
+            )?;
         }
-        for what in ["there is no monitor", "systemd is not PID 1", "CNI plugin"] {
-            ensure!(!node.log().contains(what), "{what}:\n{}", node.log());
+        for what in [
+            "pods cannot be created",
+            "systemd is not PID 1",
+            "CNI plugin",
+        ] {
+            ensure!(
+                !node.log().contains(what),
+                "the server's log contains the warning {what:?}, which does not apply to this node:\n{}",
+                node.log()
+            );
         }
         node.terminate_server()?;
         fs::write(
@@ -184,13 +223,16 @@ fn the_start_tells_what_the_node_lacks() -> Result {
         )?;
         node.has_cni_bridge()?;
         node.start_server()?;
-        said(node, "there is no monitor at /no/such/monitor")?;
-        said(node, "(the default one: no pod can be made)")?;
-        said(node, "10-bridge.conflist: the CNI plugin bridge")?;
+        logged(node, "the monitor /no/such/monitor does not exist")?;
+        logged(
+            node,
+            "(pods cannot be created, because this handler is the default handler)",
+        )?;
+        logged(node, "10-bridge.conflist: the CNI plugin bridge")?;
         if Need::Systemd.lacking().is_some() {
-            said(
+            logged(
                 node,
-                "cgroup_driver is \"systemd\", and systemd is not PID 1",
+                "cgroup_driver is \"systemd\", but systemd is not PID 1",
             )?;
         }
         fs::write(
@@ -201,18 +243,30 @@ fn the_start_tells_what_the_node_lacks() -> Result {
         node.start_server()?;
         let ready = node.json(&["info"])?;
         let condition = &ready["status"]["conditions"][0];
-        ensure_eq!(condition["status"], json!(false), "{condition}");
-        ensure!(condition.to_string().contains("no monitor"), "{condition}");
+        ensure_eq!(
+            condition["status"],
+            json!(false),
+            "status field of the first condition in the output of crictl info (condition: {condition})"
+        );
+        ensure!(
+            condition
+                .to_string()
+                .contains("the monitor /no/such/monitor does not exist"),
+            "the node's first condition does not report that the monitor is missing: {condition}"
+        );
         Ok(())
     })
 }
 
-fn where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope() -> Result {
+fn the_systemd_driver_puts_a_pod_in_a_slice_and_a_container_in_a_scope() -> Result {
     const SLICE: &str = "e2e-burstable-pod1.slice";
     let result = on_a_node(|node| {
         node.pull(BUSYBOX)?;
-        let told = node.asks(&["runtime-config"])?;
-        ensure!(told.to_lowercase().contains("systemd"), "{told}");
+        let config = node.asks(&["runtime-config"])?;
+        ensure!(
+            config.to_lowercase().contains("systemd"),
+            "the cgroup driver is not systemd: {config}"
+        );
         for handler in ["", "runc"] {
             let mut pod = node.pod(&format!("slice{handler}"));
             pod["linux"]["cgroup_parent"] = json!(SLICE);
@@ -230,38 +284,67 @@ fn where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope() ->
                 "the container's cgroup"
             );
             let limit = || fs::read_to_string(group.join("memory.max"));
-            ensure_eq!(limit()?.trim(), "67108864", "memory.max");
+            ensure_eq!(
+                limit()?.trim(),
+                "67108864",
+                "memory.max of the container's cgroup"
+            );
             node.kill_server()?;
             node.start_server()?;
             node.asks(&["update", "--memory", "100663296", &id])?;
-            ensure_eq!(limit()?.trim(), "100663296", "memory.max after an update");
+            ensure_eq!(
+                limit()?.trim(),
+                "100663296",
+                "memory.max of the container's cgroup after an update"
+            );
             let stats = node.json(&["stats", "--id", &id])?;
             let used = stats.pointer("/stats/0/memory/workingSetBytes/value");
-            ensure!(used.is_some(), "no memory in {stats}");
+            ensure!(
+                used.is_some(),
+                "the statistics have no memory usage: {stats}"
+            );
             node.asks(&["stop", "--timeout", "0", &id])?;
-            ensure_eq!(node.status(&id)?["exitCode"], json!(137), "exit code");
-            wait_for("the scope to go", || Ok((!group.exists()).then_some(())))?;
+            ensure_eq!(
+                node.status(&id)?["exitCode"],
+                json!(137),
+                "exit code of the stopped container"
+            );
+            wait_for("systemd to remove the container's scope", || {
+                Ok((!group.exists()).then_some(()))
+            })?;
         }
-        // Without a parent it gets a slice of its own, which goes with it.
+        // A pod without a cgroup parent gets its own slice. The server removes this slice together
+        // with the pod.
         let pod = node.pod("own");
         let pod_id = node.runp(&pod)?;
         let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
         let group = node.cgroup(&id)?;
         ensure!(
             group.starts_with("/sys/fs/cgroup/rrun.slice"),
-            "{}",
+            "the pod's cgroup is not in rrun.slice: {}",
             group.display()
         );
         node.asks(&["rmp", "--force", &pod_id])?;
-        let slice = group.parent().ok_or("no parent")?.to_owned();
-        ensure!(!slice.exists(), "{} is left", slice.display());
-        // The other driver's form.
+        let slice = group
+            .parent()
+            .ok_or("the container's cgroup has no parent")?
+            .to_owned();
+        ensure!(
+            !slice.exists(),
+            "the removed pod's slice {} still exists",
+            slice.display()
+        );
+        // The cgroupfs driver requires a path as the cgroup parent, but the systemd driver requires
+        // the name of a slice. The server uses the systemd driver, so it must refuse this path.
         let mut wrong = node.pod("wrong");
         wrong["linux"]["cgroup_parent"] = json!("/kubepods/pod1");
-        let failed = node.runp(&wrong).err().ok_or("it runs")?;
+        let failed = node
+            .runp(&wrong)
+            .err()
+            .ok_or("the server created a pod whose cgroup parent is not a slice")?;
         ensure!(
             failed.message().unwrap_or_default().contains("slice"),
-            "the wrong form"
+            "the error does not report that the cgroup parent must be a slice"
         );
         Ok(())
     });
@@ -269,7 +352,7 @@ fn where_systemd_keeps_the_cgroups_a_pod_is_a_slice_and_a_container_a_scope() ->
     result
 }
 
-fn what_makes_no_sense_is_refused_by_its_field() -> Result {
+fn the_refusal_of_an_invalid_request_names_the_field() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let change = |mut config: Value, pointer: &str, value: Value| {
@@ -300,9 +383,14 @@ fn what_makes_no_sense_is_refused_by_its_field() -> Result {
             ("cgroup parent", "linux/cgroup_parent", json!("../../x")),
         ] {
             let failed = node.runp(&change(node.pod("wrong"), pointer, value)).err();
-            let failed = failed.ok_or(format!("a pod with a wrong {field} runs"))?;
+            let failed = failed.ok_or(format!(
+                "the server created a pod although {pointer} in its configuration is invalid"
+            ))?;
             let message = failed.message().unwrap_or_default();
-            ensure!(message.contains(field), "{field}: {message}");
+            ensure!(
+                message.contains(field),
+                "the error message about the invalid {pointer} does not contain {field:?}: {message}"
+            );
         }
         let pod = node.pod("right");
         let pod_id = node.runp(&pod)?;
@@ -342,12 +430,21 @@ fn what_makes_no_sense_is_refused_by_its_field() -> Result {
         ] {
             let wrong = change(node.container("wrong", &["true"]), pointer, value);
             let failed = node.create(&pod_id, &pod, &wrong).err();
-            let failed = failed.ok_or(format!("a container with a wrong {field} is made"))?;
+            let failed = failed.ok_or(format!(
+                "the server created a container although {pointer} in its configuration is invalid"
+            ))?;
             let message = failed.message().unwrap_or_default();
-            ensure!(message.contains(field), "{field}: {message}");
+            ensure!(
+                message.contains(field),
+                "the error message about the invalid {pointer} does not contain {field:?}: {message}"
+            );
         }
         let left = fs::read_dir(node.join("root/containers"))?.count();
-        ensure_eq!(left, 0, "writable layers that are left");
+        ensure_eq!(
+            left,
+            0,
+            "number of writable layers after the server refused all containers"
+        );
         Ok(())
     })
 }

@@ -1,4 +1,5 @@
-//! Containers by crictl: their configuration, logs, execs and ends.
+//! Tests of containers that crictl creates: their settings, logs, exec sessions, exit codes and
+//! stops.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -11,30 +12,36 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_container_gets_what_its_configuration_says, A_NODE),
+    test!(a_container_gets_its_configured_settings, A_NODE),
+    test!(the_default_mounts_leave_the_writable_layer_empty, A_NODE),
+    test!(a_log_contains_all_lines_of_stdout_and_stderr, A_NODE),
     test!(
-        what_every_container_has_mounted_leaves_its_writable_layer_empty,
+        exec_returns_the_output_and_the_exit_code_and_obeys_its_timeout,
         A_NODE
     ),
-    test!(logs_have_both_streams_in_order, A_NODE),
-    test!(exec_gives_output_exit_code_and_ends_in_time, A_NODE),
     test!(
-        what_an_exec_started_dies_with_it_and_a_daemon_stays,
+        an_exec_timeout_kills_the_whole_session_but_no_daemon_of_an_earlier_session,
         A_NODE,
         Need::RrunCri
     ),
-    test!(exit_codes_reasons_and_times_are_kept, A_NODE),
-    test!(stop_gives_the_grace_period_and_then_kills, A_NODE),
+    test!(
+        the_container_status_keeps_the_exit_code_and_the_reason_and_the_times,
+        A_NODE
+    ),
+    test!(
+        stop_waits_for_the_grace_period_and_then_kills_the_container,
+        A_NODE
+    ),
 ];
 
-/// RFC 3339 to the second, and later than the year 2020.
+/// Returns whether the value is an RFC 3339 time in 2020 or later that includes the seconds.
 fn is_time(value: &Value) -> bool {
     value
         .as_str()
         .is_some_and(|time| time.len() >= 20 && time > "2020-01-01T00:00:00")
 }
 
-fn a_container_gets_what_its_configuration_says() -> Result {
+fn a_container_gets_its_configured_settings() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("config");
@@ -66,30 +73,38 @@ fn a_container_gets_what_its_configuration_says() -> Result {
         ensure_eq!(
             (&report["uid"], &report["gid"]),
             (&json!(1000), &json!(2000)),
-            "user and group"
+            "user id and group id of the container"
         );
         ensure!(
             report["groups"]
                 .as_array()
                 .is_some_and(|groups| groups.contains(&json!(3000))),
-            "{}",
+            "the supplementary group 3000 is missing: {}",
             report["groups"]
         );
-        ensure_eq!(report["cwd"], "/tmp", "working directory");
-        ensure_eq!(report["env"]["ANSWER"], "42", "environment");
+        ensure_eq!(report["cwd"], "/tmp", "working directory of the container");
+        ensure_eq!(
+            report["env"]["ANSWER"],
+            "42",
+            "environment variable ANSWER in the container"
+        );
         ensure!(
             report["env"]["PATH"]
                 .as_str()
                 .is_some_and(|path| path.contains("/bin")),
-            "the image's environment"
+            "the container's environment lacks the PATH that the image sets"
         );
-        ensure_eq!(report["status"]["NoNewPrivs"], "1", "no_new_privs");
+        ensure_eq!(
+            report["status"]["NoNewPrivs"],
+            "1",
+            "NoNewPrivs in the container's /proc/self/status"
+        );
         ensure_eq!(
             report["status"]["CapBnd"],
             "0000000000000400",
-            "bounding set"
+            "capability bounding set of the container"
         );
-        ensure_eq!(report["hostname"], "config", "host name");
+        ensure_eq!(report["hostname"], "config", "host name of the container");
         let mount = |point: &str| {
             let lines = report["mounts"]
                 .as_array()
@@ -104,11 +119,12 @@ fn a_container_gets_what_its_configuration_says() -> Result {
             let options = mount(point).ok_or(format!("nothing is mounted on {point}"))?;
             ensure!(
                 options.split(',').any(|option| option == "ro"),
-                "{point} is {options}"
+                "the mount on {point} is not read-only; its mount options: {options}"
             );
         }
 
-        // What the image says is the default; a user by name is looked up in it.
+        // The image's configuration supplies the settings that this CreateContainer request omits.
+        // The server looks up the user name in the image's /etc/passwd.
         let mut container = node.container("name", &["/inside", "report"]);
         container["linux"]["security_context"]["run_as_username"] = json!("www-data");
         let id = node.run(&pod_id, &pod, &container)?;
@@ -117,7 +133,7 @@ fn a_container_gets_what_its_configuration_says() -> Result {
         ensure_eq!(
             (&report["uid"], &report["gid"]),
             (&json!(33), &json!(33)),
-            "www-data"
+            "user id and group id of a container that runs as www-data"
         );
 
         let id = node.create(&pod_id, &pod, &node.container("labels", &["sleep", "600"]))?;
@@ -125,13 +141,13 @@ fn a_container_gets_what_its_configuration_says() -> Result {
         ensure_eq!(
             status["mounts"].as_array().map(Vec::len),
             Some(1),
-            "mounts in the status"
+            "number of mounts in the container's status"
         );
         Ok(())
     })
 }
 
-fn what_every_container_has_mounted_leaves_its_writable_layer_empty() -> Result {
+fn the_default_mounts_leave_the_writable_layer_empty() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("untouched");
@@ -140,11 +156,15 @@ fn what_every_container_has_mounted_leaves_its_writable_layer_empty() -> Result 
         container["mounts"] = json!([]);
         let id = node.run(&pod_id, &pod, &container)?;
         let inside = |script: &str| node.asks(&["exec", "-s", &id, "sh", "-c", script]);
-        // BusyBox's image has /etc and none of these in it.
+        // The BusyBox image contains /etc, but not these three files. The server or the runtime
+        // must therefore create their mount points.
         let mounts = inside("cat /proc/mounts")?;
         for place in ["/etc/hosts", "/etc/hostname", "/etc/resolv.conf"] {
             let is_mounted = |line: &str| line.split(' ').nth(1) == Some(place);
-            ensure!(mounts.lines().any(is_mounted), "{place} is not mounted");
+            ensure!(
+                mounts.lines().any(is_mounted),
+                "nothing is mounted on {place} in the container:\n{mounts}"
+            );
         }
         inside("cat /etc/hosts | grep -q localhost && echo a >>/etc/hosts")?;
         if is_rrun() {
@@ -155,15 +175,23 @@ fn what_every_container_has_mounted_leaves_its_writable_layer_empty() -> Result 
                     .map(|entry| entry.map(|entry| entry.file_name()))
                     .collect::<std::result::Result<_, _>>()?)
             };
-            ensure_eq!(written()?, Vec::<std::ffi::OsString>::new(), "before");
+            ensure_eq!(
+                written()?,
+                Vec::<std::ffi::OsString>::new(),
+                "entries of the writable layer before the container writes a file"
+            );
             inside("echo a >/etc/new")?;
-            ensure_eq!(written()?, ["etc"], "after a write");
+            ensure_eq!(
+                written()?,
+                ["etc"],
+                "entries of the writable layer after the container wrote a file"
+            );
         }
         Ok(())
     })
 }
 
-fn logs_have_both_streams_in_order() -> Result {
+fn a_log_contains_all_lines_of_stdout_and_stderr() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("logs");
@@ -176,38 +204,49 @@ fn logs_have_both_streams_in_order() -> Result {
         )?;
         node.exited(&id)?;
         let output = node.crictl(&["logs", &id]).ok()?;
-        ensure_eq!(output.stdout, "to stdout\nno line end", "standard output");
-        ensure_eq!(output.stderr, "to stderr\n", "standard error");
+        ensure_eq!(
+            output.stdout,
+            "to stdout\nno line end",
+            "standard output of crictl logs"
+        );
+        ensure_eq!(
+            output.stderr,
+            "to stderr\n",
+            "standard error of crictl logs"
+        );
         let file = node.log_of("logs", "both")?;
         let lines: Vec<Vec<&str>> = file
             .lines()
             .map(|line| line.splitn(4, ' ').collect())
             .collect();
-        ensure_eq!(lines.len(), 3, "lines in {file:?}");
+        ensure_eq!(lines.len(), 3, "number of lines in the log file: {file:?}");
         for line in &lines {
-            ensure_eq!(line.len(), 4, "parts of {line:?}");
-            ensure!(is_time(&json!(line[0])), "the time of {line:?}");
+            ensure_eq!(line.len(), 4, "number of fields in the log line {line:?}");
+            ensure!(
+                is_time(&json!(line[0])),
+                "the log line {line:?} does not begin with a time"
+            );
         }
         ensure!(
             lines
                 .iter()
                 .any(|line| line[1..] == ["stdout", "F", "to stdout"]),
-            "{file}"
+            "the container's log lacks the line that the container wrote to stdout: {file}"
         );
         ensure!(
             lines
                 .iter()
                 .any(|line| line[1..] == ["stderr", "F", "to stderr"]),
-            "{file}"
+            "the container's log lacks the line that the container wrote to stderr: {file}"
         );
         ensure!(
             lines
                 .iter()
                 .any(|line| line[1] == "stdout" && line[3] == "no line end"),
-            "{file}"
+            "the container's log lacks the line that the container wrote without a line end: {file}"
         );
 
-        // As fast as it can, nothing is lost.
+        // The log contains every line of a container that writes as fast as it can.
         let id = node.run(
             &pod_id,
             &pod,
@@ -219,31 +258,40 @@ fn logs_have_both_streams_in_order() -> Result {
             text.lines()
                 .enumerate()
                 .all(|(at, line)| line == format!("line {}", at + 1)),
-            "the lines are not in order"
+            "the lines of the log are not in order"
         );
-        ensure_eq!(text.lines().count(), 20_000, "lines");
+        ensure_eq!(
+            text.lines().count(),
+            20_000,
+            "number of lines in the container's log"
+        );
         let tail = node.asks(&["logs", "--tail", "2", &id])?;
-        ensure_eq!(tail, "line 19999\nline 20000", "the last two lines");
+        ensure_eq!(
+            tail,
+            "line 19999\nline 20000",
+            "output of crictl logs --tail 2"
+        );
 
-        // A line longer than a record is cut into parts, and given back whole.
+        // A line that is longer than a log record is split into partial records. crictl joins the
+        // partial records again.
         let long = "head -c 40000 /dev/zero | tr '\\0' x; echo";
         let id = node.run(&pod_id, &pod, &node.container("long", &["sh", "-c", long]))?;
         node.exited(&id)?;
         ensure_eq!(
             node.asks(&["logs", &id])?,
             "x".repeat(40_000),
-            "the long line"
+            "the long line in the output of crictl logs"
         );
         let file = node.log_of("logs", "long")?;
         ensure!(
             file.lines().any(|line| line.contains(" stdout P ")),
-            "no partial record in the log"
+            "the container's log contains no partial record"
         );
         Ok(())
     })
 }
 
-fn exec_gives_output_exit_code_and_ends_in_time() -> Result {
+fn exec_returns_the_output_and_the_exit_code_and_obeys_its_timeout() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("exec");
@@ -253,10 +301,18 @@ fn exec_gives_output_exit_code_and_ends_in_time() -> Result {
         let output = node
             .crictl(&["exec", "-s", &id, "sh", "-c", script])
             .end()?;
-        ensure!(output.code != 0, "{}", output.told());
-        let told = format!("{}{}", output.stdout, output.stderr);
+        ensure!(
+            output.code != 0,
+            "crictl exec succeeded although its command exited with exit code 7: {}",
+            output.told()
+        );
+        let text = format!("{}{}", output.stdout, output.stderr);
         for part in ["out", "err", "7"] {
-            ensure!(told.contains(part), "no {part:?} in:\n{}", output.told());
+            ensure!(
+                text.contains(part),
+                "the output does not contain {part:?}:\n{}",
+                output.told()
+            );
         }
         let output = node
             .crictl(&["exec", "-s", "--timeout", "2", &id, "sleep", "456"])
@@ -265,10 +321,10 @@ fn exec_gives_output_exit_code_and_ends_in_time() -> Result {
             output.stderr.contains("DeadlineExceeded")
                 || output.stderr.contains("timeout")
                 || output.stderr.contains("deadline"),
-            "{}",
+            "the error does not name the timeout: {}",
             output.told()
         );
-        wait_for("the process to be gone", || {
+        wait_for("the process of the timed-out exec session to end", || {
             Ok((!node.asks(&["exec", "-s", &id, "ps"])?.contains("sleep 456")).then_some(()))
         })?;
         node.crictl(&["exec", "-s", &id, "/no/such/program"])
@@ -279,14 +335,14 @@ fn exec_gives_output_exit_code_and_ends_in_time() -> Result {
             output.stderr.contains("not running")
                 || output.stderr.contains("exited")
                 || output.stderr.contains("EXITED"),
-            "{}",
+            "the error does not state that the container is not running: {}",
             output.told()
         );
         Ok(())
     })
 }
 
-/// The cgroups below the container's that execs are in.
+/// Returns the number of exec sessions that have a cgroup in the container's cgroup.
 fn exec_cgroups(node: &Node, container: &str) -> Result<usize> {
     let names = fs::read_dir(node.cgroup(container)?)?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
@@ -297,24 +353,28 @@ fn exec_cgroups(node: &Node, container: &str) -> Result<usize> {
         .count())
 }
 
-/// containerd kills the first process only.
-fn what_an_exec_started_dies_with_it_and_a_daemon_stays() -> Result {
+/// This test is for rrun only. When an exec session times out, containerd kills only the first
+/// process of the session.
+fn an_exec_timeout_kills_the_whole_session_but_no_daemon_of_an_earlier_session() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for handler in ["", "runc", "crun"] {
             if !handler.is_empty() && program_path(handler).is_none() {
-                note(format!("no {handler} here: its execs are not tried"));
+                note(format!(
+                    "the runtime {handler} is not installed, so the test runs no exec session with this runtime"
+                ));
                 continue;
             }
             let pod = node.pod(&format!("daemons{handler}"));
             let pod_id = node.runp_by(handler, &pod)?;
             let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "600"]))?;
-            // A session of its own, and an orphan: neither leads back to the exec.
+            // The first sleep is an orphan with its own session id. Neither its parent nor its
+            // session id shows that the exec session started this sleep.
             let script = "(setsid sleep 1111 &) ; sleep 1112";
             node.crictl(&["exec", "-s", "--timeout", "2", &id, "sh", "-c", script])
                 .exits(1)?;
             let processes = || node.asks(&["exec", "-s", &id, "ps"]);
-            wait_for("all that the exec started to be gone", || {
+            wait_for("all processes of the exec session to be killed", || {
                 let processes = processes()?;
                 Ok((!processes.contains("sleep 111")).then_some(()))
             })?;
@@ -322,21 +382,29 @@ fn what_an_exec_started_dies_with_it_and_a_daemon_stays() -> Result {
             let script = "(setsid sleep 1113 >/dev/null 2>&1 &)";
             node.asks(&["exec", "-s", &id, "sh", "-c", script])?;
             let left = processes()?;
-            ensure!(left.contains("sleep 1113"), "{handler}: no daemon: {left}");
-            wait_for("all execs' cgroups but the daemon's to go", || {
-                Ok((exec_cgroups(node, &id)? == 1).then_some(()))
-            })?;
+            ensure!(
+                left.contains("sleep 1113"),
+                "the daemon that a finished exec session started no longer runs (runtime handler {handler:?}); processes in the container: {left}"
+            );
+            wait_for(
+                "the cgroups of all exec sessions except the daemon's cgroup to be removed",
+                || Ok((exec_cgroups(node, &id)? == 1).then_some(())),
+            )?;
             node.asks(&["exec", "-s", &id, "pkill", "-f", "sleep 1113"])?;
-            wait_for("the daemon's cgroup to go", || {
+            wait_for("the daemon's cgroup to be removed", || {
                 Ok((exec_cgroups(node, &id)? == 0).then_some(()))
             })?;
-            ensure_eq!(node.status(&id)?["state"], "CONTAINER_RUNNING", "state");
+            ensure_eq!(
+                node.status(&id)?["state"],
+                "CONTAINER_RUNNING",
+                "the container's state after the exec sessions"
+            );
         }
         Ok(())
     })
 }
 
-fn exit_codes_reasons_and_times_are_kept() -> Result {
+fn the_container_status_keeps_the_exit_code_and_the_reason_and_the_times() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("exits");
@@ -347,58 +415,81 @@ fn exit_codes_reasons_and_times_are_kept() -> Result {
         ] {
             let id = node.run(&pod_id, &pod, &node.container(name, command))?;
             let status = node.exited(&id)?;
-            ensure_eq!(status["exitCode"], json!(code), "exit code of {name}");
-            ensure_eq!(status["reason"], reason, "reason of {name}");
+            ensure_eq!(
+                status["exitCode"],
+                json!(code),
+                "exit code of the container {name}"
+            );
+            ensure_eq!(
+                status["reason"],
+                reason,
+                "reason in the status of the container {name}"
+            );
             for time in ["createdAt", "startedAt", "finishedAt"] {
                 ensure!(
                     is_time(&status[time]),
-                    "{time} of {name} is {}",
+                    "the field {time} in the status of the container {name} is not a valid time: {}",
                     status[time]
                 );
             }
             ensure!(
                 status["createdAt"].as_str() <= status["startedAt"].as_str()
                     && status["startedAt"].as_str() <= status["finishedAt"].as_str(),
-                "the times of {name} are out of order: {status}"
+                "the times in the status of the container {name} are out of order: {status}"
             );
         }
-        // containerd runs the runtime at start; CRI-O and rrun-cri do at create, and tell then.
+        // containerd runs the OCI runtime during StartContainer. CRI-O and rrun-cri run the runtime
+        // during CreateContainer, which then reports the missing program.
         let nowhere = node.container("nowhere", &["/no/such/program"]);
         let failed = match node.create(&pod_id, &pod, &nowhere) {
             Err(failed) => {
-                // kubelet takes a log for an attempt. One that was there is not ours.
+                // kubelet counts each log file as one attempt to start the container. A failed
+                // CreateContainer must therefore leave no log file. If the log file existed before
+                // the call, a failed CreateContainer must not remove the log file.
                 let log = node.join("logs/exits/nowhere.log");
-                ensure!(!log.exists(), "a log of what never was");
+                ensure!(!log.exists(), "the failed CreateContainer left a log file");
                 fs::write(&log, "")?;
-                ensure!(node.create(&pod_id, &pod, &nowhere).is_err(), "it is made");
-                ensure!(log.exists(), "somebody else's log is gone");
+                ensure!(
+                    node.create(&pod_id, &pod, &nowhere).is_err(),
+                    "the second CreateContainer succeeded for a container whose program does not exist"
+                );
+                ensure!(
+                    log.exists(),
+                    "the failed CreateContainer removed an older log file"
+                );
                 failed
             }
             Ok(id) => {
-                let failed = node.asks(&["start", &id]).err().ok_or("it started")?;
+                let failed = node
+                    .asks(&["start", &id])
+                    .err()
+                    .ok_or("the server started a container although its program does not exist")?;
                 let status = node.exited(&id)?;
                 ensure_eq!(
                     status["exitCode"],
                     json!(128),
-                    "exit code of what never started"
+                    "exit code of a container that never started"
                 );
                 ensure_eq!(
                     status["reason"],
                     "StartError",
-                    "reason of what never started"
+                    "reason in the status of a container that never started"
                 );
                 failed
             }
         };
         let message = failed.message().unwrap_or_default();
         for part in ["/no/such/program", "no such file or directory"] {
-            ensure!(message.contains(part), "no {part:?} in {message}");
+            ensure!(
+                message.contains(part),
+                "the error message about the missing program does not contain {part:?}: {message}"
+            );
         }
         Ok(())
     })
 }
 
-fn stop_gives_the_grace_period_and_then_kills() -> Result {
+fn stop_waits_for_the_grace_period_and_then_kills_the_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("stops");
@@ -410,33 +501,33 @@ fn stop_gives_the_grace_period_and_then_kills() -> Result {
         )?;
         let deaf = node.run(&pod_id, &pod, &node.container("deaf", &["/inside", "deaf"]))?;
         for (pod, id) in [("obeys", &obeys), ("deaf", &deaf)] {
-            wait_for("it to be ready", || {
+            wait_for("the container to log that it is ready", || {
                 Ok(node.log_of("stops", pod)?.contains("ready").then_some(id))
             })?;
         }
-        // Killed, it would have another.
+        // The exit code 0 shows that the container was not killed with SIGKILL.
         node.asks(&["stop", "--timeout", "60", &obeys])?;
         ensure_eq!(
             node.status(&obeys)?["exitCode"],
             json!(0),
-            "exit code of the obedient one"
+            "exit code of the container that obeys SIGTERM"
         );
 
         let started = Instant::now();
         node.asks(&["stop", "--timeout", "2", &deaf])?;
         ensure!(
             started.elapsed() >= Duration::from_secs(2),
-            "it got no grace period"
+            "the server killed the container before the grace period ended"
         );
         ensure_eq!(
             node.status(&deaf)?["exitCode"],
             json!(137),
-            "exit code of the deaf one"
+            "exit code of the container that ignores SIGTERM"
         );
-        // Once more is no error.
+        // Stopping a stopped container again is not an error.
         node.asks(&["stop", &deaf])?;
         node.asks(&["rm", &deaf])?;
-        // A running one is removed by force only.
+        // A running container can be removed only with --force.
         let running = node.run(&pod_id, &pod, &node.container("running", &["sleep", "600"]))?;
         node.crictl(&["rm", &running]).exits(1)?;
         node.asks(&["rm", "--force", &running])?;

@@ -1,4 +1,5 @@
-//! Images, pods and containers by crictl, as the demonstration tells them.
+//! Tests that use images, pods and containers through crictl. The tests send the requests of the
+//! demo (`make demo`), and requests that the server refuses.
 
 use std::fs;
 
@@ -10,22 +11,31 @@ use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(the_server_says_who_it_is, A_NODE),
-    test!(a_web_server_from_the_registry_to_its_removal, A_NODE),
+    test!(
+        the_server_reports_its_name_its_version_and_its_conditions,
+        A_NODE
+    ),
+    test!(crictl_controls_a_web_server_from_pull_to_removal, A_NODE),
     test!(images_are_pulled_by_tag_and_by_digest, A_NODE),
-    test!(lists_are_filtered, A_NODE),
-    test!(what_is_wrong_is_told, A_NODE),
+    test!(crictl_filters_lists_of_pods_and_containers, A_NODE),
+    test!(
+        invalid_requests_are_refused_and_leave_the_pod_usable,
+        A_NODE
+    ),
 ];
 
-fn the_server_says_who_it_is() -> Result {
+fn the_server_reports_its_name_its_version_and_its_conditions() -> Result {
     on_a_node(|node| {
         let version = node.asks(&["version"])?;
         ensure!(
             version.contains("RuntimeApiVersion:  v1"),
-            "version: {version}"
+            "the API version is not v1: {version}"
         );
         if is_rrun() {
-            ensure!(version.contains("RuntimeName:  rrun"), "version: {version}");
+            ensure!(
+                version.contains("RuntimeName:  rrun"),
+                "the runtime is not rrun: {version}"
+            );
         }
         let info = node.json(&["info"])?;
         let conditions = info["status"]["conditions"]
@@ -36,15 +46,21 @@ fn the_server_says_who_it_is() -> Result {
             let condition = conditions
                 .iter()
                 .find(|condition| condition["type"] == kind);
-            let condition = condition.ok_or(format!("no {kind} in {info}"))?;
-            ensure_eq!(condition["status"], json!(true), "{kind} ({condition})");
+            let condition = condition.ok_or(format!(
+                "crictl info does not list the condition {kind}: {info}"
+            ))?;
+            ensure_eq!(
+                condition["status"],
+                json!(true),
+                "status of the condition {kind} ({condition})"
+            );
         }
         Ok(())
     })
 }
 
-/// The long story: each step, and what it must say.
-fn a_web_server_from_the_registry_to_its_removal() -> Result {
+/// Runs every step from the pull of the image to its removal, and checks the output of each step.
+fn crictl_controls_a_web_server_from_pull_to_removal() -> Result {
     on_a_node(|node| {
         node.crictl(&["pull", WEB])
             .ok()?
@@ -52,7 +68,7 @@ fn a_web_server_from_the_registry_to_its_removal() -> Result {
         let images = node.asks(&["images"])?;
         ensure!(
             images.contains("127.0.0.1:5000/demo/web"),
-            "images: {images}"
+            "crictl images does not list the image: {images}"
         );
         let image = node.json(&["inspecti", WEB])?;
         ensure_eq!(
@@ -64,7 +80,7 @@ fn a_web_server_from_the_registry_to_its_removal() -> Result {
             image["status"]["size"]
                 .as_str()
                 .is_some_and(|size| size.parse::<u64>().is_ok_and(|size| size > 6 << 20)),
-            "the size of the image is {}",
+            "the size that crictl reports for the image is not larger than 6 MiB: {}",
             image["status"]["size"]
         );
 
@@ -73,17 +89,21 @@ fn a_web_server_from_the_registry_to_its_removal() -> Result {
         let pods = node.asks(&["pods"])?;
         ensure!(
             pods.contains("Ready") && pods.contains("web"),
-            "pods: {pods}"
+            "crictl pods does not list the pod as Ready: {pods}"
         );
         let status = node.json(&["inspectp", &pod_id])?["status"].clone();
-        ensure_eq!(status["state"], "SANDBOX_READY", "the pod's state");
+        ensure_eq!(
+            status["state"],
+            "SANDBOX_READY",
+            "the pod's state after crictl runp"
+        );
         let address = status["network"]["ip"]
             .as_str()
             .unwrap_or_default()
             .to_owned();
         ensure!(
             address.parse::<std::net::Ipv4Addr>().is_ok(),
-            "the pod's address is {address:?}"
+            "the pod's address is not an IPv4 address: {address:?}"
         );
 
         let mut web = node.container("web", &[]);
@@ -92,48 +112,70 @@ fn a_web_server_from_the_registry_to_its_removal() -> Result {
         ensure_eq!(
             node.status(&id)?["state"],
             "CONTAINER_CREATED",
-            "state after create"
+            "the container's state after crictl create"
         );
         node.asks(&["start", &id])?;
         let status = node.status(&id)?;
-        ensure_eq!(status["state"], "CONTAINER_RUNNING", "state after start");
-        ensure_eq!(status["metadata"]["name"], "web", "name");
-        ensure_eq!(status["image"]["image"], WEB, "image");
+        ensure_eq!(
+            status["state"],
+            "CONTAINER_RUNNING",
+            "the container's state after crictl start"
+        );
+        ensure_eq!(status["metadata"]["name"], "web", "the container's name");
+        ensure_eq!(status["image"]["image"], WEB, "the container's image");
 
         let page = wait_for("the web server to answer", || {
             command("curl", ["-fsS", &format!("http://{address}:5000/")])
                 .ok()
                 .map(Some)
         })?;
-        ensure_eq!(page.text(), "hello from rrun", "the page");
+        ensure_eq!(page.text(), "hello from rrun", "the page of the web server");
         let ps = node.asks(&["ps"])?;
-        ensure!(ps.contains("Running") && ps.contains("web"), "ps: {ps}");
-        wait_for("the request to be in the log", || {
+        ensure!(
+            ps.contains("Running") && ps.contains("web"),
+            "crictl ps does not list the container as Running: {ps}"
+        );
+        wait_for("the web server to log the request", || {
             let output = node.crictl(&["logs", &id]).ok()?;
             Ok(output.stderr.contains("response:200").then_some(()))
         })?;
 
         let listing = node.asks(&["exec", "-s", &id, "ls", "/www"])?;
-        ensure!(listing.contains("index.html"), "ls /www: {listing}");
+        ensure!(
+            listing.contains("index.html"),
+            "index.html is missing in /www: {listing}"
+        );
 
         node.asks(&["stop", &id])?;
         let status = node.status(&id)?;
-        ensure_eq!(status["state"], "CONTAINER_EXITED", "state after stop");
+        ensure_eq!(
+            status["state"],
+            "CONTAINER_EXITED",
+            "the container's state after crictl stop"
+        );
         ensure_eq!(
             node.asks(&["ps", "--quiet"])?,
             "",
-            "running containers after stop"
+            "ids of the running containers after crictl stop"
         );
         node.asks(&["rm", &id])?;
         node.asks(&["stopp", &pod_id])?;
         let state = node.json(&["inspectp", &pod_id])?["status"]["state"].clone();
-        ensure_eq!(state, "SANDBOX_NOTREADY", "the pod's state after stopp");
+        ensure_eq!(
+            state,
+            "SANDBOX_NOTREADY",
+            "the pod's state after crictl stopp"
+        );
         node.asks(&["rmp", &pod_id])?;
-        ensure_eq!(node.asks(&["pods", "--quiet"])?, "", "pods after rmp");
+        ensure_eq!(
+            node.asks(&["pods", "--quiet"])?,
+            "",
+            "ids of the pods after crictl rmp"
+        );
         node.asks(&["rmi", WEB])?;
         ensure!(
             !node.asks(&["images"])?.contains("demo/web"),
-            "the image is still listed"
+            "crictl images still lists the image after crictl rmi"
         );
         Ok(())
     })
@@ -149,23 +191,32 @@ fn images_are_pulled_by_tag_and_by_digest() -> Result {
             .to_owned();
         ensure!(
             digest.starts_with("127.0.0.1:5000/demo/web@sha256:"),
-            "digests: {image}"
+            "the image has no repository digest that names its registry: {image}"
         );
         let id = image["id"].as_str().unwrap_or_default().to_owned();
-        // Twice is as good as once.
+        // A second pull of the same image succeeds too.
         node.pull(WEB)?;
         node.asks(&["rmi", WEB])?;
         node.crictl(&["inspecti", WEB]).exits(1)?;
 
         node.pull(&digest)?;
         let image = node.json(&["inspecti", &digest])?["status"].clone();
-        ensure_eq!(image["id"], json!(id), "the id of the image by digest");
-        ensure_eq!(image["repoTags"], json!([]), "its tags");
-        // By its id, too.
+        ensure_eq!(
+            image["id"],
+            json!(id),
+            "id of the image that was pulled by digest"
+        );
+        ensure_eq!(
+            image["repoTags"],
+            json!([]),
+            "tags of the image pulled by digest"
+        );
+        // inspecti also finds the image by its id.
         node.asks(&["inspecti", &id])?;
 
-        // Others count in the background.
-        wait_for("the image's bytes to be counted", || {
+        // Other CRI servers count the image's bytes in the background, so the test waits for the
+        // result.
+        wait_for("imagefsinfo to count the image's bytes", || {
             let used = node.json(&["imagefsinfo"])?;
             let bytes = used.pointer("/status/imageFilesystems/0/usedBytes/value");
             let bytes = bytes
@@ -173,16 +224,21 @@ fn images_are_pulled_by_tag_and_by_digest() -> Result {
                 .and_then(|bytes| bytes.parse::<u64>().ok());
             ensure!(
                 bytes.is_some_and(|bytes| bytes > 6 << 20),
-                "imagefsinfo: {used}"
+                "crictl imagefsinfo reports fewer bytes than the image has: {used}"
             );
             Ok(Some(()))
         })?;
 
-        // A tag of this image and of none at all.
+        // The server cannot pull a missing tag, digest or repository, and refuses an invalid
+        // reference.
         let output = node
             .crictl(&["pull", "127.0.0.1:5000/demo/web:nosuch"])
             .exits(1)?;
-        ensure!(output.stderr.contains("nosuch"), "{}", output.told());
+        ensure!(
+            output.stderr.contains("nosuch"),
+            "the error of crictl pull does not name the missing tag: {}",
+            output.told()
+        );
         let wrong = format!("127.0.0.1:5000/demo/web@sha256:{}", "0".repeat(64));
         node.crictl(&["pull", &wrong]).exits(1)?;
         node.crictl(&["pull", "127.0.0.1:5000/no/such/image"])
@@ -191,13 +247,13 @@ fn images_are_pulled_by_tag_and_by_digest() -> Result {
         ensure_eq!(
             node.asks(&["images", "--quiet"])?.lines().count(),
             1,
-            "images at the end"
+            "number of images after the refused pulls"
         );
         Ok(())
     })
 }
 
-fn lists_are_filtered() -> Result {
+fn crictl_filters_lists_of_pods_and_containers() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let mut ids = Vec::new();
@@ -232,21 +288,21 @@ fn lists_are_filtered() -> Result {
             ensure_eq!(
                 listed.lines().count(),
                 expected,
-                "lines of crictl {} ({listed})",
+                "number of lines that crictl {} prints ({listed})",
                 args.join(" ")
             );
         }
-        // By the beginning of an id, as people do.
+        // Users abbreviate ids, so crictl must find a container by the beginning of its id.
         ensure_eq!(
             node.status(&short(&ids[0].1))?["id"],
             json!(ids[0].1),
-            "id by its beginning"
+            "id of the container that crictl found by an abbreviated id"
         );
         Ok(())
     })
 }
 
-fn what_is_wrong_is_told() -> Result {
+fn invalid_requests_are_refused_and_leave_the_pod_usable() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for args in [
@@ -257,7 +313,7 @@ fn what_is_wrong_is_told() -> Result {
             let output = node.crictl(&args).exits(1)?;
             ensure!(
                 output.stderr.contains("NotFound") || output.stderr.contains("not found"),
-                "no NotFound:\n{}",
+                "the error of crictl does not contain NotFound:\n{}",
                 output.told()
             );
         }
@@ -267,19 +323,19 @@ fn what_is_wrong_is_told() -> Result {
         container["image"]["image"] = json!("127.0.0.1:5000/not/pulled:1");
         ensure!(
             node.create(&pod_id, &pod, &container).is_err(),
-            "an image that is not here"
+            "the server created a container from an image that was not pulled"
         );
         let mut container = node.container("no-mount", &["true"]);
         container["mounts"] = json!([{ "container_path": "/x", "host_path": "/proc/no/such" }]);
         ensure!(
             node.run(&pod_id, &pod, &container).is_err(),
-            "a mount of nothing"
+            "the server runs a container although the source of its mount does not exist"
         );
         let mut container = node.container("no-user", &["true"]);
         container["linux"]["security_context"]["run_as_username"] = json!("no-such-user");
         ensure!(
             node.run(&pod_id, &pod, &container).is_err(),
-            "a user that the image has not"
+            "the server runs a container as a user that does not exist in the image"
         );
         let mut other = node.pod("no-handler");
         other["metadata"]["uid"] = json!("other");
@@ -288,23 +344,28 @@ fn what_is_wrong_is_told() -> Result {
         let output = node
             .crictl(&["runp", "--runtime", "nosuch", &file.to_string_lossy()])
             .exits(1)?;
-        ensure!(output.stderr.contains("nosuch"), "{}", output.told());
+        ensure!(
+            output.stderr.contains("nosuch"),
+            "the error of crictl runp does not name the unknown runtime handler: {}",
+            output.told()
+        );
         if is_rrun() {
             let id = node.run(&pod_id, &pod, &node.container("good", &["sleep", "600"]))?;
-            // A later issue brings it: until then a sentence says so.
+            // The server either supports exec over a streaming connection, or refuses it with the
+            // gRPC code Unimplemented.
             let output = node.crictl(&["exec", &id, "true"]).end()?;
             ensure!(
                 output.code == 0 || output.stderr.contains("Unimplemented"),
-                "{}",
+                "crictl exec over a streaming connection failed: {}",
                 output.told()
             );
         }
-        // What went wrong with them has not spoiled the pod.
+        // The refused requests have not damaged the pod: a new container still runs in the pod.
         let id = node.run(&pod_id, &pod, &node.container("fine", &["true"]))?;
         ensure_eq!(
             node.exited(&id)?["exitCode"],
             json!(0),
-            "exit code after all that"
+            "exit code of a container after the refused requests"
         );
         Ok(())
     })

@@ -1,5 +1,5 @@
-//! critest, the CRI's own conformance suite: whatever it can ask of this machine passes. Its streams
-//! over WebSockets are `cri::streaming`'s.
+//! Runs critest, the conformance suite of the CRI. Every critest test that can run on this machine
+//! must pass. The module `cri::streaming` runs critest's streaming tests over WebSocket.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -17,14 +17,14 @@ const MEMORY: &str = "memory";
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        every_test_passes_on_the_embedded_network,
+        every_critest_test_passes_on_the_embedded_network,
         CRITEST,
         Need::RrunCri,
         Need::NativeOrLong,
         A_NODE,
     ),
     test!(
-        every_test_passes_on_a_bridge_of_cni_plugins,
+        every_critest_test_passes_on_a_bridge_of_cni_plugins,
         CRITEST,
         Need::NativeOrLong,
         A_NODE,
@@ -32,7 +32,7 @@ pub(crate) const TESTS: &[Test] = &[
         FIREWALL,
     ),
     test!(
-        what_this_machine_s_own_kernel_can_not_show_passes_in_the_guest,
+        the_apparmor_and_oom_tests_of_critest_pass_in_the_guest,
         CRITEST,
         Need::OwnMachine,
         Need::Controller(MEMORY),
@@ -42,31 +42,33 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// By which critest loads its AppArmor profiles.
+/// critest loads its AppArmor profiles through sudo.
 const SUDO: Need = Need::Program("sudo");
 
-/// What is not run: a part of the test's name, why, and the controller without which alone it is so.
+/// The critest tests that are skipped. Each entry contains a part of the test's name, the reason
+/// for the skip, and optionally a cgroup controller. If an entry names a controller, the test is
+/// skipped only on a node without this controller.
 const SKIPPED: &[(&str, &str, Option<&str>)] = &[
     (
         "public image with digest should be pulled and removed",
-        "it names an image by a digest that only registry.k8s.io's own copy has",
+        "the test pulls an image by a digest that exists only on registry.k8s.io",
         None,
     ),
     (
         "should terminate with exitCode 137 and reason OOMKilled",
-        "no cgroup v2 controller memory here",
+        "the cgroup v2 controller memory is missing",
         Some(MEMORY),
     ),
 ];
 
-/// What wants AppArmor or a memory limit.
-const OF_A_WHOLE_MACHINE: &str = "AppArmor|OOM";
+/// A pattern for the critest tests that need AppArmor or a memory limit.
+const GUEST_TESTS: &str = "AppArmor|OOM";
 
-fn every_test_passes_on_the_embedded_network() -> Result {
+fn every_critest_test_passes_on_the_embedded_network() -> Result {
     on_a_node(|node| critest(node, "the embedded network", None))
 }
 
-fn every_test_passes_on_a_bridge_of_cni_plugins() -> Result {
+fn every_critest_test_passes_on_a_bridge_of_cni_plugins() -> Result {
     let result = on_a_node(|node| {
         node.has_cni_bridge()?;
         critest(node, "a bridge of CNI plugins", None)
@@ -75,8 +77,8 @@ fn every_test_passes_on_a_bridge_of_cni_plugins() -> Result {
     result
 }
 
-fn what_this_machine_s_own_kernel_can_not_show_passes_in_the_guest() -> Result {
-    on_a_node(|node| critest(node, "the embedded network", Some(OF_A_WHOLE_MACHINE)))
+fn the_apparmor_and_oom_tests_of_critest_pass_in_the_guest() -> Result {
+    on_a_node(|node| critest(node, "the embedded network", Some(GUEST_TESTS)))
 }
 
 fn skips() -> Vec<(&'static str, &'static str)> {
@@ -89,8 +91,8 @@ fn skips() -> Vec<(&'static str, &'static str)> {
         .collect()
 }
 
-/// Runs it, or of it what `focus` names, and tells how many passed and what was not run, for which
-/// reason.
+/// Runs all critest tests, or only the tests that match `focus`. Prints the numbers of tests that
+/// passed, failed or did not run. For each test that did not run, also prints the reason.
 fn critest(node: &Node, network: &str, focus: Option<&str>) -> Result {
     let endpoint = format!("unix://{}", node.socket().display());
     let report = node.join("critest.json");
@@ -108,29 +110,31 @@ fn critest(node: &Node, network: &str, focus: Option<&str>) -> Result {
     drop(host);
     let text = fs::read_to_string(&report)
         .map_err(|error| format!("{}: {error}\n{}", report.display(), output.told()))?;
-    let told: Value = serde_json::from_str(&text)?;
-    let specs = told
+    let results: Value = serde_json::from_str(&text)?;
+    let specs = results
         .pointer("/0/SpecReports")
         .and_then(Value::as_array)
-        .ok_or("no SpecReports")?;
+        .ok_or("critest's JSON report has no SpecReports")?;
     let (mut passed, mut failed, mut not_run) = (0, Vec::new(), Vec::new());
     for spec in specs.iter().filter(|spec| spec["LeafNodeType"] == "It") {
         let name = name_of(spec);
-        let said = spec.pointer("/Failure/Message").and_then(Value::as_str);
+        let message = spec.pointer("/Failure/Message").and_then(Value::as_str);
         match spec["State"].as_str().unwrap_or_default() {
             "passed" => passed += 1,
             "skipped" => {
-                // What the focus leaves out is not told.
+                // critest skips the tests that do not match `focus`, and reports no reason for
+                // these skips. Therefore, if `focus` is set, a skipped test counts as not run only
+                // if critest reports a reason.
                 let listed = skips().into_iter().find(|(part, _)| name.contains(part));
                 let listed = listed.filter(|_| focus.is_none());
-                if let Some(reason) = listed.map(|(_, reason)| reason).or(said) {
+                if let Some(reason) = listed.map(|(_, reason)| reason).or(message) {
                     not_run.push((name, reason.to_owned()));
                 }
             }
-            state => failed.push(format!("{name}: {state}: {}", said.unwrap_or_default())),
+            state => failed.push(format!("{name}: {state}: {}", message.unwrap_or_default())),
         }
     }
-    let of = focus.map_or(String::new(), |focus| format!(", {focus} alone"));
+    let of = focus.map_or(String::new(), |focus| format!(", only {focus}"));
     note(format!(
         "critest on {network}{of}: {passed} passed, {} failed, {} not run, in {:.0} s",
         failed.len(),
@@ -138,18 +142,19 @@ fn critest(node: &Node, network: &str, focus: Option<&str>) -> Result {
         output.took.as_secs_f64()
     ));
     for (name, reason) in &not_run {
-        note(format!("critest did not run: {name}: {reason}"));
+        note(format!("critest did not run the test \"{name}\": {reason}"));
     }
-    // Of some failures it tells the reason here alone.
+    // critest reports the reason for some failures only in its warnings.
     let warned = output.stdout.lines().chain(output.stderr.lines());
     let warned: BTreeSet<&str> = warned
         .filter_map(|line| line.split_once("level=warning").map(|(_, text)| text))
         .collect();
-    // Whatever it would take to skip here is there.
-    let unasked = focus.is_some() && !not_run.is_empty();
+    // If `focus` is set, critest runs in the guest machine. The guest machine has everything that
+    // the selected tests need. critest must therefore not skip any of these tests.
+    let skipped_in_focus = focus.is_some() && !not_run.is_empty();
     ensure!(
-        failed.is_empty() && output.code == 0 && passed > 0 && !unasked,
-        "critest ended with {}, {passed} passed, {} failed, {} not run:\n{}\nit warned: {warned:?}\n{}",
+        failed.is_empty() && output.code == 0 && passed > 0 && !skipped_in_focus,
+        "critest exited with {}, {passed} tests passed, {} failed, {} did not run:\n{}\ncritest's warnings: {warned:?}\n{}",
         output.code,
         failed.len(),
         not_run.len(),
@@ -159,8 +164,9 @@ fn critest(node: &Node, network: &str, focus: Option<&str>) -> Result {
     Ok(())
 }
 
-/// One test names the node anew, from a pod of the node's own network. sudo, which others call
-/// after it, complains of a name that is not in the hosts' table.
+/// The node's host name and the content of /etc/hosts. Dropping this value restores the host name
+/// and /etc/hosts. One critest test runs a pod on the node's network and changes the node's host
+/// name. Later tests call sudo. If the host name is not in /etc/hosts, sudo prints a warning.
 struct Host {
     name: String,
     hosts: String,

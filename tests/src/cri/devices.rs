@@ -1,4 +1,4 @@
-//! Devices by the Container Device Interface.
+//! Tests of devices of the Container Device Interface (CDI).
 
 use std::fs;
 
@@ -9,9 +9,12 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, BUSYBOX, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub(crate) const TESTS: &[Test] = &[test!(a_cdi_device_brings_all_that_its_file_says, A_NODE)];
+pub(crate) const TESTS: &[Test] = &[test!(
+    a_container_with_a_cdi_device_gets_all_container_edits_of_the_cdi_file,
+    A_NODE
+)];
 
-fn a_cdi_device_brings_all_that_its_file_says() -> Result {
+fn a_container_with_a_cdi_device_gets_all_container_edits_of_the_cdi_file() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let (data, ran) = (node.join("data"), node.join("ran"));
@@ -34,11 +37,21 @@ fn a_cdi_device_brings_all_that_its_file_says() -> Result {
         container["CDI_devices"] = json!([{ "name": "example.com/thing=one" }]);
         let report = node.report(&pod_id, &pod, &container)?;
         for (name, value) in [("THING", "one"), ("THING_ALL", "1")] {
-            ensure_eq!(report["env"][name], value, "{name}");
+            ensure_eq!(
+                report["env"][name],
+                value,
+                "environment variable {name} in the container"
+            );
         }
         let groups = report["groups"].as_array().cloned().unwrap_or_default();
-        ensure!(groups.contains(&json!(4321)), "groups {groups:?}");
-        ensure!(ran.exists(), "the hook did not run");
+        ensure!(
+            groups.contains(&json!(4321)),
+            "the container lacks the device's additional group 4321: {groups:?}"
+        );
+        ensure!(
+            ran.exists(),
+            "the createRuntime hook of the CDI device did not run"
+        );
 
         let mut main = node.container("main", &["sleep", "600"]);
         main["CDI_devices"] = json!([{ "name": "example.com/thing=one" }]);
@@ -46,18 +59,27 @@ fn a_cdi_device_brings_all_that_its_file_says() -> Result {
         let id = node.run(&pod_id, &pod, &main)?;
         let script = "echo x > /dev/thing && test -c /dev/thing && cat /thing/data && env";
         let text = node.asks(&["exec", "-s", &id, "sh", "-c", script])?;
-        ensure!(text.contains("of the device"), "{text}");
-        // The annotation's, besides.
-        ensure!(text.contains("THING2=two"), "{text}");
+        ensure!(
+            text.contains("of the device"),
+            "the container lacks the device's mount: {text}"
+        );
+        // The container's annotation requests a second CDI device.
+        ensure!(
+            text.contains("THING2=two"),
+            "the container lacks the device that the annotation requests: {text}"
+        );
 
         let mut wrong = node.container("wrong", &["true"]);
         wrong["CDI_devices"] = json!([{ "name": "example.com/thing=none" }]);
         let failed = node
             .create(&pod_id, &pod, &wrong)
             .err()
-            .ok_or("it is made")?;
+            .ok_or("the server created a container with an unknown CDI device")?;
         let message = failed.message().unwrap_or_default();
-        ensure!(message.contains("example.com/thing=none"), "{message}");
+        ensure!(
+            message.contains("example.com/thing=none"),
+            "the error does not name the device: {message}"
+        );
         Ok(())
     })
 }

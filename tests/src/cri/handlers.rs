@@ -1,4 +1,5 @@
-//! Runtime handlers: rrun, runc and crun side by side, each with all of a container's features.
+//! Tests of the runtime handlers rrun, runc and crun on one node. Each handler supports all
+//! features of a container.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -11,23 +12,27 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(containers_are_the_same_under_every_handler, A_NODE),
-    test!(a_handler_that_is_missing_is_told, A_NODE, Need::RrunCri),
+    test!(containers_behave_the_same_under_every_handler, A_NODE),
     test!(
-        a_program_before_rrun_finds_the_whole_bundle,
+        the_server_reports_a_handler_whose_runtime_is_missing,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_wrapper_around_rrun_sees_the_complete_bundle,
         A_NODE,
         Need::RrunCri
     ),
 ];
 
-fn containers_are_the_same_under_every_handler() -> Result {
+fn containers_behave_the_same_under_every_handler() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for handler in ["", "runc", "crun"] {
             if handler.is_empty() || program_path(handler).is_some() {
-                under(node, handler).map_err(|failed| {
+                check_handler(node, handler).map_err(|failed| {
                     format!(
-                        "handler {handler:?}: {}",
+                        "test of the runtime handler {handler:?}: {}",
                         failed.message().unwrap_or_default()
                     )
                 })?;
@@ -37,17 +42,17 @@ fn containers_are_the_same_under_every_handler() -> Result {
     })
 }
 
-fn under(node: &mut Node, handler: &str) -> Result {
+fn check_handler(node: &mut Node, handler: &str) -> Result {
     let name = format!("by-{handler}x");
     let mut pod = node.pod(&name);
     pod["linux"]["sysctls"] = json!({ "kernel.shm_rmid_forced": "1" });
     let pod_id = node.runp_by(handler, &pod)?;
     let inspected = node.json(&["inspectp", &pod_id])?;
-    let told = inspected["status"]["runtimeHandler"].as_str();
+    let reported = inspected["status"]["runtimeHandler"].as_str();
     ensure_eq!(
-        told.unwrap_or_default(),
+        reported.unwrap_or_default(),
         handler,
-        "the handler in the status"
+        "the runtime handler in the pod's status"
     );
     let mut container = node.container("report", &["/inside", "report"]);
     container["linux"]["security_context"] = json!({
@@ -65,15 +70,29 @@ fn under(node: &mut Node, handler: &str) -> Result {
             &report["status"]["NoNewPrivs"]
         ),
         (&json!(1000), &json!(2000), &json!("1")),
-        "user, group, no_new_privs"
+        "user id, group id and NoNewPrivs of the container"
     );
-    ensure_eq!(report["groups"], json!([2000, 3000]), "groups");
+    ensure_eq!(
+        report["groups"],
+        json!([2000, 3000]),
+        "supplementary groups of the container"
+    );
     for set in ["CapBnd", "CapPrm", "CapEff", "CapInh", "CapAmb"] {
-        ensure_eq!(report["status"][set], "0000000000002000", "{set}");
+        ensure_eq!(
+            report["status"][set],
+            "0000000000002000",
+            "capability set {set} in the container's /proc/self/status"
+        );
     }
-    ensure_eq!(report["hostname"], json!(name), "host name");
+    ensure_eq!(
+        report["hostname"],
+        json!(name),
+        "host name of the container"
+    );
 
-    // A terminal, standard input, a stop signal, an ephemeral container beside it.
+    // The next three containers test other features. The first has a stop signal. The second shares
+    // the PID namespace of a target container, like an ephemeral container. The third has a
+    // terminal on all standard streams.
     let mut main = node.container(
         "main",
         &[
@@ -90,7 +109,7 @@ fn under(node: &mut Node, handler: &str) -> Result {
     let ps = node.asks(&["exec", "-s", &debug, "ps"])?;
     ensure!(
         ps.contains("trap"),
-        "the target's processes are not there: {ps}"
+        "the ephemeral container does not see the target's processes: {ps}"
     );
     ensure_eq!(
         node.asks(&[
@@ -102,12 +121,16 @@ fn under(node: &mut Node, handler: &str) -> Result {
         ])?
         .trim(),
         "1",
-        "sysctl"
+        "value of the pod's sysctl kernel.shm_rmid_forced"
     );
     let mut tty = node.container("tty", &["/inside", "report"]);
     tty["tty"] = json!(true);
     let report = node.report(&pod_id, &pod, &tty)?;
-    ensure_eq!(report["tty"], json!([true, true, true]), "a terminal");
+    ensure_eq!(
+        report["tty"],
+        json!([true, true, true]),
+        "whether stdin, stdout and stderr are terminals"
+    );
     let status = node.status(&id)?;
     if is_rrun() {
         ensure_eq!(status["stopSignal"], "SIGUSR1", "stop signal in {status}");
@@ -116,10 +139,11 @@ fn under(node: &mut Node, handler: &str) -> Result {
     ensure_eq!(
         node.status(&id)?["exitCode"],
         json!(7),
-        "exit code after the stop signal"
+        "exit code of the container after its stop signal"
     );
 
-    // The privileged see the node's devices and write to /sys.
+    // A privileged container has the node's capabilities, a writable /sys and no masked paths in
+    // /proc.
     let mut pod = node.pod(&format!("{name}-privileged"));
     pod["linux"]["security_context"]["privileged"] = json!(true);
     let pod_id = node.runp_by(handler, &pod)?;
@@ -131,7 +155,7 @@ fn under(node: &mut Node, handler: &str) -> Result {
     ensure_eq!(
         report["status"]["CapEff"].as_str(),
         own.map(str::trim),
-        "capabilities"
+        "capabilities of the privileged container"
     );
     let options = |place: &str| {
         let lines = report["mounts"]
@@ -145,19 +169,22 @@ fn under(node: &mut Node, handler: &str) -> Result {
             .and_then(|line| line.split(' ').nth(5).map(str::to_owned))
     };
     let sys = options("/sys").unwrap_or_default();
-    ensure!(sys.starts_with("rw"), "/sys is {sys}");
+    ensure!(sys.starts_with("rw"), "/sys is not writable: {sys}");
     ensure!(options("/proc/kcore").is_none(), "/proc/kcore is masked");
-    // Not in a pod that is not.
+    // The server refuses a privileged container in a pod that is not privileged.
     let mut main = node.container("refused", &["true"]);
     main["linux"]["security_context"]["privileged"] = json!(true);
     let pod = node.pod(&format!("{name}-plain"));
     let pod_id = node.runp_by(handler, &pod)?;
     let made = node.create(&pod_id, &pod, &main);
-    ensure!(made.is_err(), "a privileged container in a pod that is not");
+    ensure!(
+        made.is_err(),
+        "the server created a privileged container in an unprivileged pod"
+    );
     Ok(())
 }
 
-fn a_handler_that_is_missing_is_told() -> Result {
+fn the_server_reports_a_handler_whose_runtime_is_missing() -> Result {
     on_a_node(|node| {
         let info: Value = serde_json::from_str(&node.asks(&["info"])?)?;
         let conditions = info["status"]["conditions"]
@@ -168,14 +195,15 @@ fn a_handler_that_is_missing_is_told() -> Result {
         ensure_eq!(
             ready("RuntimeReady").map(|one| &one["status"]),
             Some(&json!(true)),
-            "ready"
+            "status of the condition RuntimeReady"
         );
-        let told = ready("RuntimeHandlersReady").ok_or("it is not told")?;
+        let reported =
+            ready("RuntimeHandlersReady").ok_or("the condition RuntimeHandlersReady is missing")?;
         ensure!(
-            told["message"]
+            reported["message"]
                 .as_str()
                 .is_some_and(|m| m.contains("/no/such/runtime")),
-            "{told}"
+            "the condition RuntimeHandlersReady does not name the missing runtime: {reported}"
         );
         let features = info["runtimeHandlers"]
             .as_array()
@@ -184,28 +212,33 @@ fn a_handler_that_is_missing_is_told() -> Result {
         let absent = features.iter().find(|one| one["name"] == "absent");
         ensure!(
             absent.is_some_and(|one| one["features"]["user_namespaces"] != true),
-            "{features:?}"
+            "the handler without a runtime reports the feature user_namespaces: {features:?}"
         );
         let failed = node
             .runp_by("absent", &node.pod("absent"))
             .err()
-            .ok_or("it runs")?;
+            .ok_or("the server created a pod for a handler whose runtime is missing")?;
         let message = failed.message().unwrap_or_default();
-        ensure!(message.contains("/no/such/runtime"), "{message}");
+        ensure!(
+            message.contains("/no/such/runtime"),
+            "the error of RunPodSandbox does not name the missing runtime: {message}"
+        );
         let failed = node
             .runp_by("unknown", &node.pod("unknown"))
             .err()
-            .ok_or("it runs")?;
+            .ok_or("the server created a pod for an unknown handler")?;
         ensure!(
             failed.message().unwrap_or_default().contains("unknown"),
-            "unknown"
+            "the error does not name the unknown handler"
         );
         Ok(())
     })
 }
 
-/// What nvidia-container-runtime does, and what it is told about the runtime behind it.
-fn a_program_before_rrun_finds_the_whole_bundle() -> Result {
+/// The wrapper acts like nvidia-container-runtime: it edits the bundle and then runs rrun. The
+/// option `--after` makes a runtime start before its bundle is complete. The server must not pass
+/// this option to a wrapper.
+fn a_wrapper_around_rrun_sees_the_complete_bundle() -> Result {
     on_a_node(|node| {
         let program = node.join("before");
         fs::write(
@@ -233,7 +266,10 @@ fn a_program_before_rrun_finds_the_whole_bundle() -> Result {
         let id = node.run(&pod_id, &pod, &container)?;
         node.exited(&id)?;
         let log = node.log_of("before", "asks")?;
-        ensure!(log.ends_with(" F yes\n"), "the container's log: {log}");
+        ensure!(
+            log.ends_with(" F yes\n"),
+            "the container's log lacks the value that the wrapper wrote to the bundle: {log}"
+        );
         Ok(())
     })
 }

@@ -1,5 +1,6 @@
-//! File systems that hang, are full or read-only: each stalls only what needs it, is told in a
-//! sentence, and leaves nothing behind.
+//! Tests with file systems that hang, are full or are read-only. A broken file system affects only
+//! the CRI calls that use this file system. A failed call returns a clear error, and leaves no pod
+//! and no container behind.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::Write;
@@ -20,30 +21,31 @@ const FUSE: Need = Need::File("/dev/fuse");
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        a_volume_that_hangs_stalls_its_own_container_only,
+        a_hanging_volume_delays_only_the_container_that_uses_it,
         A_NODE,
         FUSE
     ),
     test!(
-        a_log_that_hangs_stalls_no_exit_and_loses_no_line,
+        a_hanging_log_file_system_delays_no_container_exit_and_loses_no_log_line,
         A_NODE,
         FUSE,
         Need::RrunCri
     ),
     test!(
-        a_full_disk_is_told_and_gone_when_there_is_room_again,
+        the_server_reports_a_full_disk_and_works_again_when_space_is_free,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        a_read_only_state_directory_is_told_and_leaves_nothing,
+        the_server_reports_a_read_only_state_directory_and_leaves_no_partial_container,
         A_NODE,
         Need::RrunCri
     ),
 ];
 
-/// A file system that never answers: a FUSE whose server does not read. When this is dropped
-/// whoever waits for it gets an error.
+/// A file system that never answers. The file system is a FUSE mount, and its server does not read
+/// the kernel's requests. When the value is dropped, every system call that waits for this file
+/// system fails.
 struct Hung {
     at: PathBuf,
     server: Option<File>,
@@ -76,7 +78,7 @@ impl Drop for Hung {
     }
 }
 
-fn a_volume_that_hangs_stalls_its_own_container_only() -> Result {
+fn a_hanging_volume_delays_only_the_container_that_uses_it() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let hung = Hung::mount(&node.join("hung"))?;
@@ -87,11 +89,12 @@ fn a_volume_that_hangs_stalls_its_own_container_only() -> Result {
             "container_path": "/volume", "host_path": node.join("hung/volume"),
         }]);
         let stuck = node.start_create(&pod_id, &pod, &config)?;
-        // Two of them: the second joins the first, which is in flight.
+        // The first CreateContainer still hangs. The second, identical CreateContainer joins the
+        // first call.
         let again = node.start_create(&pod_id, &pod, &config)?;
         std::thread::sleep(Duration::from_secs(1));
 
-        // Everybody else goes on, in the same pod, too.
+        // The hanging volume does not affect other containers, even in the same pod.
         let beside = node.run(&pod_id, &pod, &node.container("beside", &["sleep", "600"]))?;
         let other = node.pod("other");
         let other_id = node.runp(&other)?;
@@ -100,33 +103,42 @@ fn a_volume_that_hangs_stalls_its_own_container_only() -> Result {
             &other,
             &node.container("goes", &["sleep", "600"]),
         )?;
-        ensure_eq!(node.asks(&["exec", "-s", &id, "echo", "on"])?, "on", "exec");
+        ensure_eq!(
+            node.asks(&["exec", "-s", &id, "echo", "on"])?,
+            "on",
+            "output of a command that exec ran in another pod"
+        );
         node.asks(&["ps", "--all"])?;
         node.asks(&["stats", "--all"])?;
         node.asks(&["rmp", "--force", &other_id])?;
         node.asks(&["rm", "--force", &beside])?;
 
-        // A pod in which something hangs can be stopped; its removal says what it waits for.
+        // While the creation of a container hangs, its pod can be stopped but not removed. The
+        // error of the removal reports that the container is still being created.
         node.asks(&["stopp", &pod_id])?;
         if is_rrun() {
             let refused = node.crictl(&["rmp", &pod_id]).end()?;
             ensure!(
-                refused.code != 0 && refused.stderr.contains("still being made"),
-                "the removal of a pod in which a container is being made: {}",
+                refused.code != 0 && refused.stderr.contains("still being created"),
+                "the pod's removal succeeded, or its error does not report that a container is still being created: {}",
                 refused.told()
             );
         }
         drop(hung);
         for call in [stuck, again] {
             let output = call.end()?;
-            ensure!(output.code != 0, "made after all: {}", output.told());
+            ensure!(
+                output.code != 0,
+                "the server created a container although the file system of its volume failed: {}",
+                output.told()
+            );
         }
         node.asks(&["rmp", "--force", &pod_id])?;
         Ok(())
     })
 }
 
-fn a_log_that_hangs_stalls_no_exit_and_loses_no_line() -> Result {
+fn a_hanging_log_file_system_delays_no_container_exit_and_loses_no_log_line() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("logs");
@@ -136,8 +148,9 @@ fn a_log_that_hangs_stalls_no_exit_and_loses_no_line() -> Result {
         let counts = run("counts", &["/inside", "count", "2"])?;
         let other = run("other", &["/inside", "count", "2"])?;
         let logs = node.join("logs/logs");
-        // The thread that opens the log again hangs, and with it this log; the old file lies
-        // under the mount point.
+        // The hanging file system will hide the old log files. The test therefore opens these files
+        // before the mount. A thread of the monitor then hangs while it reopens `counts.log`. From
+        // this moment, the monitor writes nothing to this log.
         let (old, other_log) = (
             File::open(logs.join("counts.log"))?,
             File::open(logs.join("other.log"))?,
@@ -146,24 +159,37 @@ fn a_log_that_hangs_stalls_no_exit_and_loses_no_line() -> Result {
         let reopening = node.start_reopen(&counts)?;
         let length = |file: &File| Ok::<_, std::io::Error>(file.metadata()?.len());
         std::thread::sleep(Duration::from_millis(500));
-        let (stalled, goes_on) = (length(&old)?, length(&other_log)?);
-        wait_for("the other log to grow", || {
-            Ok((length(&other_log)? > goes_on + 1000).then_some(()))
+        let (stalled, other_before) = (length(&old)?, length(&other_log)?);
+        wait_for("the log of the other container to grow", || {
+            Ok((length(&other_log)? > other_before + 1000).then_some(()))
         })?;
-        ensure_eq!(length(&old)?, stalled, "length of the log that hangs");
+        ensure_eq!(
+            length(&old)?,
+            stalled,
+            "length of the old log file while the reopening of the log hangs"
+        );
         ensure_eq!(
             node.asks(&["exec", "-s", &counts, "echo", "lives"])?,
             "lives",
-            "exec in the container whose log hangs"
+            "output of an exec command in the container with the hanging log"
         );
         node.asks(&["stop", "--timeout", "0", &counts])?;
-        ensure_eq!(node.status(&counts)?["exitCode"], 137, "its exit code");
+        ensure_eq!(
+            node.status(&counts)?["exitCode"],
+            137,
+            "exit code of the container whose log is on the hanging file system"
+        );
         node.asks(&["stop", "--timeout", "0", &other])?;
         drop(hung);
         let output = reopening.end()?;
-        ensure!(output.code != 0, "reopened: {}", output.told());
-        // What had been read goes into the file when it can.
-        wait_for("the log to go on", || {
+        ensure!(
+            output.code != 0,
+            "the server reopened the log on a hanging file system: {}",
+            output.told()
+        );
+        // While the thread hung, the monitor kept the output that it read from the container. The
+        // monitor now writes this output to the old log file.
+        wait_for("the stalled log to grow again", || {
             Ok((length(&old)? > stalled).then_some(()))
         })?;
         for name in ["counts", "other"] {
@@ -175,7 +201,7 @@ fn a_log_that_hangs_stalls_no_exit_and_loses_no_line() -> Result {
     })
 }
 
-fn a_full_disk_is_told_and_gone_when_there_is_room_again() -> Result {
+fn the_server_reports_a_full_disk_and_works_again_when_space_is_free() -> Result {
     on_a_node(|node| {
         let root = node.join("root");
         node.terminate_server()?;
@@ -193,39 +219,57 @@ fn a_full_disk_is_told_and_gone_when_there_is_room_again() -> Result {
                 while file.write_all(&vec![0; size]).is_ok() {}
             }
             drop(file);
-            // What needs room says that there is none; the rest goes on.
+            // CRI calls that need disk space report the full disk, and all other CRI calls still
+            // work.
             let refused = node.crictl(&["pull", WEB]).end()?;
             ensure!(
                 refused.code != 0 && refused.stderr.contains("No space left"),
-                "a pull onto a full disk: {}",
+                "a pull onto a full disk did not report that the disk is full: {}",
                 refused.told()
             );
             let second = node.pod("second");
             let tried = node.try_runp(&second)?;
             ensure!(
                 tried.code == 0 || tried.stderr.contains("o space left"),
-                "a pod on a full disk: {}",
+                "the creation of a pod on a full disk failed, but not because the disk is full: {}",
                 tried.told()
             );
             let tried = node.try_create(&pod_id, &pod, &node.container("second", &["true"]))?;
             ensure!(
                 tried.code == 0 || tried.stderr.contains("o space left"),
-                "a container on a full disk: {}",
+                "the creation of a container on a full disk failed, but not because the disk is full: {}",
                 tried.told()
             );
-            ensure_eq!(node.asks(&["exec", "-s", &id, "echo", "on"])?, "on", "exec");
+            ensure_eq!(
+                node.asks(&["exec", "-s", &id, "echo", "on"])?,
+                "on",
+                "output of an exec command while the disk is full"
+            );
             node.asks(&["stop", "--timeout", "0", &id])?;
-            ensure_eq!(node.status(&id)?["exitCode"], 137, "exit code");
+            ensure_eq!(
+                node.status(&id)?["exitCode"],
+                137,
+                "exit code of the stopped container"
+            );
 
             fs::remove_file(&filler)?;
             node.asks(&["rmp", "--all", "--force"])?;
             let pod_id = node.runp(&pod)?;
             let id = node.run(&pod_id, &pod, &node.container("after", &["sleep", "600"]))?;
-            ensure_eq!(node.asks(&["exec", "-s", &id, "echo", "on"])?, "on", "exec");
-            // It is in the store, too.
+            ensure_eq!(
+                node.asks(&["exec", "-s", &id, "echo", "on"])?,
+                "on",
+                "output of an exec command after space was freed"
+            );
+            // The server has recorded the container on disk, so a restarted server finds the
+            // container again.
             node.kill_server()?;
             node.start_server()?;
-            ensure_eq!(node.status(&id)?["state"], "CONTAINER_RUNNING", "state");
+            ensure_eq!(
+                node.status(&id)?["state"],
+                "CONTAINER_RUNNING",
+                "the container's state after the restart"
+            );
             node.asks(&["rmp", "--all", "--force"])?;
             node.asks(&["rmi", "--all"])?;
             node.terminate_server()
@@ -239,7 +283,7 @@ fn a_full_disk_is_told_and_gone_when_there_is_room_again() -> Result {
     })
 }
 
-fn a_read_only_state_directory_is_told_and_leaves_nothing() -> Result {
+fn the_server_reports_a_read_only_state_directory_and_leaves_no_partial_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("before");
@@ -254,7 +298,7 @@ fn a_read_only_state_directory_is_told_and_leaves_nothing() -> Result {
             MsFlags::MS_BIND | MsFlags::MS_REC,
             none,
         )?;
-        // Of what is unmounted here nobody else is to lose anything.
+        // The mount becomes private, so its later unmount does not propagate to other mounts.
         let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
         mount(none, &state, none, private, none)?;
         let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
@@ -263,19 +307,27 @@ fn a_read_only_state_directory_is_told_and_leaves_nothing() -> Result {
             let tried = node.try_runp(&node.pod("second"))?;
             ensure!(
                 tried.code != 0 && tried.stderr.contains("Read-only file system"),
-                "a pod with a read-only state directory: {}",
+                "the error of the failed pod creation does not contain \"Read-only file system\": {}",
                 tried.told()
             );
             let second = node.container("second", &["true"]);
             let tried = node.try_create(&pod_id, &pod, &second)?;
             ensure!(
                 tried.code != 0 && tried.stderr.contains("Read-only file system"),
-                "a container with a read-only state directory: {}",
+                "the error of the failed container creation does not contain \"Read-only file system\": {}",
                 tried.told()
             );
-            ensure_eq!(node.asks(&["ps", "--quiet"])?, id, "containers");
+            ensure_eq!(
+                node.asks(&["ps", "--quiet"])?,
+                id,
+                "ids of the running containers"
+            );
             node.asks(&["stop", "--timeout", "0", &id])?;
-            ensure_eq!(node.status(&id)?["exitCode"], 137, "exit code");
+            ensure_eq!(
+                node.status(&id)?["exitCode"],
+                137,
+                "exit code of the stopped container"
+            );
             Ok(())
         })();
         umount2(&state, MntFlags::MNT_DETACH)?;

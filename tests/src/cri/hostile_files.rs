@@ -1,5 +1,6 @@
-//! Files that an image or a pod names and that the server reads or writes, if a device, a FIFO or a
-//! link is in their place. To open a device calls its driver, so the server must never open one.
+//! Tests of the files of an image or a pod that the server reads or writes, for example /etc/passwd
+//! and the container's log. Each test replaces one of these files with a device, a FIFO or a link.
+//! The server must never open a device, because the open calls the device's driver.
 
 use std::fs;
 use std::path::Path;
@@ -17,41 +18,45 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        passwd_and_group_of_an_image_are_files_or_the_container_is_refused,
+        a_container_is_refused_if_its_passwd_or_group_file_is_not_a_regular_file,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        no_device_of_an_image_is_opened,
+        the_server_opens_no_device_node_in_an_image,
         A_NODE,
         Need::RrunCri,
         Need::Program("strace")
     ),
     test!(
-        a_watchdog_that_an_image_calls_passwd_does_not_begin_to_count,
+        the_server_does_not_start_a_watchdog_whose_device_replaces_etc_passwd,
         A_NODE,
         Need::RrunCri,
         Need::Works(
-            "watchdog to set off",
+            "watchdog driver softdog",
             "modprobe softdog soft_noboot=1 && test -e /sys/class/watchdog/watchdog0/state"
         )
     ),
     test!(
-        a_log_is_a_regular_file_or_the_container_is_refused,
+        a_container_is_refused_if_its_log_is_not_a_regular_file,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        a_log_that_is_opened_again_is_a_regular_file_too,
+        reopening_a_log_opens_no_fifo_or_device_or_link,
         A_NODE,
         Need::RrunCri
     ),
-    test!(a_seccomp_profile_is_a_regular_file, A_NODE, Need::RrunCri),
+    test!(
+        a_seccomp_profile_that_is_not_a_regular_file_is_refused,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 const TUN: (u32, u32) = (10, 200);
 
-/// A device that can always be opened.
+/// The device number of /dev/zero, which can always be opened.
 const ZERO: (u32, u32) = (1, 5);
 
 fn device(archive: Archive, path: &str, number: (u32, u32)) -> Archive {
@@ -74,7 +79,8 @@ fn built(archive: Archive, user: &str) -> Image {
     )
 }
 
-/// A container of an image that only this test's registry has.
+/// Starts a registry with the image and pulls the image from the registry. Returns the
+/// configuration of a container with this image.
 fn container_of(node: &Node, name: &str, image: &Image) -> Result<Value> {
     let server = Server::start(&[(name, image)], |_| None).map_err(|error| error.to_string())?;
     let reference = format!("{}/{name}:1", server.host());
@@ -84,7 +90,8 @@ fn container_of(node: &Node, name: &str, image: &Image) -> Result<Value> {
     Ok(container)
 }
 
-/// The container is refused with these words, and the server still answers.
+/// Checks that the server refuses the container, and that the error contains `words`. Also checks
+/// that the server still answers.
 fn is_refused(
     node: &Node,
     (pod_id, pod): (&str, &Value),
@@ -93,17 +100,24 @@ fn is_refused(
 ) -> Result {
     let name = &container["metadata"]["name"];
     let output = node.try_create(pod_id, pod, container)?;
-    ensure!(output.code != 0, "{name} was made");
+    ensure!(
+        output.code != 0,
+        "the server created the container {name}, but must refuse it"
+    );
     ensure!(
         output.stderr.contains(words),
-        "{name}: should say {words:?}: {}",
+        "the error about the refused container {name} does not contain {words:?}: {}",
         output.told()
     );
-    ensure_eq!(node.asks(&["ps", "--all", "--quiet"])?, "", "containers");
+    ensure_eq!(
+        node.asks(&["ps", "--all", "--quiet"])?,
+        "",
+        "ids of the containers after the server refused a container"
+    );
     Ok(())
 }
 
-fn passwd_and_group_of_an_image_are_files_or_the_container_is_refused() -> Result {
+fn a_container_is_refused_if_its_passwd_or_group_file_is_not_a_regular_file() -> Result {
     on_a_node(|node| {
         let pod = node.pod("hostile");
         let pod_id = node.runp(&pod)?;
@@ -188,8 +202,8 @@ fn passwd_and_group_of_an_image_are_files_or_the_container_is_refused() -> Resul
             let container = container_of(node, name, &built(archive, ""))?;
             is_refused(node, (&pod_id, &pod), &container, words)?;
         }
-        // A link to a regular file is followed inside the image, even if it seems to lead out of
-        // it.
+        // The server resolves a link to a regular file inside the image, even if the link's target
+        // contains `..`.
         let archive = new()
             .symlink("etc/passwd", "/../../real/passwd")
             .file("real/passwd", "web:x:33:34::/:/bin/sh\n")
@@ -197,13 +211,13 @@ fn passwd_and_group_of_an_image_are_files_or_the_container_is_refused() -> Resul
         let mut container = container_of(node, "good", &built(archive, "web"))?;
         container["command"] = json!(["/inside", "report"]);
         let report = node.report(&pod_id, &pod, &container)?;
-        ensure_eq!(report["uid"], 33, "user ({report})");
-        ensure_eq!(report["gid"], 34, "group ({report})");
+        ensure_eq!(report["uid"], 33, "user id of the container ({report})");
+        ensure_eq!(report["gid"], 34, "group id of the container ({report})");
         Ok(())
     })
 }
 
-fn no_device_of_an_image_is_opened() -> Result {
+fn the_server_opens_no_device_node_in_an_image() -> Result {
     on_a_node(|node| {
         let pod = node.pod("traced");
         let pod_id = node.runp(&pod)?;
@@ -221,27 +235,37 @@ fn no_device_of_an_image_is_opened() -> Result {
         })?;
         for container in &containers {
             let output = node.try_create(&pod_id, &pod, container)?;
-            ensure!(output.code != 0, "it was made: {}", output.told());
+            ensure!(
+                output.code != 0,
+                "the server created a container although its passwd or group file is a device: {}",
+                output.told()
+            );
         }
         strace.signal(Signal::SIGINT);
         strace.end()?;
         for file in ["etc/passwd", "etc/group"] {
-            ensure!(only_looked_up(&traces, file)?, "{file} was not looked up");
+            ensure!(
+                only_looked_up(&traces, file)?,
+                "strace's output contains no lookup of the file {file}"
+            );
         }
         Ok(())
     })
 }
 
-fn a_watchdog_that_an_image_calls_passwd_does_not_begin_to_count() -> Result {
+fn the_server_does_not_start_a_watchdog_whose_device_replaces_etc_passwd() -> Result {
     const STATE: &str = "/sys/class/watchdog/watchdog0/state";
     let tested = on_a_node(|node| {
         let number = fs::read_to_string("/sys/class/watchdog/watchdog0/dev")?;
-        let (major, minor) = number.trim().split_once(':').ok_or("no device number")?;
+        let (major, minor) = number
+            .trim()
+            .split_once(':')
+            .ok_or("the watchdog has no device number in sysfs")?;
         let number = (major.parse()?, minor.parse()?);
         ensure_eq!(
             fs::read_to_string(STATE)?.trim(),
             "inactive",
-            "the watchdog"
+            "state of the watchdog before the test"
         );
         let pod = node.pod("watchdog");
         let pod_id = node.runp(&pod)?;
@@ -249,12 +273,16 @@ fn a_watchdog_that_an_image_calls_passwd_does_not_begin_to_count() -> Result {
             let archive = device(Archive::new(), file, number);
             let container = container_of(node, &file.replace('/', "-"), &built(archive, ""))?;
             let output = node.try_create(&pod_id, &pod, &container)?;
-            ensure!(output.code != 0, "it was made: {}", output.told());
+            ensure!(
+                output.code != 0,
+                "the server created a container although its passwd or group file is a device: {}",
+                output.told()
+            );
         }
         ensure_eq!(
             fs::read_to_string(STATE)?.trim(),
             "inactive",
-            "the watchdog"
+            "state of the watchdog device after the server refused the containers"
         );
         Ok(())
     });
@@ -262,7 +290,8 @@ fn a_watchdog_that_an_image_calls_passwd_does_not_begin_to_count() -> Result {
     tested
 }
 
-/// Puts a FIFO, a device or a link to another file at `path`, and returns the name of that kind.
+/// Creates a FIFO, a device or a link to `other` at `path`. The number `kind` selects one of these
+/// kinds of files. Returns the name of the selected kind, or `None` if no kind has this number.
 fn place(path: &Path, kind: usize, other: &Path) -> Result<Option<&'static str>> {
     let _ = fs::remove_file(path);
     let mode = Mode::S_IRUSR | Mode::S_IWUSR;
@@ -284,7 +313,7 @@ fn place(path: &Path, kind: usize, other: &Path) -> Result<Option<&'static str>>
     })
 }
 
-fn a_log_is_a_regular_file_or_the_container_is_refused() -> Result {
+fn a_container_is_refused_if_its_log_is_not_a_regular_file() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("logs");
@@ -303,9 +332,10 @@ fn a_log_is_a_regular_file_or_the_container_is_refused() -> Result {
         ensure_eq!(
             fs::read_to_string(&other)?,
             "untouched",
-            "the file of the link"
+            "content of the file to which the link points"
         );
-        // If a regular file exists already, the log is appended to it.
+        // If the log file already exists and is a regular file, the container's output is appended
+        // to the file.
         fs::write(&log, "before\n")?;
         let id = node.run(
             &pod_id,
@@ -316,13 +346,13 @@ fn a_log_is_a_regular_file_or_the_container_is_refused() -> Result {
         let text = fs::read_to_string(&log)?;
         ensure!(
             text.starts_with("before\n") && text.ends_with(" told\n"),
-            "{text:?}"
+            "the container's output was not appended to the existing log file: {text:?}"
         );
         Ok(())
     })
 }
 
-fn a_log_that_is_opened_again_is_a_regular_file_too() -> Result {
+fn reopening_a_log_opens_no_fifo_or_device_or_link() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("again");
@@ -333,7 +363,7 @@ fn a_log_that_is_opened_again_is_a_regular_file_too() -> Result {
         let rotated = node.join("logs/again/counts.log.1");
         let other = node.join("other");
         fs::write(&other, "untouched")?;
-        wait_for("the first line", || {
+        wait_for("the first line to appear in the container's log", || {
             Ok((fs::metadata(&log)?.len() > 0).then_some(()))
         })?;
         fs::rename(&log, &rotated)?;
@@ -345,32 +375,32 @@ fn a_log_that_is_opened_again_is_a_regular_file_too() -> Result {
             let words = format!("it is {what}, not a regular file");
             ensure!(
                 output.code != 0 && output.stderr.contains(&words),
-                "should say {words:?}: {}",
+                "the error does not contain {words:?}: {}",
                 output.told()
             );
-            // The old file still receives lines.
+            // The monitor still writes the container's output to the old log file.
             let length = fs::metadata(&rotated)?.len();
-            wait_for("more in the old log", || {
+            wait_for("more lines to appear in the old log file", || {
                 Ok((fs::metadata(&rotated)?.len() > length).then_some(()))
             })?;
         }
         ensure_eq!(
             fs::read_to_string(&other)?,
             "untouched",
-            "the file of the link"
+            "content of the file to which the link points"
         );
         fs::remove_file(&log).or_else(|error| match error.kind() {
             std::io::ErrorKind::NotFound => Ok(()),
             _ => Err(error),
         })?;
         node.start_reopen(&id)?.end()?;
-        wait_for("the new log", || {
+        wait_for("the first line to appear in the new log file", || {
             Ok((fs::metadata(&log)?.len() > 0).then_some(()))
         })
     })
 }
 
-fn a_seccomp_profile_is_a_regular_file() -> Result {
+fn a_seccomp_profile_that_is_not_a_regular_file_is_refused() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("profiles");

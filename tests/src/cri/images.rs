@@ -1,4 +1,4 @@
-//! Images as crictl shows and removes them.
+//! Tests that list, inspect and remove images with crictl.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::time::{Duration, Instant};
@@ -16,123 +16,159 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(an_image_is_inspected_with_its_configuration, A_NODE),
-    test!(a_container_tells_its_images_name, A_NODE),
+    test!(inspecti_shows_the_configuration_of_an_image, A_NODE),
     test!(
-        an_images_size_is_what_it_takes_on_the_disk,
+        the_status_of_a_container_shows_the_name_of_its_image,
+        A_NODE
+    ),
+    test!(
+        the_reported_size_of_an_image_is_its_size_on_the_disk,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        pinned_images_say_so_and_outlive_a_prune,
-        A_NODE,
-        Need::RrunCri
-    ),
-    test!(what_layers_hold_is_seen_from_inside, A_NODE, Need::RrunCri),
-    test!(
-        the_disk_is_told_of_when_removed_images_are_gone_from_it,
+        pinned_images_are_marked_and_survive_a_prune,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        an_image_in_use_can_be_removed_under_its_container,
+        a_container_sees_the_files_of_all_image_layers,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        image_fs_info_waits_until_removed_layers_are_deleted,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        an_image_can_be_removed_while_its_container_runs,
         A_NODE,
         Need::RrunCri
     ),
 ];
 
-fn an_image_is_inspected_with_its_configuration() -> Result {
+fn inspecti_shows_the_configuration_of_an_image() -> Result {
     on_a_node(|node| {
         node.pull(WEB)?;
         let image = node.json(&["inspecti", WEB])?;
         let spec = &image["info"]["imageSpec"];
-        ensure_eq!(spec["config"]["Cmd"], json!(["web"]), "the command");
-        ensure_eq!(spec["config"]["WorkingDir"], "/www", "the directory");
+        ensure_eq!(spec["config"]["Cmd"], json!(["web"]), "the image's command");
+        ensure_eq!(
+            spec["config"]["WorkingDir"],
+            "/www",
+            "the image's working directory"
+        );
         let layers = spec["rootfs"]["diff_ids"].as_array().map_or(0, Vec::len);
-        ensure_eq!(layers, 7, "layers");
+        ensure_eq!(layers, 7, "number of layers of the image");
         if is_rrun() {
             node.kill_server()?;
             node.start_server()?;
             let again = node.json(&["inspecti", WEB])?;
-            ensure_eq!(again["info"], image["info"], "after a restart");
+            ensure_eq!(
+                again["info"],
+                image["info"],
+                "information about the image after a restart of the server"
+            );
         }
         let named = "gcr.io/k8s-staging-cri-tools/test-image-user-username:latest";
         node.pull(named)?;
         let image = node.json(&["inspecti", named])?["status"].clone();
-        ensure_eq!(image["username"], "www-data", "the user");
-        ensure_eq!(image["uid"], Value::Null, "the user's number");
+        ensure_eq!(image["username"], "www-data", "the image's user name");
+        ensure_eq!(image["uid"], Value::Null, "the image's user id");
         let numbered = "gcr.io/k8s-staging-cri-tools/test-image-user-uid-group:latest";
         node.pull(numbered)?;
         let image = node.json(&["inspecti", numbered])?["status"].clone();
-        ensure_eq!(image["uid"]["value"], "1003", "the user's number");
+        ensure_eq!(image["uid"]["value"], "1003", "the image's user id");
         Ok(())
     })
 }
 
 fn number(value: &Value) -> Result<u64> {
     let number = value.as_str().and_then(|text| text.parse().ok());
-    number.ok_or_else(|| format!("{value} is no number").into())
+    number.ok_or_else(|| format!("this JSON value is not a number in a string: {value}").into())
 }
 
-fn a_container_tells_its_images_name() -> Result {
+fn the_status_of_a_container_shows_the_name_of_its_image() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let image = node.json(&["inspecti", BUSYBOX])?["status"]["id"].clone();
         let pod = node.pod("named");
         let pod_id = node.runp(&pod)?;
-        // Kubelet asks by the id, and shows users what the container's status has.
-        let mut asked = node.container("main", &["sleep", "600"]);
-        asked["image"] = json!({ "image": image, "user_specified_image": BUSYBOX });
-        let id = node.create(&pod_id, &pod, &asked)?;
-        ensure_eq!(node.status(&id)?["image"]["image"], BUSYBOX, "image");
+        // kubelet requests the image by its id, but shows users the name in the container's status.
+        let mut config = node.container("main", &["sleep", "600"]);
+        config["image"] = json!({ "image": image, "user_specified_image": BUSYBOX });
+        let id = node.create(&pod_id, &pod, &config)?;
+        ensure_eq!(
+            node.status(&id)?["image"]["image"],
+            BUSYBOX,
+            "the image's name in the container's status"
+        );
         if is_rrun() {
             node.kill_server()?;
             node.start_server()?;
-            ensure_eq!(node.status(&id)?["image"]["image"], BUSYBOX, "after a kill");
-            // The name stays when the image loses it: it is what runs. (containerd has the id.)
+            ensure_eq!(
+                node.status(&id)?["image"]["image"],
+                BUSYBOX,
+                "the image's name in the container's status after the server was killed and restarted"
+            );
+            // The container's status keeps the image's name even after the name was removed.
+            // (containerd shows the image's id instead.)
             node.asks(&["rmi", BUSYBOX])?;
-            ensure_eq!(node.status(&id)?["image"]["image"], BUSYBOX, "without it");
+            ensure_eq!(
+                node.status(&id)?["image"]["image"],
+                BUSYBOX,
+                "the image's name in the container's status after the image's removal"
+            );
         }
         Ok(())
     })
 }
 
-fn an_images_size_is_what_it_takes_on_the_disk() -> Result {
+fn the_reported_size_of_an_image_is_its_size_on_the_disk() -> Result {
     on_a_node(|node| {
         node.pull(WEB)?;
         let used = node.json(&["imagefsinfo"])?;
         let used = number(&used["status"]["imageFilesystems"][0]["usedBytes"]["value"])?;
         let size = number(&node.json(&["inspecti", WEB])?["status"]["size"])?;
-        ensure_eq!(size, used, "the size of the only image");
+        ensure_eq!(
+            size,
+            used,
+            "size of the only image, which must equal the number of used bytes in imagefsinfo"
+        );
         let du = command("du", ["-s", "-B1"])
             .arg(node.join("root/layers"))
             .ok()?;
         let on_disk: u64 = du.stdout.split_whitespace().next().unwrap_or("0").parse()?;
         ensure!(
             size.abs_diff(on_disk) * 20 < on_disk,
-            "the image has {size} bytes, on the disk are {on_disk}"
+            "the image's size is {size} bytes, but its layers occupy {on_disk} bytes on the disk"
         );
-        // What it shares with others counts once for the file system.
+        // If several images share a layer, imagefsinfo counts this layer only once.
         node.pull(BUSYBOX)?;
         let both = node.json(&["imagefsinfo"])?;
         let both = number(&both["status"]["imageFilesystems"][0]["usedBytes"]["value"])?;
-        ensure_eq!(both, used, "used bytes with an image of the same layers");
+        ensure_eq!(
+            both,
+            used,
+            "number of used bytes in imagefsinfo after the pull of another image with the same layers"
+        );
         Ok(())
     })
 }
 
-/// Whether the list of images says of this one that it is pinned.
+/// Returns whether the list of images marks the image `name` as pinned.
 fn is_pinned(node: &Node, name: &str) -> Result<bool> {
     let list = node.json(&["images"])?;
     let images = list["images"].as_array().cloned().unwrap_or_default();
     let image = images
         .iter()
         .find(|image| image["repoTags"][0] == name)
-        .ok_or_else(|| format!("{name} is not in {list}"))?;
+        .ok_or_else(|| format!("crictl images does not list the image {name}: {list}"))?;
     Ok(image["pinned"] == true)
 }
 
-fn pinned_images_say_so_and_outlive_a_prune() -> Result {
+fn pinned_images_are_marked_and_survive_a_prune() -> Result {
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
         std::fs::create_dir_all(&drop_ins)?;
@@ -150,19 +186,25 @@ fn pinned_images_say_so_and_outlive_a_prune() -> Result {
         ensure_eq!(
             node.asks(&["images", "--quiet"])?.lines().count(),
             1,
-            "images after the prune"
+            "number of images after crictl rmi --prune"
         );
-        // Who names it means it.
+        // A removal by name also removes a pinned image.
         node.asks(&["rmi", WEB])?;
-        ensure_eq!(node.asks(&["images", "--quiet"])?, "", "images at the end");
+        ensure_eq!(
+            node.asks(&["images", "--quiet"])?,
+            "",
+            "ids of the images after the removal by name"
+        );
         Ok(())
     })
 }
 
-/// File capabilities, device nodes, holes, what an upper layer hides.
-fn what_layers_hold_is_seen_from_inside() -> Result {
+/// Checks file capabilities, device nodes, sparse files, and files that an upper layer hides or
+/// changes.
+fn a_container_sees_the_files_of_all_image_layers() -> Result {
     on_a_node(|node| {
-        // Version 2, effective: cap_net_bind_service, the tenth.
+        // `capability` is the value of the extended attribute `security.capability`. The value has
+        // version 2, sets the effective flag, and grants cap_net_bind_service (number 10).
         let capability = [1, 0, 0, 2, 0, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
         let program = std::fs::read("/proc/self/exe")?;
         let lower = Archive::new()
@@ -205,11 +247,11 @@ fn what_layers_hold_is_seen_from_inside() -> Result {
         let mut config = node.container("report", &["/bin/inside", "report"]);
         config["image"]["image"] = json!(name);
         let report = node.report(&pod_id, &pod, &config)?;
-        ensure_eq!(report["uid"], json!(1000), "user");
+        ensure_eq!(report["uid"], json!(1000), "user id of the container");
         ensure_eq!(
             report["status"]["CapEff"],
             "0000000000000400",
-            "what the file's capability gives"
+            "effective capabilities, which the program's file grants to its process"
         );
         let mut config = node.container("waits", &["/bin/inside", "spin", "1000"]);
         config["image"]["image"] = json!(name);
@@ -223,22 +265,39 @@ fn what_layers_hold_is_seen_from_inside() -> Result {
         ensure_eq!(holes.len(), 1 << 30, "the length of a sparse file");
         ensure!(
             holes.blocks() * 512 < 1 << 20,
-            "a sparse file takes {} blocks",
+            "the sparse file occupies {} blocks on the disk",
             holes.blocks()
         );
-        ensure_eq!(inside(&["cat", "/srv/changed"])?.text(), "new", "a file");
-        ensure!(inside(&["cat", "/srv/gone"])?.code != 0, "a file is hidden");
-        // The device is one that every container may use.
-        ensure_eq!(inside(&["cat", "/srv/null"])?.code, 0, "a device");
-        ensure_eq!(inside(&["write", "/srv/null", "x"])?.code, 0, "a device");
+        ensure_eq!(
+            inside(&["cat", "/srv/changed"])?.text(),
+            "new",
+            "content of the file that an upper layer replaces"
+        );
+        ensure!(
+            inside(&["cat", "/srv/gone"])?.code != 0,
+            "a file that the upper layer hides is readable"
+        );
+        // The file has the device number of /dev/null. Every container is allowed to use this
+        // device.
+        ensure_eq!(
+            inside(&["cat", "/srv/null"])?.code,
+            0,
+            "exit code of a read from the device"
+        );
+        ensure_eq!(
+            inside(&["write", "/srv/null", "x"])?.code,
+            0,
+            "exit code of a write to the device"
+        );
         Ok(())
     })
 }
 
-/// Kubelet removes images when the disk is full, asks for its state and then looks at the disk
-/// itself: pods are evicted if what was removed is still there.
-fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
-    /// ImageFsInfo waits this long at most (services/image.rs).
+/// When the disk is full, kubelet removes images, calls ImageFsInfo, and then measures the disk
+/// itself. If the removed layers are still on the disk during this measurement, kubelet evicts
+/// pods.
+fn image_fs_info_waits_until_removed_layers_are_deleted() -> Result {
+    /// The longest time that ImageFsInfo waits for the deletion of layers (services/image.rs).
     const IMAGE_FS_INFO_TIMEOUT: Duration = Duration::from_secs(5);
     const FILES: usize = 30_000;
     on_a_node(|node| {
@@ -252,8 +311,9 @@ fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
                     layers.push(layer);
                 }
             }
-            // What takes a while to remove.
-            let layer = layers.first().ok_or("no layer has files")?;
+            // The deletion of a layer with many files takes a long time, so ImageFsInfo must wait
+            // for the deletion.
+            let layer = layers.first().ok_or("no layer of the image has files")?;
             let many = layer.join("fs/many");
             std::fs::create_dir(&many)?;
             for number in 0..FILES {
@@ -266,28 +326,35 @@ fn the_disk_is_told_of_when_removed_images_are_gone_from_it() -> Result {
                     ..ImageSpec::default()
                 }),
             };
-            let asked = calls.wait(async move {
+            let waited = calls.wait(async move {
                 client.remove_image(removal).await?;
-                let asked = Instant::now();
+                let started = Instant::now();
                 client.image_fs_info(ImageFsInfoRequest {}).await?;
-                Ok::<_, tonic::Status>(asked.elapsed())
+                Ok::<_, tonic::Status>(started.elapsed())
             })?;
             let left = layers.iter().any(|layer| layer.exists());
-            // On a machine that is too busy for that, it is not waited for to the end.
-            if asked? < IMAGE_FS_INFO_TIMEOUT {
-                ensure!(!left, "removed layers are still there: {layers:?}");
+            // On a busy machine, ImageFsInfo can time out before the layers are deleted. In that
+            // case, the test tries again.
+            if waited? < IMAGE_FS_INFO_TIMEOUT {
+                ensure!(
+                    !left,
+                    "the server did not delete all layers of the removed image before it answered ImageFsInfo; paths of the layers: {layers:?}"
+                );
                 return Ok(());
             }
-            wait_for("the layers to go", || {
+            wait_for("the server to delete the layers", || {
                 Ok((!layers.iter().any(|layer| layer.exists())).then_some(()))
             })?;
         }
-        note("the removal took longer than ImageFsInfo waits, five times".to_owned());
+        note(
+            "ImageFsInfo timed out in all five attempts, so the test could not check that ImageFsInfo waits"
+                .to_owned(),
+        );
         Ok(())
     })
 }
 
-fn an_image_in_use_can_be_removed_under_its_container() -> Result {
+fn an_image_can_be_removed_while_its_container_runs() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("user");
@@ -295,18 +362,25 @@ fn an_image_in_use_can_be_removed_under_its_container() -> Result {
         let container = node.container("user", &["sleep", "1000"]);
         let id = node.run(&pod_id, &pod, &container)?;
         node.asks(&["rmi", BUSYBOX])?;
-        ensure_eq!(node.asks(&["images", "--quiet"])?, "", "images");
+        ensure_eq!(
+            node.asks(&["images", "--quiet"])?,
+            "",
+            "ids of the images after the removal"
+        );
         node.kill_server()?;
         node.start_server()?;
         let read = node.asks(&["exec", "--sync", &id, "cat", "/etc/passwd"])?;
         ensure!(
             read.contains("root"),
-            "the container lost its files: {read}"
+            "the container can no longer read its /etc/passwd: {read}"
         );
         node.asks(&["rmp", "--force", &pod_id])?;
-        wait_for("no layer to be left but the empty one", || {
-            let left = std::fs::read_dir(node.join("root/layers"))?.count();
-            Ok((left == 1).then_some(()))
-        })
+        wait_for(
+            "the server to delete all layers except the empty layer",
+            || {
+                let left = std::fs::read_dir(node.join("root/layers"))?.count();
+                Ok((left == 1).then_some(()))
+            },
+        )
     })
 }

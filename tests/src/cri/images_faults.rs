@@ -1,4 +1,5 @@
-//! Registries that lie, stall and refuse: the right status, a sentence, and nothing left.
+//! Tests with registries that send wrong data, stall, or refuse requests. A pull from such a
+//! registry fails with the right gRPC code and a clear message, and leaves no files behind.
 
 use std::fs;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -17,11 +18,19 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_registry_that_lies_is_found_out, A_NODE),
-    test!(a_hostile_layer_is_refused, A_NODE, Need::RrunCri),
-    test!(a_stalled_registry_stalls_nobody_else, A_NODE, Need::RrunCri),
+    test!(a_pull_fails_if_the_registry_sends_a_wrong_answer, A_NODE),
     test!(
-        a_pull_goes_on_after_the_server_was_killed,
+        the_server_refuses_a_hostile_image_layer,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_stalled_registry_delays_no_other_pull,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_pull_resumes_after_the_server_was_killed,
         A_NODE,
         Need::RrunCri
     ),
@@ -38,7 +47,8 @@ fn one_layer(archive: Archive) -> Image {
     image(&[(archive.end(), Compression::Gzip)], json!({}))
 }
 
-/// An image with a layer of about this many bytes, compressed or not.
+/// Returns an image whose only layer contains `length` random bytes. Compression does not shrink
+/// random bytes, so the compressed layer has about the same length.
 fn noisy(length: usize) -> Image {
     let mut state = 1_u64;
     let noise: Vec<u8> = std::iter::repeat_with(|| {
@@ -56,36 +66,48 @@ fn noisy(length: usize) -> Image {
     }))
 }
 
-/// Neither layers nor what was under way is left, and no image is listed.
+/// Checks that the server lists no image. Waits until no layer (except the empty layer) and no
+/// partial download is left.
 fn is_clean(node: &Node) -> Result {
-    ensure_eq!(node.asks(&["images", "--quiet"])?, "", "images");
+    ensure_eq!(
+        node.asks(&["images", "--quiet"])?,
+        "",
+        "ids of the images after the failed pull"
+    );
     for (dir, most) in [("root/layers", 1), ("root/ingest", 0)] {
-        wait_for(&format!("{dir} to be empty"), || {
-            Ok((fs::read_dir(node.join(dir))?.count() <= most).then_some(()))
-        })?;
+        wait_for(
+            &format!("the server's directory {dir} to have at most {most} entries"),
+            || Ok((fs::read_dir(node.join(dir))?.count() <= most).then_some(())),
+        )?;
     }
     Ok(())
 }
 
-/// The pull of `name` fails with this code and these words.
+/// Checks that the pull of `name` fails with the gRPC code `code`, and that the message contains
+/// `words`.
 fn fails(node: &Node, calls: &Calls, name: &str, code: Code, words: &str) -> Result {
     let status = pull(calls, name, None)?
         .err()
-        .ok_or_else(|| format!("{name} was pulled"))?;
+        .ok_or_else(|| format!("the pull of the image {name} succeeded, but must fail"))?;
     if is_rrun() {
-        ensure_eq!(status.code(), code, "{name}: {status:?}");
-        let told = status.message();
+        ensure_eq!(
+            status.code(),
+            code,
+            "gRPC code of the failed pull of the image {name} (gRPC status: {status:?})"
+        );
+        let message = status.message();
         ensure!(
-            told.contains(words) && told.contains(name),
-            "{name}: {told:?} does not speak of {words:?}"
+            message.contains(words) && message.contains(name),
+            "the error message about the image {name} does not contain both the image's name and {words:?}: {message:?}"
         );
         is_clean(node)?;
     }
     Ok(())
 }
 
-/// An answer by the repository's name: what is asked for there, and what comes.
-fn lie(request: &Request) -> Option<Answer> {
+/// Returns a wrong answer to the request, or `None` if the registry must send the right answer. The
+/// repository's name selects the kind of wrong answer.
+fn wrong_answer(request: &Request) -> Option<Answer> {
     let manifest = request.path.contains("/manifests/");
     let layer = request.path.contains("/blobs/");
     let name = request.path.split('/').nth(2)?;
@@ -111,11 +133,14 @@ fn lie(request: &Request) -> Option<Answer> {
     }
 }
 
-fn a_registry_that_lies_is_found_out() -> Result {
+fn a_pull_fails_if_the_registry_sends_a_wrong_answer() -> Result {
     on_a_node(|node| {
         let calls = Calls::new(node)?;
         let good = one_layer(Archive::new().file("file", "content"));
-        let server = serve(&[("half", &good), ("other", &good), ("good", &good)], lie)?;
+        let server = serve(
+            &[("half", &good), ("other", &good), ("good", &good)],
+            wrong_answer,
+        )?;
         let name = |name: &str| format!("{}/{name}:1", server.host());
         for (what, code, words) in [
             ("broken500", Code::Unavailable, "500"),
@@ -129,18 +154,21 @@ fn a_registry_that_lies_is_found_out() -> Result {
         ] {
             fails(node, &calls, &name(what), code, words)?;
         }
-        ensure!(server.count("/busy429/") < 10, "asked without end");
+        ensure!(
+            server.count("/busy429/") < 10,
+            "the server sent more than nine requests to the busy registry"
+        );
         pull(&calls, &name("good"), None)??;
         Ok(())
     })
 }
 
-fn a_hostile_layer_is_refused() -> Result {
+fn the_server_refuses_a_hostile_image_layer() -> Result {
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
         fs::create_dir_all(&drop_ins)?;
-        let bounds = "[image]\nlayer_bytes = 1048576\nlayer_files = 100\n";
-        fs::write(drop_ins.join("bounds.toml"), bounds)?;
+        let limits = "[image]\nlayer_bytes = 1048576\nlayer_files = 100\n";
+        fs::write(drop_ins.join("bounds.toml"), limits)?;
         node.terminate_server()?;
         node.start_server()?;
         let calls = Calls::new(node)?;
@@ -179,7 +207,7 @@ fn a_hostile_layer_is_refused() -> Result {
                 "hard-absolute",
                 Archive::new().hard_link("mine", &outside),
                 Code::DataLoss,
-                "does not hold",
+                "does not contain",
             ),
             ("bomb", bomb, Code::ResourceExhausted, "1048576 bytes"),
             ("many", many, Code::ResourceExhausted, "100 files"),
@@ -190,8 +218,13 @@ fn a_hostile_layer_is_refused() -> Result {
             let reference = format!("{}/{name}:1", server.host());
             fails(node, &calls, &reference, code, words)?;
         }
-        ensure_eq!(fs::read_to_string(&victim)?, "untouched", "a file outside");
-        // A name from the root, and one through a link, land inside.
+        ensure_eq!(
+            fs::read_to_string(&victim)?,
+            "untouched",
+            "content of a file outside the image's layers"
+        );
+        // If a file's path is absolute or contains a link, the server creates the file inside the
+        // layer.
         let inside = Archive::new()
             .file(&format!("/{outside}"), "x")
             .dir("real/", 0o755)
@@ -200,12 +233,16 @@ fn a_hostile_layer_is_refused() -> Result {
         let built = one_layer(inside);
         let server = serve(&[("inside", &built)], |_| None)?;
         pull(&calls, &format!("{}/inside:1", server.host()), None)??;
-        ensure_eq!(fs::read_to_string(&victim)?, "untouched", "a file outside");
+        ensure_eq!(
+            fs::read_to_string(&victim)?,
+            "untouched",
+            "content of a file outside the image's layers"
+        );
         Ok(())
     })
 }
 
-fn a_stalled_registry_stalls_nobody_else() -> Result {
+fn a_stalled_registry_delays_no_other_pull() -> Result {
     on_a_node(|node| {
         let drop_ins = node.join("config.d");
         fs::create_dir_all(&drop_ins)?;
@@ -217,7 +254,7 @@ fn a_stalled_registry_stalls_nobody_else() -> Result {
         node.start_server()?;
         let built = noisy(100 << 10);
         let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());
-        let asked = layer.clone();
+        let requested = layer.clone();
         let server = serve(&[("app", &built)], move |request| {
             let mut answer = Answer::new(200, whole.clone());
             answer.slow = Duration::from_secs(60);
@@ -225,33 +262,37 @@ fn a_stalled_registry_stalls_nobody_else() -> Result {
         })?;
         let stalled = format!("{}/app:1", server.host());
         let hanging = node.crictl(&["pull", &stalled]).start()?;
-        wait_for("the stalled registry to be asked", || {
-            Ok((server.count(&asked) > 0).then_some(()))
+        wait_for("the stalled registry to receive a request", || {
+            Ok((server.count(&requested) > 0).then_some(()))
         })?;
         node.pull(BUSYBOX)?;
         node.asks(&["rmi", BUSYBOX])?;
         let output = hanging.end()?;
-        ensure!(output.code != 0, "pulled:\n{}", output.told());
         ensure!(
-            output.stderr.contains("nothing came for 2 s"),
-            "{}",
+            output.code != 0,
+            "the pull from the stalled registry succeeded:\n{}",
+            output.told()
+        );
+        ensure!(
+            output.stderr.contains("no data arrived for 2 s"),
+            "the error of crictl pull does not report that the registry sent no data: {}",
             output.told()
         );
         is_clean(node)
     })
 }
 
-fn a_pull_goes_on_after_the_server_was_killed() -> Result {
+fn a_pull_resumes_after_the_server_was_killed() -> Result {
     on_a_node(|node| {
         let built = noisy(9 << 20);
         let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());
-        let asked = AtomicUsize::new(0);
+        let requests = AtomicUsize::new(0);
         let server = serve(&[("app", &built)], move |request| {
             if !request.path.ends_with(&layer) {
                 return None;
             }
             let mut answer = Answer::new(200, whole.clone()).ranged(request);
-            if asked.fetch_add(1, Ordering::Relaxed) == 0 {
+            if requests.fetch_add(1, Ordering::Relaxed) == 0 {
                 answer.slow = Duration::from_millis(5);
             }
             Some(answer)
@@ -260,7 +301,7 @@ fn a_pull_goes_on_after_the_server_was_killed() -> Result {
         let pulling = node.crictl(&["pull", &reference]).start()?;
         let hex = built.layers[0].trim_start_matches("sha256:");
         let partial = node.join("root/ingest").join(format!("{hex}.partial"));
-        wait_for("some of the layer to be here", || {
+        wait_for("a part of the layer to be stored on disk", || {
             let length = fs::metadata(&partial).map_or(0, |metadata| metadata.len());
             Ok((length > 1 << 20).then_some(()))
         })?;
@@ -268,7 +309,11 @@ fn a_pull_goes_on_after_the_server_was_killed() -> Result {
         drop(pulling);
         node.start_server()?;
         let entries: Vec<_> = fs::read_dir(node.join("root/ingest"))?.flatten().collect();
-        ensure_eq!(entries.len(), 1, "what is left in ingest: {entries:?}");
+        ensure_eq!(
+            entries.len(),
+            1,
+            "number of partial downloads after the restart (entries of the directory: {entries:?})"
+        );
         node.pull(&reference)?;
         let last = server
             .seen()
@@ -277,9 +322,12 @@ fn a_pull_goes_on_after_the_server_was_killed() -> Result {
             .next_back();
         ensure!(
             last.is_some_and(|from| from > 1 << 20),
-            "began at {last:?} and not where it was"
+            "the pull resumed at byte {last:?}, not at the byte at which it was interrupted"
         );
-        ensure!(!partial.exists(), "the partial blob is still there");
+        ensure!(
+            !partial.exists(),
+            "the file of the partial download still exists"
+        );
         Ok(())
     })
 }

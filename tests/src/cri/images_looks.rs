@@ -1,4 +1,5 @@
-//! Images that share a layer: the owner and mode of a directory in one do not show in another.
+//! Tests of images that share a layer. The owner and mode of a directory in one image must not
+//! affect another image.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::PathBuf;
@@ -13,7 +14,7 @@ use crate::support::node::{A_NODE, Node, is_rrun, on_a_node};
 use crate::{ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[test!(
-    a_shared_layers_directories_look_as_each_image_says,
+    a_directory_has_the_owner_and_the_mode_that_its_own_image_sets,
     A_NODE
 )];
 
@@ -28,8 +29,9 @@ fn dir<'a>(path: &'a str, mode: u32, owner: u64) -> Item<'a> {
     }
 }
 
-/// An image of a program, a layer that lists `/`, `etc` and `tmp`, and a layer that uses them and
-/// lists nothing.
+/// Returns an image of three layers. The first layer contains a program. The second layer has
+/// entries for the directories `/`, `etc` and `tmp`. The third layer has files in these
+/// directories, but no entries for the directories.
 fn tenant(root: (u32, u64), etc: (u32, u64), tmp: (u32, u64)) -> Result<Image> {
     let program = Archive::new().item(&Item {
         path: b"inside",
@@ -37,16 +39,16 @@ fn tenant(root: (u32, u64), etc: (u32, u64), tmp: (u32, u64)) -> Result<Image> {
         content: &std::fs::read("/proc/self/exe")?,
         ..ITEM
     });
-    let says = Archive::new()
+    let directories = Archive::new()
         .item(&dir("./", root.0, root.1))
         .item(&dir("etc/", etc.0, etc.1))
         .item(&dir("tmp/", tmp.0, tmp.1));
     let shared = Archive::new().file("etc/app.conf", "").file("tmp/seed", "");
-    let layers = [program, says, shared].map(|layer| (layer.end(), Compression::Gzip));
+    let layers = [program, directories, shared].map(|layer| (layer.end(), Compression::Gzip));
     Ok(image(&layers, json!({})))
 }
 
-/// `/`, `/etc` and `/tmp` as a container of the image sees them.
+/// Returns the modes and owners of `/`, `/etc` and `/tmp` in a container of the image.
 fn seen(node: &Node, pod: &str, image: &str) -> Result<String> {
     let config = node.pod(pod);
     let pod_id = node.runp(&config)?;
@@ -55,17 +57,17 @@ fn seen(node: &Node, pod: &str, image: &str) -> Result<String> {
     container["mounts"] = json!([]);
     let id = node.run(&pod_id, &config, &container)?;
     let root = PathBuf::from(format!("/proc/{}/root", node.pid(&id)?));
-    let mut told = String::new();
+    let mut text = String::new();
     for path in [".", "etc", "tmp"] {
         let looks = std::fs::metadata(root.join(path))?;
         let (mode, uid, gid) = (looks.mode() & 0o7777, looks.uid(), looks.gid());
-        told += &format!("{path} {mode:o} {uid}:{gid} ");
+        text += &format!("{path} {mode:o} {uid}:{gid} ");
     }
     node.asks(&["rmp", "--force", &pod_id])?;
-    Ok(told)
+    Ok(text)
 }
 
-fn a_shared_layers_directories_look_as_each_image_says() -> Result {
+fn a_directory_has_the_owner_and_the_mode_that_its_own_image_sets() -> Result {
     on_a_node(|node| {
         let evil = tenant((0o777, 99), (0o777, 65534), (0o777, 1234))?;
         let good = tenant((0o711, 0), (0o755, 0), (0o1777, 0))?;
@@ -82,13 +84,21 @@ fn a_shared_layers_directories_look_as_each_image_says() -> Result {
             }
             for (image, looks) in looks {
                 let pod = format!("{image}-{}", order[0]);
-                ensure_eq!(seen(node, &pod, &name(image))?, looks, "{image}");
+                ensure_eq!(
+                    seen(node, &pod, &name(image))?,
+                    looks,
+                    "modes and owners of the directories in the image {image}"
+                );
             }
             if is_rrun() {
                 node.kill_server()?;
                 node.start_server()?;
                 let pod = format!("again-{}", order[0]);
-                ensure_eq!(seen(node, &pod, &name("good"))?, looks[1].1, "after a kill");
+                ensure_eq!(
+                    seen(node, &pod, &name("good"))?,
+                    looks[1].1,
+                    "modes and owners of the directories in the image after the server was killed and restarted"
+                );
             }
             for (image, _) in looks {
                 node.asks(&["rmi", &name(image)])?;
@@ -97,7 +107,7 @@ fn a_shared_layers_directories_look_as_each_image_says() -> Result {
         ensure_eq!(
             server.count(&good.layers[2]),
             if is_rrun() { 2 } else { 4 },
-            "how often the shared layer was fetched"
+            "number of downloads of the shared layer"
         );
         Ok(())
     })

@@ -1,4 +1,5 @@
-//! Registries that send a byte now and then: they hold up no other pull, and no pull for ever.
+//! Tests with registries that send only one byte from time to time. A slow registry delays no other
+//! pull, and no pull waits forever for a slow registry.
 
 use std::fs;
 use std::time::Duration;
@@ -17,24 +18,28 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        layers_that_drip_hold_up_no_other_registry,
+        slow_layers_delay_no_pull_from_another_registry,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        layers_that_drip_give_way_to_their_own_registry,
-        A_NODE,
-        Need::RrunCri
-    ),
-    test!(a_pull_that_nobody_waits_for_ends, A_NODE, Need::RrunCri),
-    test!(a_retry_joins_the_pull, A_NODE, Need::RrunCri),
-    test!(
-        an_answer_below_the_least_rate_is_refused_with_its_numbers,
+        a_slow_pull_gives_up_a_download_slot_to_another_pull_from_the_same_registry,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        after_a_mirror_that_drips_the_next_is_asked,
+        a_pull_ends_when_no_caller_waits_for_it,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(a_retry_joins_the_pull_in_progress, A_NODE, Need::RrunCri),
+    test!(
+        a_pull_below_the_minimum_rate_fails_and_the_error_names_the_measured_rate,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_pull_skips_a_slow_mirror_and_uses_the_next_host,
         A_NODE,
         Need::RrunCri
     ),
@@ -50,7 +55,7 @@ fn serve(
     Server::start(images, answer).map_err(|error| error.to_string().into())
 }
 
-/// An image of `count` different layers.
+/// Returns an image with `count` different layers.
 fn of_layers(name: &str, count: usize) -> Image {
     let layers: Vec<_> = (0..count)
         .map(|n| {
@@ -61,7 +66,7 @@ fn of_layers(name: &str, count: usize) -> Image {
     image(&layers, json!({ "Labels": { "name": name } }))
 }
 
-/// Serves the layers of `image` a byte at a time.
+/// Returns a handler that sends the layers of `image` one byte at a time.
 fn dripping(image: &Image) -> impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static {
     let layers: Vec<(String, Vec<u8>)> = image
         .layers
@@ -85,15 +90,19 @@ fn configure(node: &mut Node, image: &str) -> Result {
     node.start_server()
 }
 
-/// Waits until all these layers have been requested.
-fn asked(server: &Server, image: &Image) -> Result {
-    wait_for("the layers to be requested", || {
-        let asked = |layer: &String| server.count(layer) > 0;
-        Ok(image.layers.iter().all(asked).then_some(()))
-    })
+/// Waits until the registry `server` has received requests for all layers of `image`.
+fn requested(server: &Server, image: &Image) -> Result {
+    wait_for(
+        "the registry to receive requests for all layers of the image",
+        || {
+            let requested = |layer: &String| server.count(layer) > 0;
+            Ok(image.layers.iter().all(requested).then_some(()))
+        },
+    )
 }
 
-/// Restarts the server, which ends the pull, and checks that nothing of the pull is left.
+/// Kills the client `hanging` and restarts the server. The restart ends the client's pull. The
+/// function then waits until no files of the pull are left.
 fn ends(node: &mut Node, hanging: Running) -> Result {
     drop(hanging);
     node.terminate_server()?;
@@ -101,50 +110,54 @@ fn ends(node: &mut Node, hanging: Running) -> Result {
     is_clean(node)
 }
 
-/// Waits until neither layers nor partial blobs are left.
+/// Waits until no layer (except the empty layer) and no partial download is left.
 fn is_clean(node: &Node) -> Result {
     for (dir, most) in [("root/layers", 1), ("root/ingest", 0)] {
-        wait_for(&format!("{dir} to be empty"), || {
-            Ok((fs::read_dir(node.join(dir))?.count() <= most).then_some(()))
-        })?;
+        wait_for(
+            &format!("the server's directory {dir} to have at most {most} entries"),
+            || Ok((fs::read_dir(node.join(dir))?.count() <= most).then_some(())),
+        )?;
     }
     Ok(())
 }
 
-fn layers_that_drip_hold_up_no_other_registry() -> Result {
+fn slow_layers_delay_no_pull_from_another_registry() -> Result {
     on_a_node(|node| {
-        // The host gets three of the four slots, which is the most that one host may have.
+        // By default, the server fetches at most four layers at the same time, and at most three
+        // from one host. So the pull from the other registry can still fetch one layer at a time.
         let drip = of_layers("drip", 3);
         let server = serve(&[("drip", &drip)], dripping(&drip))?;
         let hanging = node
             .crictl(&["pull", &format!("{}/drip:1", server.host())])
             .start()?;
-        asked(&server, &drip)?;
+        requested(&server, &drip)?;
         node.pull(BUSYBOX)?;
         node.asks(&["rmi", BUSYBOX])?;
         ends(node, hanging)
     })
 }
 
-fn layers_that_drip_give_way_to_their_own_registry() -> Result {
+fn a_slow_pull_gives_up_a_download_slot_to_another_pull_from_the_same_registry() -> Result {
     on_a_node(|node| {
         let (drip, small) = (of_layers("drip", 3), of_layers("small", 2));
         let images = [("drip", &drip), ("small", &small)];
         let server = serve(&images, dripping(&drip))?;
         let host = server.host();
         let hanging = node.crictl(&["pull", &format!("{host}/drip:1")]).start()?;
-        asked(&server, &drip)?;
+        requested(&server, &drip)?;
         node.pull(&format!("{host}/small:1"))?;
         ensure!(
-            node.log().contains("another image waits; it goes on later"),
-            "the log does not report the turn that was given up"
+            node.log().contains(
+                "another image waits for the layer's download slot; the fetch continues later"
+            ),
+            "the server's log does not report that the slow download gave up its slot to the pull of another image"
         );
         node.asks(&["rmi", &format!("{host}/small:1")])?;
         ends(node, hanging)
     })
 }
 
-fn a_pull_that_nobody_waits_for_ends() -> Result {
+fn a_pull_ends_when_no_caller_waits_for_it() -> Result {
     on_a_node(|node| {
         configure(node, "abandoned_seconds = 1\n")?;
         let drip = of_layers("drip", 2);
@@ -152,14 +165,17 @@ fn a_pull_that_nobody_waits_for_ends() -> Result {
         let name = format!("{}/drip:1", server.host());
         for round in 1..=2 {
             let hanging = node.crictl(&["pull", &name]).start()?;
-            wait_for("the layers to be requested", || {
-                let asked = |layer: &String| server.count(layer) == round;
-                Ok(drip.layers.iter().all(asked).then_some(()))
-            })?;
+            wait_for(
+                "the registry to receive requests for all layers of the image",
+                || {
+                    let requested = |layer: &String| server.count(layer) == round;
+                    Ok(drip.layers.iter().all(requested).then_some(()))
+                },
+            )?;
             drop(hanging);
-            wait_for("the pull to end", || {
-                let told = "nobody has waited for it for 1 s";
-                Ok((node.log().matches(told).count() == round).then_some(()))
+            wait_for("the server to end the pull", || {
+                let line = "no caller has waited for this pull for 1 s";
+                Ok((node.log().matches(line).count() == round).then_some(()))
             })?;
             is_clean(node)?;
         }
@@ -167,11 +183,11 @@ fn a_pull_that_nobody_waits_for_ends() -> Result {
     })
 }
 
-fn a_retry_joins_the_pull() -> Result {
+fn a_retry_joins_the_pull_in_progress() -> Result {
     on_a_node(|node| {
         let drip = of_layers("drip", 1);
         let mut whole = Answer::new(200, drip.blobs[0].clone());
-        // The answer takes about 3 s in all.
+        // The transfer of the layer takes about 3 s in total.
         whole.piece = drip.blobs[0].len() / 6 + 1;
         whole.slow = DRIP_INTERVAL;
         let (layer, piece) = (drip.layers[0].clone(), whole.piece);
@@ -182,20 +198,25 @@ fn a_retry_joins_the_pull() -> Result {
         })?;
         let name = format!("{}/drip:1", server.host());
         let first = node.crictl(&["pull", &name]).start()?;
-        asked(&server, &drip)?;
+        requested(&server, &drip)?;
         drop(first);
         node.pull(&name)?;
-        ensure_eq!(server.count(&drip.layers[0]), 1, "how often it was fetched");
+        ensure_eq!(
+            server.count(&drip.layers[0]),
+            1,
+            "number of downloads of the layer"
+        );
         ensure!(
-            !node.log().contains("nobody has waited"),
-            "the pull was given up"
+            !node.log().contains("no caller has waited"),
+            "the server cancelled the pull before the retry joined the pull"
         );
         Ok(())
     })
 }
 
-/// In each case one answer comes a byte at a time: one of an image's, or the token server's.
-fn an_answer_below_the_least_rate_is_refused_with_its_numbers() -> Result {
+/// Each pull gets one slow answer, which arrives one byte at a time. The slow answer is a manifest,
+/// a configuration, a layer, or the answer of the token server.
+fn a_pull_below_the_minimum_rate_fails_and_the_error_names_the_measured_rate() -> Result {
     on_a_node(|node| {
         configure(node, "least_rate = 50\nleast_rate_seconds = 2\n")?;
         let calls = Calls::new(node)?;
@@ -227,8 +248,8 @@ fn an_answer_below_the_least_rate_is_refused_with_its_numbers() -> Result {
                     Some(Answer::new(307, "").header("Location", format!("http://{sent_to}/there")))
                 }
                 "token" => {
-                    let asks = format!("Bearer realm=\"http://{sent_to}/token\"");
-                    Some(Answer::new(401, "").header("WWW-Authenticate", asks))
+                    let challenge = format!("Bearer realm=\"http://{sent_to}/token\"");
+                    Some(Answer::new(401, "").header("WWW-Authenticate", challenge))
                 }
                 _ => None,
             }
@@ -243,23 +264,32 @@ fn an_answer_below_the_least_rate_is_refused_with_its_numbers() -> Result {
             let reference = format!("{}/{name}:1", server.host());
             let status = pull(&calls, &reference, None)?
                 .err()
-                .ok_or_else(|| format!("{name} was pulled"))?;
-            ensure_eq!(status.code(), Code::Unavailable, "{name}: {status:?}");
-            let told = status.message();
-            let all = ["image.least_rate wants 50 bytes a second", " s, where"];
+                .ok_or_else(|| format!("the pull of the image {name} succeeded, but must fail"))?;
+            ensure_eq!(
+                status.code(),
+                Code::Unavailable,
+                "gRPC code of the failed pull of the image {name} (gRPC status: {status:?})"
+            );
+            let message = status.message();
+            let all = ["image.least_rate requires 50 bytes a second", " s; image"];
             ensure!(
-                all.iter().all(|words| told.contains(words))
-                    && words.iter().all(|words| told.contains(words.as_str())),
-                "{name}: {told:?} lacks one of {words:?}"
+                all.iter().all(|words| message.contains(words))
+                    && words.iter().all(|words| message.contains(words.as_str())),
+                "the error message about the image {name} does not contain all texts of {all:?} and {words:?}: {message:?}"
             );
         }
-        ensure_eq!(fs::read_dir(node.join("root/ingest"))?.count(), 0, "ingest");
+        ensure_eq!(
+            fs::read_dir(node.join("root/ingest"))?.count(),
+            0,
+            "number of partial downloads after the failed pulls"
+        );
         Ok(())
     })
 }
 
-/// The mirror sends its layers a byte at a time, and then its manifests, too.
-fn after_a_mirror_that_drips_the_next_is_asked() -> Result {
+/// In the first round, the mirror sends its layers one byte at a time. In the second round, the
+/// mirror sends its manifests one byte at a time.
+fn a_pull_skips_a_slow_mirror_and_uses_the_next_host() -> Result {
     on_a_node(|node| {
         configure(node, "least_rate = 50\nleast_rate_seconds = 2\n")?;
         let built = of_layers("app", 2);
@@ -288,7 +318,10 @@ fn after_a_mirror_that_drips_the_next_is_asked() -> Result {
                 ),
             )?;
             node.pull("mirrored.example/app:1")?;
-            ensure!(mirror.count(what) > 0, "the mirror was not asked");
+            ensure!(
+                mirror.count(what) > 0,
+                "the mirror received no request whose path contains {what}"
+            );
             node.asks(&["rmi", "mirrored.example/app:1"])?;
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! Images from archives in ROOT/preload, as skopeo writes them.
+//! Tests of images that the server imports from archives in the directory `preload` of its root
+//! directory. The tests create the archives with skopeo.
 
 use std::fs;
 use std::path::PathBuf;
@@ -15,20 +16,21 @@ const SKOPEO: Need = Need::Program("skopeo");
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        archives_are_imported_at_start_under_their_names,
+        the_server_imports_images_from_archives_at_start_and_keeps_their_names,
         A_NODE,
         SKOPEO,
         Need::RrunCri
     ),
     test!(
-        an_archive_is_imported_once_and_a_new_one_at_sighup,
+        the_server_imports_each_archive_once_and_imports_new_archives_on_sighup,
         A_NODE,
         SKOPEO,
         Need::RrunCri
     ),
 ];
 
-/// Has skopeo write the demonstration image to this archive.
+/// Uses skopeo to write the image `WEB` to the archive `file` in the server's directory `preload`.
+/// The image has the name `name` in the archive. Returns the archive's path.
 fn archive(node: &Node, kind: &str, file: &str, name: &str) -> Result<PathBuf> {
     let dir = node.join("root/preload");
     fs::create_dir_all(&dir)?;
@@ -45,7 +47,8 @@ fn archive(node: &Node, kind: &str, file: &str, name: &str) -> Result<PathBuf> {
     .arg(format!("docker://{WEB}"))
     .arg(format!("{kind}:{}:{name}", path.display()))
     .ok()?;
-    // Where skopeo remembers which registry had what.
+    // In this directory, skopeo has recorded the registries of each blob. The test must not leave
+    // the directory behind.
     let _ = fs::remove_dir_all("/var/lib/containers/cache");
     Ok(path)
 }
@@ -56,7 +59,7 @@ fn restart(node: &mut Node) -> Result {
 }
 
 fn is_here(node: &Node, name: &str) -> Result {
-    wait_for(&format!("{name} to be imported"), || {
+    wait_for(&format!("the image {name} to be imported"), || {
         let list = node.json(&["images"])?;
         let images = list["images"].as_array().cloned().unwrap_or_default();
         let mut tags = images
@@ -66,7 +69,7 @@ fn is_here(node: &Node, name: &str) -> Result {
     })
 }
 
-fn archives_are_imported_at_start_under_their_names() -> Result {
+fn the_server_imports_images_from_archives_at_start_and_keeps_their_names() -> Result {
     on_a_node(|node| {
         archive(node, "docker-archive", "1.tar", "127.0.0.1:5000/docker:1")?;
         archive(node, "oci-archive", "2.tar", "127.0.0.1:5000/oci:1")?;
@@ -75,24 +78,32 @@ fn archives_are_imported_at_start_under_their_names() -> Result {
         let zstd = archive(node, "oci-archive", "4.tar", "127.0.0.1:5000/zstd:1")?;
         command("zstd", ["-q", "--rm"]).arg(&zstd).ok()?;
         let dir = node.join("root/preload");
-        fs::write(dir.join("0-broken.tar"), "no archive at all")?;
+        fs::write(dir.join("0-broken.tar"), "this is not an archive")?;
         let whole = fs::read(dir.join("2.tar"))?;
         fs::write(dir.join("5-cut.tar"), &whole[..whole.len() / 2])?;
-        fs::write(dir.join("notes.txt"), "no archive either")?;
+        fs::write(dir.join("notes.txt"), "this is not an archive either")?;
         restart(node)?;
         for name in ["docker", "oci", "gzip", "zstd"] {
             is_here(node, &format!("127.0.0.1:5000/{name}:1"))?;
         }
-        wait_for("the last archive to be told of", || {
+        wait_for("the server to log the name of the last archive", || {
             Ok(node.log().contains("5-cut.tar").then_some(()))
         })?;
         let log = node.log();
         for name in ["0-broken.tar", "5-cut.tar"] {
             let lines: Vec<&str> = log.lines().filter(|line| line.contains(name)).collect();
-            ensure_eq!(lines.len(), 1, "lines that tell of {name}: {lines:?}");
+            ensure_eq!(
+                lines.len(),
+                1,
+                "number of lines in the server's log about the archive {name} (lines: {lines:?})"
+            );
         }
-        ensure!(!log.contains("notes.txt"), "told of what is no archive");
-        // It runs without any registry's help.
+        ensure!(
+            !log.contains("notes.txt"),
+            "the server's log names notes.txt, although notes.txt does not have the extension of an archive"
+        );
+        // The server creates a container from the imported image, although no registry has the
+        // image.
         let pod = node.pod("preloaded");
         let pod_id = node.runp(&pod)?;
         let mut container = node.container("preloaded", &["cat", "/www/index.html"]);
@@ -100,32 +111,39 @@ fn archives_are_imported_at_start_under_their_names() -> Result {
         let id = node.run(&pod_id, &pod, &container)?;
         node.exited(&id)?;
         let wrote = node.log_of("preloaded", "preloaded")?;
-        ensure!(wrote.contains("hello from rrun"), "{wrote}");
+        ensure!(
+            wrote.contains("hello from rrun"),
+            "the container's log lacks the text of the image's page: {wrote}"
+        );
         Ok(())
     })
 }
 
-/// How often the log tells of an import of this archive.
+/// Returns how many imports of the archive `file` the log reports.
 fn imports(node: &mut Node, file: &str) -> usize {
     let log = node.log();
-    let told = format!("{file}: image ");
-    log.lines().filter(|line| line.contains(&told)).count()
+    let line = format!("{file}: image ");
+    log.lines().filter(|logged| logged.contains(&line)).count()
 }
 
-fn an_archive_is_imported_once_and_a_new_one_at_sighup() -> Result {
+fn the_server_imports_each_archive_once_and_imports_new_archives_on_sighup() -> Result {
     on_a_node(|node| {
         archive(node, "oci-archive", "1.tar", "127.0.0.1:5000/one:1")?;
         restart(node)?;
         is_here(node, "127.0.0.1:5000/one:1")?;
-        wait_for("the import to be told of", || {
+        wait_for("the server to log the import", || {
             Ok((imports(node, "1.tar") == 1).then_some(()))
         })?;
         restart(node)?;
         archive(node, "docker-archive", "2.tar", "127.0.0.1:5000/two:1")?;
         node.signal_server(Signal::SIGHUP);
         is_here(node, "127.0.0.1:5000/two:1")?;
-        ensure_eq!(imports(node, "1.tar"), 1, "imports of what is here already");
-        // Removed, it comes back with the next start.
+        ensure_eq!(
+            imports(node, "1.tar"),
+            1,
+            "number of imports of the archive 1.tar"
+        );
+        // At the next SIGHUP, the server imports a removed image again.
         node.asks(&["rmi", "127.0.0.1:5000/one:1"])?;
         node.signal_server(Signal::SIGHUP);
         is_here(node, "127.0.0.1:5000/one:1")?;

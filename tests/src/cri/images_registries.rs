@@ -1,4 +1,4 @@
-//! Pulls from docker-registry behind TLS, passwords and tokens.
+//! Tests of pulls from a docker-registry that requires TLS, a password or a token.
 
 use std::fs;
 use std::path::Path;
@@ -22,35 +22,33 @@ const HTPASSWD: Need = Need::Program("htpasswd");
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        a_registry_behind_tls_is_known_by_its_authority,
+        the_server_verifies_the_certificate_of_a_tls_registry,
         A_NODE,
         OPENSSL
     ),
     test!(
-        a_registry_is_shown_the_certificate_that_it_asks_for,
+        a_registry_gets_the_client_certificate_that_it_requests,
         A_NODE,
         OPENSSL
     ),
-    test!(
-        the_time_for_a_connection_is_a_matter_of_configuration,
-        A_NODE
-    ),
-    test!(a_registry_may_want_a_password, A_NODE, HTPASSWD),
-    test!(a_registry_may_want_a_signed_token, A_NODE, OPENSSL),
+    test!(hosts_toml_sets_the_connection_timeout, A_NODE),
+    test!(a_registry_can_require_a_password, A_NODE, HTPASSWD),
+    test!(a_registry_can_require_a_signed_token, A_NODE, OPENSSL),
 ];
 
 const PORT: u16 = 5001;
 const IMAGE: &str = "127.0.0.1:5001/demo/busybox:latest";
 const PASSWORD: &str = "open-sesame";
 
-/// A second registry over the first one's images. Dropped, it ends.
+/// A second registry, which serves the images of the first registry. Dropping this value stops the
+/// second registry.
 struct Guarded {
     _server: Running,
     _directory: Directory,
 }
 
 impl Guarded {
-    /// `http` and `auth` are of its configuration.
+    /// Starts the registry with `http` and `auth` in its configuration.
     fn start(http: &str, auth: &str) -> Result<Self> {
         let directory = Directory::new("registry")?;
         let config = directory.join("config.yml");
@@ -67,8 +65,12 @@ impl Guarded {
             .args(["docker-registry", "serve"])
             .arg(&config)
             .start()?;
-        wait_for("the registry to listen", || {
-            ensure!(server.lives(), "it ended:\n{}", server.stderr());
+        wait_for("the registry to accept connections", || {
+            ensure!(
+                server.lives(),
+                "the registry exited; its stderr:\n{}",
+                server.stderr()
+            );
             Ok(std::net::TcpStream::connect(("127.0.0.1", PORT)).ok())
         })?;
         Ok(Guarded {
@@ -84,25 +86,41 @@ fn hosts(node: &Node, text: &str) -> Result {
     Ok(fs::write(dir.join("hosts.toml"), text)?)
 }
 
-/// The pull's failure; its sentence holds no secret.
+/// Checks that a pull fails, and that the secret is not in the error message. Returns the gRPC
+/// status of the failed pull.
 fn refused(calls: &Calls, auth: Option<AuthConfig>) -> Result<tonic::Status> {
-    let status = pull(calls, IMAGE, auth)?.err().ok_or("it was let in")?;
-    ensure!(!status.message().contains("sesame"), "told: {status:?}");
+    let status = pull(calls, IMAGE, auth)?
+        .err()
+        .ok_or("a pull that must fail succeeded")?;
+    ensure!(
+        !status.message().contains("sesame"),
+        "the error message of the pull contains the secret: {status:?}"
+    );
     Ok(status)
 }
 
-/// Neither the log nor what is shown of the image has the secret.
-fn is_kept(node: &mut Node) -> Result {
+/// Checks that neither the server's log nor the output of inspecti contains the secret.
+fn secret_is_kept(node: &mut Node) -> Result {
     let image = node.json(&["inspecti", IMAGE])?.to_string();
     let log = node.log();
-    // crictl's own commands are not in the server's log.
-    ensure!(!image.contains("sesame"), "shown: {image}");
-    ensure!(!log.contains("sesame"), "logged:\n{log}");
-    ensure!(!log.contains("b3Blbi1zZXNhbWU"), "logged in base64:\n{log}");
+    // crictl's command lines contain the secret, but the server's log does not contain these
+    // command lines.
+    ensure!(
+        !image.contains("sesame"),
+        "inspecti shows the secret: {image}"
+    );
+    ensure!(
+        !log.contains("sesame"),
+        "the server's log contains the secret:\n{log}"
+    );
+    ensure!(
+        !log.contains("b3Blbi1zZXNhbWU"),
+        "the server's log contains the secret in base64:\n{log}"
+    );
     Ok(())
 }
 
-fn a_registry_behind_tls_is_known_by_its_authority() -> Result {
+fn the_server_verifies_the_certificate_of_a_tls_registry() -> Result {
     on_a_node(|node| {
         let keys = Directory::new("keys")?;
         certificates(keys.path())?;
@@ -115,8 +133,15 @@ fn a_registry_behind_tls_is_known_by_its_authority() -> Result {
             hosts(node, &server)?;
             let status = refused(&calls, None)?;
             if is_rrun() {
-                ensure_eq!(status.code(), Code::Unavailable, "{status:?}");
-                ensure!(status.message().contains("certificate"), "{status:?}");
+                ensure_eq!(
+                    status.code(),
+                    Code::Unavailable,
+                    "gRPC code of the failed pull (gRPC status: {status:?})"
+                );
+                ensure!(
+                    status.message().contains("certificate"),
+                    "the error message does not mention the certificate: {status:?}"
+                );
             }
             hosts(node, &format!("{server}skip_verify = true\n"))?;
             node.pull(IMAGE)?;
@@ -128,7 +153,8 @@ fn a_registry_behind_tls_is_known_by_its_authority() -> Result {
         let mutual = format!(", tls: {{{tls}, clientcas: [{dir}/ca.pem]}}");
         let _registry = Guarded::start(&mutual, "")?;
         refused(&calls, None)?;
-        // A mirror that is dead, one that only resolves, and then the registry by a path.
+        // No program listens at the address of the first mirror. The second mirror is the registry
+        // itself, with a path in its URL.
         hosts(
             node,
             &format!(
@@ -140,7 +166,8 @@ fn a_registry_behind_tls_is_known_by_its_authority() -> Result {
         )?;
         node.pull(IMAGE)?;
         node.asks(&["rmi", IMAGE])?;
-        // Docker's way: certificates by their endings, and no hosts.toml.
+        // Docker's directory layout has no hosts.toml. In this layout, the file extensions mark the
+        // CA certificate, the client certificates and the keys.
         let certs = node.join("certs.d").join(format!("127.0.0.1:{PORT}"));
         fs::remove_file(certs.join("hosts.toml"))?;
         for (from, to) in [
@@ -155,8 +182,9 @@ fn a_registry_behind_tls_is_known_by_its_authority() -> Result {
     })
 }
 
-/// Of several certificates, the one goes to the registry that its authority has signed.
-fn a_registry_is_shown_the_certificate_that_it_asks_for() -> Result {
+/// A registry accepts only client certificates from one certificate authority. If several client
+/// certificates are configured, the server presents the certificate of this authority.
+fn a_registry_gets_the_client_certificate_that_it_requests() -> Result {
     on_a_node(|node| {
         let keys = [Directory::new("keys")?, Directory::new("keys")?];
         certificates_by("first", keys[0].path())?;
@@ -194,17 +222,19 @@ fn a_registry_is_shown_the_certificate_that_it_asks_for() -> Result {
             let message = status.message();
             ensure!(
                 message.contains(&mixed) && message.contains("key"),
-                "{message}"
+                "the error message of the pull does not name the client certificate and its key: {message}"
             );
         }
         Ok(())
     })
 }
 
-/// A mirror that takes connections and says nothing costs as long as its hosts.toml allows.
-fn the_time_for_a_connection_is_a_matter_of_configuration() -> Result {
+/// A host can accept connections and then never answer. A pull waits for such a host only until the
+/// timeout in hosts.toml.
+fn hosts_toml_sets_the_connection_timeout() -> Result {
     on_a_node(|node| {
-        // The kernel completes connections that nobody accepts; TLS gets no answer.
+        // The kernel establishes TCP connections to this listener, but the test never accepts them.
+        // The TLS handshake therefore gets no answer.
         let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
         let silent = format!("https://{}", listener.local_addr()?);
         let calls = Calls::new(node)?;
@@ -215,13 +245,16 @@ fn the_time_for_a_connection_is_a_matter_of_configuration() -> Result {
         let status = refused(&calls, None)?;
         if is_rrun() {
             let message = status.message();
-            ensure!(message.contains("no connection within 250ms"), "{message}");
+            ensure!(
+                message.contains("no connection within 250ms"),
+                "the error message of the pull does not name the dial timeout: {message}"
+            );
         }
         Ok(())
     })
 }
 
-fn a_registry_may_want_a_password() -> Result {
+fn a_registry_can_require_a_password() -> Result {
     on_a_node(|node| {
         let dir = Directory::new("htpasswd")?;
         let line = command("htpasswd", ["-Bbn", "me", PASSWORD]).ok()?.stdout;
@@ -248,10 +281,15 @@ fn a_registry_may_want_a_password() -> Result {
         ] {
             let status = refused(&calls, auth)?;
             if is_rrun() {
-                ensure_eq!(status.code(), Code::Unauthenticated, "{status:?}");
+                ensure_eq!(
+                    status.code(),
+                    Code::Unauthenticated,
+                    "gRPC code of the failed pull (gRPC status: {status:?})"
+                );
             }
         }
-        // crictl sends the auth field, or name and password.
+        // With --creds, crictl sends a user name and a password. With --auth, crictl sends the
+        // field `auth`.
         node.asks(&["pull", "--creds", &format!("me:{PASSWORD}"), IMAGE])?;
         node.asks(&["rmi", IMAGE])?;
         node.asks(&["pull", "--auth", "bWU6b3Blbi1zZXNhbWU=", IMAGE])?;
@@ -261,12 +299,12 @@ fn a_registry_may_want_a_password() -> Result {
             ..password(PASSWORD)
         };
         pull(&calls, IMAGE, Some(here))??;
-        is_kept(node)
+        secret_is_kept(node)
     })
 }
 
-/// A token for pulls of demo/busybox, signed by the server's key (RFC 7519, RS256), with the
-/// certificate that vouches for the key.
+/// Returns a token for pulls of demo/busybox. The token is signed with the server's key (RFC 7519,
+/// RS256) and contains the certificate of this key.
 fn signed(keys: &Path) -> Result<String> {
     let text = |script: &str| -> Result<String> {
         Ok(command("sh", ["-ec", script])
@@ -293,13 +331,13 @@ fn signed(keys: &Path) -> Result<String> {
     )
 }
 
-fn a_registry_may_want_a_signed_token() -> Result {
+fn a_registry_can_require_a_signed_token() -> Result {
     on_a_node(|node| {
         let keys = Directory::new("keys")?;
         certificates(keys.path())?;
         let token = signed(keys.path())?;
         let served = token.clone();
-        // Who is `me` gets the token by name and password or by refresh token, nobody else does.
+        // The token server requires the right user name and password, or the right refresh token.
         let tokens = Server::start(&[], move |request| {
             let by_password =
                 request.authorization.as_deref() == Some("Basic bWU6b3Blbi1zZXNhbWU=");
@@ -328,10 +366,17 @@ fn a_registry_may_want_a_signed_token() -> Result {
         let calls = Calls::new(node)?;
         let status = refused(&calls, None)?;
         if is_rrun() {
-            ensure_eq!(status.code(), Code::Unauthenticated, "{status:?}");
-            ensure!(status.message().contains("token server"), "{status:?}");
+            ensure_eq!(
+                status.code(),
+                Code::Unauthenticated,
+                "gRPC code of the failed pull (gRPC status: {status:?})"
+            );
+            ensure!(
+                status.message().contains("token server"),
+                "the error message does not mention the token server: {status:?}"
+            );
         }
-        let mut ways = vec![
+        let mut credentials = vec![
             AuthConfig {
                 username: "me".to_owned(),
                 password: PASSWORD.to_owned(),
@@ -343,16 +388,20 @@ fn a_registry_may_want_a_signed_token() -> Result {
             },
         ];
         if is_rrun() {
-            // containerd has no use for it.
-            ways.push(AuthConfig {
+            // containerd ignores the field `registry_token`, so the test sends this field only to
+            // rrun-cri.
+            credentials.push(AuthConfig {
                 registry_token: token.clone(),
                 ..AuthConfig::default()
             });
         }
-        for auth in ways {
+        for auth in credentials {
             pull(&calls, IMAGE, Some(auth))??;
-            is_kept(node)?;
-            ensure!(!node.log().contains(&token), "the token is in the log");
+            secret_is_kept(node)?;
+            ensure!(
+                !node.log().contains(&token),
+                "the server's log contains the token"
+            );
             node.asks(&["rmi", IMAGE])?;
         }
         Ok(())

@@ -1,4 +1,5 @@
-//! Limits by the CRI: enforced, updated, reported, and what statistics say.
+//! Tests of the resource limits of containers and pods, and of the resource usage in the
+//! statistics. The server must enforce, update and report the limits.
 
 use rrun_proto::v1::{LinuxContainerResources, UpdatePodSandboxResourcesRequest};
 use serde_json::{Value, json};
@@ -14,29 +15,43 @@ const CPU: Need = Need::Controller("cpu");
 const MEMORY: Need = Need::Controller("memory");
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(limits_are_enforced_and_updated, A_NODE, CPU, MEMORY),
-    test!(an_allocation_over_the_limit_is_oomkilled, A_NODE, MEMORY),
     test!(
-        a_memory_limit_below_what_is_in_use_is_refused,
+        the_server_enforces_and_updates_the_limits_of_a_container,
+        A_NODE,
+        CPU,
+        MEMORY
+    ),
+    test!(
+        a_container_that_exceeds_its_memory_limit_is_reported_as_oomkilled,
+        A_NODE,
+        MEMORY
+    ),
+    test!(
+        a_memory_limit_below_the_current_usage_is_refused,
         A_NODE,
         MEMORY,
         Need::RrunCri
     ),
     test!(
-        huge_pages_are_limited_by_their_size,
+        each_size_of_huge_pages_has_its_own_limit,
         A_NODE,
         Need::Controller("hugetlb"),
         Need::RrunCri
     ),
     test!(
-        a_pods_own_resources_are_kubelets_to_write,
+        the_server_leaves_the_limits_of_a_pod_to_kubelet,
         A_NODE,
         Need::Controller("hugetlb")
     ),
-    test!(stats_tell_what_a_container_uses, A_NODE, CPU, MEMORY),
+    test!(
+        crictl_stats_reports_the_resource_usage_of_a_container,
+        A_NODE,
+        CPU,
+        MEMORY
+    ),
 ];
 
-fn limits_are_enforced_and_updated() -> Result {
+fn the_server_enforces_and_updates_the_limits_of_a_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("limits");
@@ -53,10 +68,17 @@ fn limits_are_enforced_and_updated() -> Result {
             ("cpu.weight", "17"),
             ("memory.max", "67108864"),
         ] {
-            ensure_eq!(file(&group, name)?, value, "{name}");
+            ensure_eq!(
+                file(&group, name)?,
+                value,
+                "content of the file {name} in the container's cgroup"
+            );
         }
         let used = held_to(0.5, &group)?;
-        note(format!("a quota of 500m used {:.0}m", used * 1000.0));
+        note(format!(
+            "a container with a CPU quota of 500m used {:.0}m of CPU",
+            used * 1000.0
+        ));
 
         node.asks(&[
             "update",
@@ -75,29 +97,33 @@ fn limits_are_enforced_and_updated() -> Result {
             ("cpu.weight", "100"),
             ("memory.max", "100663296"),
         ] {
-            ensure_eq!(file(&group, name)?, value, "{name} after the update");
+            ensure_eq!(
+                file(&group, name)?,
+                value,
+                "content of the file {name} in the container's cgroup after the update"
+            );
         }
         let used = held_to(0.25, &group)?;
         note(format!(
-            "after an update to 250m it used {:.0}m",
+            "after an update of the CPU quota to 250m, the container used {:.0}m of CPU",
             used * 1000.0
         ));
         let resources = node.status(&id)?["resources"]["linux"].clone();
         ensure_eq!(
             resources["cpuQuota"],
             "25000",
-            "quota in the status ({resources})"
+            "CPU quota in the container's status (resources: {resources})"
         );
         ensure_eq!(
             resources["memoryLimitInBytes"],
             "100663296",
-            "memory limit in the status"
+            "memory limit in the container's status"
         );
         Ok(())
     })
 }
 
-fn an_allocation_over_the_limit_is_oomkilled() -> Result {
+fn a_container_that_exceeds_its_memory_limit_is_reported_as_oomkilled() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("memory");
@@ -108,9 +134,18 @@ fn an_allocation_over_the_limit_is_oomkilled() -> Result {
         container["linux"]["resources"] = limit.clone();
         let id = node.run(&pod_id, &pod, &container)?;
         let status = node.exited(&id)?;
-        ensure_eq!(status["reason"], "OOMKilled", "reason");
-        ensure_eq!(status["exitCode"], json!(137), "exit code");
-        // Killed otherwise is not that.
+        ensure_eq!(
+            status["reason"],
+            "OOMKilled",
+            "reason in the status of the killed container"
+        );
+        ensure_eq!(
+            status["exitCode"],
+            json!(137),
+            "exit code of the killed container"
+        );
+        // A container that is killed, but does not exceed its memory limit, is not reported as
+        // OOMKilled.
         let mut container = node.container("other", &["sleep", "600"]);
         container["linux"]["resources"] = limit;
         let id = node.run(&pod_id, &pod, &container)?;
@@ -118,14 +153,15 @@ fn an_allocation_over_the_limit_is_oomkilled() -> Result {
         ensure_eq!(
             node.status(&id)?["reason"],
             "Error",
-            "reason of what was killed"
+            "reason in the status of a stopped container"
         );
         Ok(())
     })
 }
 
-/// The kernel would reclaim what it can, and then kill; kubelet tries again later.
-fn a_memory_limit_below_what_is_in_use_is_refused() -> Result {
+/// A limit below the current usage would make the kernel reclaim memory and then kill the
+/// container's processes. kubelet retries a refused update later.
+fn a_memory_limit_below_the_current_usage_is_refused() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("shrinks");
@@ -135,7 +171,7 @@ fn a_memory_limit_below_what_is_in_use_is_refused() -> Result {
         container["linux"]["resources"] = json!({ "memory_limit_in_bytes": 128 << 20 });
         let id = node.run(&pod_id, &pod, &container)?;
         let group = node.cgroup(&id)?;
-        wait_for("32 MB to be in use", || {
+        wait_for("the container to use 32 MB of memory", || {
             let used: u64 = file(&group, "memory.current")?.parse()?;
             Ok((used > 32 << 20).then_some(()))
         })?;
@@ -147,30 +183,42 @@ fn a_memory_limit_below_what_is_in_use_is_refused() -> Result {
                 && output
                     .stderr
                     .contains("the new memory limit of 16777216 bytes is below the"),
-            "{}",
+            "the server did not refuse the update with an error about the current memory usage: {}",
             output.told()
         );
-        ensure_eq!(file(&group, "memory.max")?, "134217728", "memory.max");
+        ensure_eq!(
+            file(&group, "memory.max")?,
+            "134217728",
+            "memory.max of the container's cgroup after the refused update"
+        );
         let status = node.status(&id)?;
-        ensure_eq!(status["state"], "CONTAINER_RUNNING", "state ({status})");
+        ensure_eq!(
+            status["state"],
+            "CONTAINER_RUNNING",
+            "the container's state after the refused update (status: {status})"
+        );
         ensure_eq!(
             status["resources"]["linux"]["memoryLimitInBytes"],
             "134217728",
-            "memory limit in the status"
+            "memory limit in the container's status"
         );
         node.asks(&["update", "--memory", "67108864", &id])?;
-        ensure_eq!(file(&group, "memory.max")?, "67108864", "memory.max");
+        ensure_eq!(
+            file(&group, "memory.max")?,
+            "67108864",
+            "memory.max of the container's cgroup after the accepted update"
+        );
         Ok(())
     })
 }
 
-fn huge_pages_are_limited_by_their_size() -> Result {
+fn each_size_of_huge_pages_has_its_own_limit() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("huge");
         let pod_id = node.runp(&pod)?;
         let mut container = node.container("pages", &["sleep", "1000"]);
-        // Kubelet names every size that the node has.
+        // kubelet sends a limit for every huge page size of the node.
         container["linux"]["resources"] = json!({ "hugepage_limits": [
             { "page_size": "2MB", "limit": 4 << 20 }, { "page_size": "1GB", "limit": 0 },
         ] });
@@ -178,19 +226,23 @@ fn huge_pages_are_limited_by_their_size() -> Result {
         let group = node.cgroup(&id)?;
         for (name, value) in [("hugetlb.2MB.max", "4194304"), ("hugetlb.1GB.max", "0")] {
             if group.join(name).exists() {
-                ensure_eq!(file(&group, name)?, value, "{name}");
+                ensure_eq!(
+                    file(&group, name)?,
+                    value,
+                    "content of the file {name} in the container's cgroup"
+                );
             }
         }
         let limits = node.status(&id)?["resources"]["linux"]["hugepageLimits"].clone();
         ensure_eq!(
             limits[0]["pageSize"],
             "2MB",
-            "limits in the status ({limits})"
+            "page size of the first huge page limit in the container's status (all limits: {limits})"
         );
         ensure_eq!(
             limits[0]["limit"],
             "4194304",
-            "limits in the status ({limits})"
+            "first huge page limit in the container's status (all limits: {limits})"
         );
 
         let mut wrong = node.container("wrong", &["true"]);
@@ -202,9 +254,9 @@ fn huge_pages_are_limited_by_their_size() -> Result {
     })
 }
 
-/// Containerd and CRI-O remember them, too, and leave the cgroup alone: kubelet has made it, and
-/// has written what it asks for into it by then.
-fn a_pods_own_resources_are_kubelets_to_write() -> Result {
+/// kubelet creates the pod's cgroup and writes the pod's limits to this cgroup. The server only
+/// records the pod's resources, like containerd and CRI-O.
+fn the_server_leaves_the_limits_of_a_pod_to_kubelet() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let mut pod = node.pod("resized");
@@ -213,10 +265,15 @@ fn a_pods_own_resources_are_kubelets_to_write() -> Result {
         let pod_id = node.runp(&pod)?;
         let id = node.run(&pod_id, &pod, &node.container("main", &["sleep", "1000"]))?;
         let group = node.cgroup(&id)?;
-        let group = group.parent().ok_or("no pod's cgroup")?;
+        let group = group
+            .parent()
+            .ok_or("the container's cgroup has no parent")?;
         let limit = || file(group, "hugetlb.2MB.max");
         let before = limit()?;
-        ensure!(before != "2097152", "the pod's limit was written");
+        ensure!(
+            before != "2097152",
+            "RunPodSandbox set the limit of the pod's cgroup, although kubelet sets this limit itself"
+        );
         let calls = Calls::new(node)?;
         let mut client = calls.runtime();
         let resources = LinuxContainerResources {
@@ -233,12 +290,16 @@ fn a_pods_own_resources_are_kubelets_to_write() -> Result {
             resources: Some(resources),
         };
         calls.wait(async move { client.update_pod_sandbox_resources(request).await })??;
-        ensure_eq!(limit()?, before, "the pod's limit after its update");
+        ensure_eq!(
+            limit()?,
+            before,
+            "hugetlb.2MB.max of the pod's cgroup after UpdatePodSandboxResources"
+        );
         Ok(())
     })
 }
 
-fn stats_tell_what_a_container_uses() -> Result {
+fn crictl_stats_reports_the_resource_usage_of_a_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("stats");
@@ -256,24 +317,36 @@ fn stats_tell_what_a_container_uses() -> Result {
                 .and_then(|text| text.parse::<u64>().ok())
                 .unwrap_or_default()
         };
-        wait_for("the container's figures", || {
-            let stats = node.json(&["stats", "--all", "--id", &id])?["stats"][0].clone();
-            let cpu = number(stats.pointer("/cpu/usageCoreNanoSeconds/value"));
-            let memory = number(stats.pointer("/memory/workingSetBytes/value"));
-            let written = number(stats.pointer("/writableLayer/usedBytes/value"));
-            ensure!(
-                cpu > 500_000_000 && memory > 0 && written >= 20_000_000,
-                "CPU {cpu} ns, memory {memory}, written {written}: {stats}"
-            );
-            ensure_eq!(stats["attributes"]["id"], json!(id), "id");
-            ensure_eq!(stats["attributes"]["metadata"]["name"], "busy", "name");
-            Ok(Some(()))
-        })?;
-        // containerd wants a cgroup parent for that.
+        wait_for(
+            "the server to report plausible statistics of the container",
+            || {
+                let stats = node.json(&["stats", "--all", "--id", &id])?["stats"][0].clone();
+                let cpu = number(stats.pointer("/cpu/usageCoreNanoSeconds/value"));
+                let memory = number(stats.pointer("/memory/workingSetBytes/value"));
+                let written = number(stats.pointer("/writableLayer/usedBytes/value"));
+                ensure!(
+                    cpu > 500_000_000 && memory > 0 && written >= 20_000_000,
+                    "one of these statistics of the container is too small: CPU time {cpu} ns, memory {memory} bytes, written data {written} bytes; all statistics: {stats}"
+                );
+                ensure_eq!(
+                    stats["attributes"]["id"],
+                    json!(id),
+                    "container id in the statistics"
+                );
+                ensure_eq!(
+                    stats["attributes"]["metadata"]["name"],
+                    "busy",
+                    "container name in the statistics"
+                );
+                Ok(Some(()))
+            },
+        )?;
+        // containerd returns statistics only for a pod that has a cgroup parent. The pod of this
+        // test has no cgroup parent, so this check is only for rrun-cri.
         if is_rrun() {
             let pods = node.json(&["statsp", "--id", &pod_id])?["stats"][0].clone();
             let used = number(pods.pointer("/linux/cpu/usageCoreNanoSeconds/value"));
-            ensure!(used > 0, "of the pod: {pods}");
+            ensure!(used > 0, "the pod's statistics have no CPU usage: {pods}");
         }
         Ok(())
     })

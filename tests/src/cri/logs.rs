@@ -1,5 +1,5 @@
-//! Logs in the CRI's format: at full speed, through rotations and restarts of the server, in
-//! parts, of both streams, of a terminal.
+//! Tests of logs in the CRI's format. The tests cover fast containers, log rotations, restarts of
+//! the server, partial lines, both output streams, and terminals.
 
 use std::fs;
 
@@ -15,22 +15,22 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        at_full_speed_no_line_is_lost_by_rotations_and_a_killed_server,
+        log_rotations_and_kills_of_the_server_lose_no_line_of_a_fast_container,
         A_NODE
     ),
     test!(
-        a_container_that_writes_much_gets_a_larger_pipe,
+        a_container_that_writes_a_lot_gets_a_larger_pipe,
         A_NODE,
         Need::RrunCri
     ),
+    test!(the_log_marks_partial_and_whole_lines_of_each_stream, A_NODE),
     test!(
-        parts_of_lines_are_told_from_whole_ones_in_each_stream,
+        the_log_of_a_container_with_a_terminal_has_one_stream,
         A_NODE
     ),
-    test!(a_terminals_log_has_one_stream, A_NODE),
 ];
 
-fn at_full_speed_no_line_is_lost_by_rotations_and_a_killed_server() -> Result {
+fn log_rotations_and_kills_of_the_server_lose_no_line_of_a_fast_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("fast");
@@ -44,7 +44,8 @@ fn at_full_speed_no_line_is_lost_by_rotations_and_a_killed_server() -> Result {
             let rotated = node.join(&format!("logs/fast/writes.log.{round}"));
             fs::rename(&log, &rotated)?;
             old.push(rotated);
-            // Between the renaming and the opening, as it may happen.
+            // The test has renamed the log file, but has not yet called ReopenContainerLog. The
+            // server can crash at this moment too.
             if round % 2 == 1 && is_rrun() {
                 node.kill_server()?;
                 node.start_server()?;
@@ -57,13 +58,16 @@ fn at_full_speed_no_line_is_lost_by_rotations_and_a_killed_server() -> Result {
             let reopened = calls.wait(async move { client.reopen_container_log(request).await })?;
             match reopened {
                 Ok(_) => {
-                    wait_for("the new file", || Ok(log.exists().then_some(())))?;
+                    wait_for("the new log file to exist", || {
+                        Ok(log.exists().then_some(()))
+                    })?;
                 }
-                // It has ended meanwhile; a last file is not opened.
+                // The container exited before ReopenContainerLog. The call therefore opens no new
+                // log file.
                 Err(status) => {
                     ensure!(
                         status.message().contains("not running"),
-                        "reopen: {status:?}"
+                        "ReopenContainerLog failed, but not because the container has exited: {status:?}"
                     );
                     break;
                 }
@@ -78,59 +82,70 @@ fn at_full_speed_no_line_is_lost_by_rotations_and_a_killed_server() -> Result {
             let text = fs::read_to_string(file)?;
             ensure!(
                 text.is_empty() || text.ends_with('\n'),
-                "{} ends in the middle of a line",
+                "the log file {} ends in the middle of a line",
                 file.display()
             );
             all += &text;
         }
         let numbers = line_numbers(&all)?;
-        ensure_eq!(numbers.len() as u64, lines, "lines");
+        ensure_eq!(
+            numbers.len() as u64,
+            lines,
+            "number of lines in all log files"
+        );
         without_gap(&numbers)
     })
 }
 
-/// What stands behind the time: stream, tag and text of each line.
+/// Returns the stream, the tag and the text of each log line, without the time of the line.
 fn parts(log: &str) -> Result<Vec<(&str, &str, &str)>> {
     log.lines()
         .map(|line| {
             let mut words = line.splitn(4, ' ').skip(1);
             match (words.next(), words.next(), words.next()) {
                 (Some(stream), Some(tag), Some(text)) => Ok((stream, tag, text)),
-                _ => Err(format!("no line of a CRI log: {line:?}").into()),
+                _ => {
+                    Err(format!("this line does not have the format of a CRI log: {line:?}").into())
+                }
             }
         })
         .collect()
 }
 
-/// It writes while the monitor sleeps; one that writes little costs no more than it did.
-fn a_container_that_writes_much_gets_a_larger_pipe() -> Result {
+/// With a larger pipe, the container can continue to write while the monitor sleeps. A container
+/// that writes little keeps a pipe of the default size. This pipe needs less memory.
+fn a_container_that_writes_a_lot_gets_a_larger_pipe() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("pipes");
         let pod_id = node.runp(&pod)?;
-        let script = "echo told; dd if=/dev/zero bs=64k count=200 >&2; exec sleep 1000";
+        let script = "echo small; dd if=/dev/zero bs=64k count=200 >&2; exec sleep 1000";
         let config = node.container("writes", &["sh", "-c", script]);
         let id = node.run(&pod_id, &pod, &config)?;
         let size = |stream: u32| -> Result<i32> {
             let pid = node.pid(&id)?;
             let pipe = fs::File::open(format!("/proc/{pid}/fd/{stream}"))?;
-            let asked = nix::fcntl::FcntlArg::F_GETPIPE_SZ;
-            Ok(nix::fcntl::fcntl(&pipe, asked)?)
+            let get_size = nix::fcntl::FcntlArg::F_GETPIPE_SZ;
+            Ok(nix::fcntl::fcntl(&pipe, get_size)?)
         };
-        // While dd runs in the shell's own process, its stdout is the other pipe.
+        // BusyBox's shell can run dd in the shell's own process. While dd runs, the stdout of this
+        // process is then the stderr pipe. The test therefore waits until dd has ended.
         wait_for(
-            "a larger pipe for one stream, and not for the other",
+            "stderr to have a larger pipe and stdout to have a pipe of the default size",
             || Ok((size(2)? == 1 << 20 && size(1)? == 64 << 10).then_some(())),
         )
     })
 }
 
-fn parts_of_lines_are_told_from_whole_ones_in_each_stream() -> Result {
+fn the_log_marks_partial_and_whole_lines_of_each_stream() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("parts");
         let pod_id = node.runp(&pod)?;
-        // A line of three parts in each stream, both at once; then whole ones, and one unended.
+        // The script writes a long line to stdout and, at the same time, a long line to stderr.
+        // Each of these lines needs three log records. After the long lines, the script writes a
+        // short line to stdout and an empty line to stderr. At the end, the script writes an
+        // unterminated line to stdout.
         let script = "long() { head -c 40000 /dev/zero | tr '\\0' $1; echo; }; \
                       long o & long e >&2 & wait; echo whole; echo >&2; printf 'no end'";
         let id = node.run(
@@ -150,32 +165,45 @@ fn parts_of_lines_are_told_from_whole_ones_in_each_stream() -> Result {
             for (_, tag, text) in own.by_ref() {
                 ensure!(
                     text.bytes().all(|byte| letter.as_bytes() == [byte]),
-                    "{stream} has another's bytes"
+                    "the log's {stream} lines contain bytes of the other stream"
                 );
                 length += text.len();
                 ensure_eq!(
                     *tag == "F",
                     length == 40_000,
-                    "the tag after {length} bytes of {stream} is {tag}"
+                    "whether the tag {tag} of a {stream} log record marks the end of a line ({length} bytes of the line have been logged, and the line has 40000 bytes)"
                 );
                 if *tag == "F" {
                     break;
                 }
-                ensure_eq!(text.len(), 16 << 10, "length of a part");
+                ensure_eq!(
+                    text.len(),
+                    16 << 10,
+                    "number of bytes in a partial log record"
+                );
             }
             let last: Vec<_> = own.map(|(_, tag, text)| (*tag, *text)).collect();
-            // containerd calls the last of a stream whole, too.
+            // containerd marks the unterminated last line as a whole line, so the test compares
+            // only the number of lines.
             if is_rrun() {
-                ensure_eq!(last, rest, "the lines after the long one of {stream}")
+                ensure_eq!(
+                    last,
+                    rest,
+                    "tags and texts of the log records of {stream} after the long line"
+                )
             } else {
-                ensure_eq!(last.len(), rest.len(), "lines of {stream}")
+                ensure_eq!(
+                    last.len(),
+                    rest.len(),
+                    "number of log records of {stream} after the long line"
+                )
             }
         }
         Ok(())
     })
 }
 
-fn a_terminals_log_has_one_stream() -> Result {
+fn the_log_of_a_container_with_a_terminal_has_one_stream() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("terminal");
@@ -185,15 +213,18 @@ fn a_terminals_log_has_one_stream() -> Result {
         container["tty"] = json!(true);
         let id = node.run(&pod_id, &pod, &container)?;
         let status = node.exited(&id)?;
-        ensure_eq!(status["exitCode"], 0, "exit code");
+        ensure_eq!(status["exitCode"], 0, "exit code of the container");
         let log = node.log_of("terminal", "tty")?;
-        // A terminal ends its lines with a carriage return, too.
+        // A terminal adds a carriage return at the end of each line.
         let expected = [("stdout", "F", "out\r"), ("stdout", "F", "err\r")];
         let lines: Vec<&str> = log.split_terminator('\n').collect();
-        ensure_eq!(lines.len(), 2, "lines");
+        ensure_eq!(lines.len(), 2, "number of lines in the container's log");
         for (line, (stream, tag, text)) in lines.iter().zip(expected) {
             let end = format!(" {stream} {tag} {text}");
-            ensure!(line.ends_with(&end), "{line:?} does not end with {end:?}");
+            ensure!(
+                line.ends_with(&end),
+                "the log line {line:?} does not end with {end:?}"
+            );
         }
         Ok(())
     })

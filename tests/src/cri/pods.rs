@@ -1,4 +1,5 @@
-//! Pods: what their containers share, their networks, and how they reach each other.
+//! Tests of pods: the namespaces that a pod's containers share, the pods' networks, and connections
+//! between pods.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -11,19 +12,23 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_pod_can_be_on_the_nodes_network, A_NODE),
-    test!(the_containers_of_a_pod_share_what_pods_share, A_NODE),
-    test!(pods_and_node_reach_each_other, A_NODE),
-    test!(inspectp_leads_to_the_pods_namespaces, A_NODE),
+    test!(a_pod_can_use_the_network_of_the_node, A_NODE),
+    test!(
+        the_containers_of_a_pod_share_the_namespaces_of_the_pod,
+        A_NODE
+    ),
+    test!(pods_and_the_node_can_connect_to_each_other, A_NODE),
+    test!(inspectp_shows_the_namespaces_of_a_pod, A_NODE),
 ];
 
-fn a_pod_can_be_on_the_nodes_network() -> Result {
+fn a_pod_can_use_the_network_of_the_node() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let mut pod = node.pod("host");
         pod["linux"]["security_context"]["namespace_options"]["network"] = json!(2);
         if !is_rrun() {
-            // containerd refuses one; CRI-O passes over it.
+            // containerd refuses a host name for a pod on the node's network, and CRI-O ignores the
+            // host name. The test therefore sets no host name if the server is containerd or CRI-O.
             pod.as_object_mut().and_then(|pod| pod.remove("hostname"));
         }
         let pod_id = node.runp(&pod)?;
@@ -32,26 +37,26 @@ fn a_pod_can_be_on_the_nodes_network() -> Result {
         ensure_eq!(
             node.asks(&["exec", "-s", &id, "hostname"])?.trim(),
             own.trim(),
-            "its host name"
+            "the pod's host name"
         );
         let inside = node.asks(&["exec", "-s", &id, "readlink", "/proc/self/ns/net"])?;
         let own = fs::read_link("/proc/self/ns/net")?;
         ensure_eq!(
             inside.trim(),
             own.to_string_lossy(),
-            "its network namespace"
+            "the pod's network namespace"
         );
         let status = node.json(&["inspectp", &pod_id])?["status"].clone();
         ensure_eq!(
             status.pointer("/linux/namespaces/options/network"),
             Some(&json!("NODE")),
-            "its mode"
+            "the network mode in the pod's status"
         );
         Ok(())
     })
 }
 
-fn inspectp_leads_to_the_pods_namespaces() -> Result {
+fn inspectp_shows_the_namespaces_of_a_pod() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("found");
@@ -60,31 +65,57 @@ fn inspectp_leads_to_the_pods_namespaces() -> Result {
         let inside = node.pid(&id)?;
         let namespace = |path: &str| -> Result<_> { Ok(fs::metadata(path)?.ino()) };
         let info = node.json(&["inspectp", &pod_id])?["info"].clone();
-        // What `nsenter --target PID` enters: not the node's.
+        // Users run `nsenter --target PID` with this process id, so the process must be in the
+        // pod's namespaces.
         let pid = &info["pid"];
         let spec = info.pointer("/runtimeSpec/linux/namespaces");
-        let spec = spec.and_then(Value::as_array).ok_or("no namespaces")?;
+        let spec = spec
+            .and_then(Value::as_array)
+            .ok_or("inspectp shows no namespaces")?;
         for (kind, name) in [("net", "network"), ("ipc", "ipc"), ("uts", "uts")] {
             let own = namespace(&format!("/proc/{inside}/ns/{kind}"))?;
             let of_pid = namespace(&format!("/proc/{pid}/ns/{kind}"))?;
-            ensure_eq!(of_pid, own, "the {name} namespace of the pod's process");
+            ensure_eq!(
+                of_pid,
+                own,
+                "inode of the {name} namespace of the pod's process"
+            );
             let of_spec = spec.iter().find(|one| one["type"] == name);
-            let of_spec = of_spec.ok_or(format!("no {name} in {spec:?}"))?;
-            // containerd makes all but the network with the pod's first process.
+            let of_spec = of_spec.ok_or(format!(
+                "the pod's runtime specification lacks the {name} namespace: {spec:?}"
+            ))?;
+            // containerd creates the IPC and UTS namespaces together with the pod's first process.
+            // For containerd, inspectp therefore shows only the path of the network namespace.
             if let Some(path) = of_spec["path"].as_str() {
-                ensure_eq!(namespace(path)?, own, "the {name} namespace at {path}");
+                ensure_eq!(
+                    namespace(path)?,
+                    own,
+                    "inode of the pod's {name} namespace at the path {path}"
+                );
             }
         }
-        ensure_eq!(info["netNamespaceClosed"], false, "its network is there");
+        ensure_eq!(
+            info["netNamespaceClosed"],
+            false,
+            "netNamespaceClosed of a running pod"
+        );
         node.asks(&["stopp", &pod_id])?;
         let info = node.json(&["inspectp", &pod_id])?["info"].clone();
-        ensure_eq!(info["netNamespaceClosed"], true, "its network is gone");
-        ensure_eq!(info["pid"], 0, "its process");
+        ensure_eq!(
+            info["netNamespaceClosed"],
+            true,
+            "netNamespaceClosed of a stopped pod"
+        );
+        ensure_eq!(
+            info["pid"],
+            0,
+            "process id that inspectp shows for a stopped pod"
+        );
         Ok(())
     })
 }
 
-fn the_containers_of_a_pod_share_what_pods_share() -> Result {
+fn the_containers_of_a_pod_share_the_namespaces_of_the_pod() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let mut pod = node.pod("shares");
@@ -105,17 +136,21 @@ fn the_containers_of_a_pod_share_what_pods_share() -> Result {
             let [first, second] =
                 [&one, &two].map(|id| node.asks(&["exec", "-s", id, "readlink", &path]));
             let first = first?;
-            ensure_eq!(first == second?, shared, "{kind} namespace is shared");
+            ensure_eq!(
+                first == second?,
+                shared,
+                "whether the containers share the {kind} namespace"
+            );
             let own = fs::read_link(&path)?;
             ensure!(
                 first.trim() != own.to_string_lossy(),
-                "the {kind} namespace is the node's"
+                "the container's {kind} namespace is the node's namespace"
             );
         }
         ensure_eq!(
             node.asks(&["exec", "-s", &one, "hostname"])?.trim(),
             "shares",
-            "host name"
+            "host name of a container"
         );
         node.asks(&[
             "exec",
@@ -126,19 +161,27 @@ fn the_containers_of_a_pod_share_what_pods_share() -> Result {
             "echo shared > /dev/shm/file",
         ])?;
         let read = node.asks(&["exec", "-s", &two, "cat", "/dev/shm/file"])?;
-        ensure_eq!(read.trim(), "shared", "/dev/shm in the other");
+        ensure_eq!(
+            read.trim(),
+            "shared",
+            "content of /dev/shm/file in the other container"
+        );
         let resolv = node.asks(&["exec", "-s", &two, "cat", "/etc/resolv.conf"])?;
         for line in [
             "nameserver 192.0.2.53",
             "search example.org",
             "options ndots:5",
         ] {
-            ensure!(resolv.contains(line), "no {line:?} in {resolv:?}");
+            ensure!(
+                resolv.contains(line),
+                "/etc/resolv.conf lacks the line {line:?}: {resolv:?}"
+            );
         }
         let hosts = node.asks(&["exec", "-s", &two, "cat", "/etc/hostname"])?;
-        ensure_eq!(hosts.trim(), "shares", "/etc/hostname");
+        ensure_eq!(hosts.trim(), "shares", "content of /etc/hostname");
 
-        // One namespace of processes, if that is asked for.
+        // The containers share one PID namespace if the pod's configuration requests a shared
+        // namespace.
         let mut pod = node.pod("processes");
         pod["linux"]["security_context"]["namespace_options"]["pid"] = json!(0);
         let pod_id = node.runp(&pod)?;
@@ -149,7 +192,11 @@ fn the_containers_of_a_pod_share_what_pods_share() -> Result {
             ids.push(node.run(&pod_id, &pod, &container)?);
         }
         let ps = node.asks(&["exec", "-s", &ids[0], "ps"])?;
-        ensure_eq!(ps.matches("sleep 654").count(), 2, "sleeps among {ps}");
+        ensure_eq!(
+            ps.matches("sleep 654").count(),
+            2,
+            "number of sleep processes in the output of ps: {ps}"
+        );
         Ok(())
     })
 }
@@ -157,10 +204,12 @@ fn the_containers_of_a_pod_share_what_pods_share() -> Result {
 fn address(node: &Node, pod_id: &str) -> Result<String> {
     let status = node.json(&["inspectp", pod_id])?;
     let address = status.pointer("/status/network/ip").and_then(Value::as_str);
-    Ok(address.ok_or(format!("no address in {status}"))?.to_owned())
+    Ok(address
+        .ok_or(format!("the pod's status has no address: {status}"))?
+        .to_owned())
 }
 
-fn pods_and_node_reach_each_other() -> Result {
+fn pods_and_the_node_can_connect_to_each_other() -> Result {
     on_a_node(|node| {
         node.pull(WEB)?;
         let mut pods = Vec::new();
@@ -174,21 +223,28 @@ fn pods_and_node_reach_each_other() -> Result {
         }
         ensure!(
             pods[0].0 != pods[1].0,
-            "both have the address {}",
+            "the two pods have the same address {}",
             pods[0].0
         );
         for (address, id) in [(&pods[1].0, &pods[0].1), (&pods[0].0, &pods[1].1)] {
             let url = format!("http://{address}:5000/");
-            wait_for(&format!("{url} to answer"), || {
-                let page = node.asks(&["exec", "-s", id, "wget", "-q", "-O", "-", &url])?;
-                ensure_eq!(page.trim(), "hello from rrun", "the page");
-                Ok(Some(()))
-            })?;
+            wait_for(
+                &format!("the web server of the other pod to answer at {url}"),
+                || {
+                    let page = node.asks(&["exec", "-s", id, "wget", "-q", "-O", "-", &url])?;
+                    ensure_eq!(
+                        page.trim(),
+                        "hello from rrun",
+                        "the page that the other pod serves"
+                    );
+                    Ok(Some(()))
+                },
+            )?;
             command("curl", ["-fsS", &url])
                 .ok()?
                 .says("hello from rrun")?;
         }
-        // A pod sees itself by 127.0.0.1, and a way out.
+        // A pod reaches itself at 127.0.0.1 and has a default route.
         let id = &pods[0].1;
         let page = node.asks(&[
             "exec",
@@ -200,11 +256,15 @@ fn pods_and_node_reach_each_other() -> Result {
             "-",
             "http://127.0.0.1:5000/",
         ])?;
-        ensure_eq!(page.trim(), "hello from rrun", "the page by 127.0.0.1");
+        ensure_eq!(
+            page.trim(),
+            "hello from rrun",
+            "the pod's own page at 127.0.0.1"
+        );
         let routes = node.asks(&["exec", "-s", id, "ip", "route"])?;
         ensure!(
             routes.contains("default via"),
-            "no default route in {routes}"
+            "the pod has no default route: {routes}"
         );
         Ok(())
     })

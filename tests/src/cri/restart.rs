@@ -1,4 +1,5 @@
-//! The server is killed at any moment and started again: nothing is lost, and nobody noticed.
+//! Tests that kill and restart the server. Whenever the server is killed, it loses no pod,
+//! container or image, and the containers continue to run.
 
 use std::fs;
 use std::time::Duration;
@@ -17,17 +18,23 @@ use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_killed_server_finds_everything_as_it_was, A_NODE),
     test!(
-        a_server_killed_at_its_work_leaves_nothing_half_done,
+        a_restarted_server_finds_pods_and_containers_unchanged,
+        A_NODE
+    ),
+    test!(
+        a_server_that_is_killed_during_a_call_leaves_no_partial_pod_or_container,
         A_NODE,
         Need::RrunCri
     ),
-    test!(a_server_killed_in_a_pull_pulls_again, A_NODE),
+    test!(
+        a_server_that_was_killed_during_a_pull_can_pull_the_image_again,
+        A_NODE
+    ),
     test!(a_stopped_server_leaves_the_containers_running, A_NODE),
 ];
 
-fn a_killed_server_finds_everything_as_it_was() -> Result {
+fn a_restarted_server_finds_pods_and_containers_unchanged() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("stays");
@@ -43,7 +50,7 @@ fn a_killed_server_finds_everything_as_it_was() -> Result {
         let address = node.json(&["inspectp", &pod_id])?["status"]["network"]["ip"].clone();
 
         node.kill_server()?;
-        // Its end comes while nobody is there to see it.
+        // The container `later` exits while no server runs.
         std::thread::sleep(Duration::from_secs(7));
         let log = fs::read_to_string(node.join("logs/stays/counts.log"))?;
         let while_down = line_numbers(&log)?.len();
@@ -57,56 +64,80 @@ fn a_killed_server_finds_everything_as_it_was() -> Result {
         ] {
             let status = node.status(id)?;
             let name = &status["metadata"]["name"];
-            ensure_eq!(status["state"], state, "state of {name} after the restart");
+            ensure_eq!(
+                status["state"],
+                state,
+                "state of the container {name} after the restart"
+            );
             ensure_eq!(
                 status["exitCode"],
                 code,
-                "exit code of {name} after the restart"
+                "exit code of the container {name} after the restart"
             );
         }
-        ensure_eq!(node.pid(&counts)?, pid, "process of the running container");
+        ensure_eq!(
+            node.pid(&counts)?,
+            pid,
+            "process id of the running container after the restart"
+        );
         let status = node.json(&["inspectp", &pod_id])?["status"].clone();
-        ensure_eq!(status["state"], "SANDBOX_READY", "the pod's state");
-        ensure_eq!(status["network"]["ip"], address, "the pod's address");
+        ensure_eq!(
+            status["state"],
+            "SANDBOX_READY",
+            "the pod's state after the restart"
+        );
+        ensure_eq!(
+            status["network"]["ip"],
+            address,
+            "the pod's address after the restart"
+        );
 
-        // Again and again, at one moment and another.
+        // The test kills the server several times, with different pauses before the restart.
         for pause in [0, 30, 100, 300] {
             node.kill_server()?;
             std::thread::sleep(Duration::from_millis(pause));
             node.start_server()?;
         }
-        ensure_eq!(node.pid(&counts)?, pid, "process of the running container");
+        ensure_eq!(
+            node.pid(&counts)?,
+            pid,
+            "process id of the running container after several restarts"
+        );
 
-        // Everything goes on from there.
+        // All CRI calls still work after the restarts.
         node.asks(&["start", &waits])?;
         ensure_eq!(
             node.asks(&["exec", "-s", &counts, "echo", "hello"])?.trim(),
             "hello",
-            "exec"
+            "output of an exec command after the restarts"
         );
         let other = node.pod("other");
         let other_id = node.runp(&other)?;
         let second = node.json(&["inspectp", &other_id])?["status"]["network"]["ip"].clone();
-        ensure!(second != address, "{address} was given twice");
+        ensure!(
+            second != address,
+            "two pods have the same address {address}"
+        );
         node.asks(&["stop", "--timeout", "0", &counts])?;
         let numbers = line_numbers(&node.log_of("stays", "counts")?)?;
         without_gap(&numbers)?;
         ensure!(
             numbers.len() > while_down,
-            "no line was written after the restart"
+            "the container's log contains no line from the time after the restart"
         );
         ensure_eq!(
             node.status(&counts)?["exitCode"],
             json!(137),
-            "exit code of what was stopped"
+            "exit code of the stopped container"
         );
         Ok(())
     })
 }
 
-/// What kubelet does for a pod of one container, at first and after a failure: it looks for what
-/// is there, and makes what is not.
-async fn a_whole_pod(
+/// Starts a pod with one container, and returns the container's id. The function makes the same CRI
+/// calls as kubelet, both at the first start and after a failed start. The function requests the
+/// pod, and lists the pod's containers. If no container runs, the function creates the container.
+async fn ensure_pod(
     mut client: RuntimeClient,
     name: String,
 ) -> std::result::Result<String, tonic::Status> {
@@ -129,7 +160,7 @@ async fn a_whole_pod(
             filter: Some(filter),
         })
         .await?;
-    let there = listed
+    let existing = listed
         .into_inner()
         .containers
         .into_iter()
@@ -137,7 +168,7 @@ async fn a_whole_pod(
             let running = container.state() == ContainerState::ContainerRunning;
             running.then_some(container.id)
         });
-    if let Some(id) = there {
+    if let Some(id) = existing {
         return Ok(id);
     }
     let request = CreateContainerRequest {
@@ -157,23 +188,28 @@ async fn a_whole_pod(
     Ok(container_id)
 }
 
-fn a_server_killed_at_its_work_leaves_nothing_half_done() -> Result {
+fn a_server_that_is_killed_during_a_call_leaves_no_partial_pod_or_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for round in 0..10u64 {
             let name = format!("hasty-{round}");
             let calls = Calls::new(node)?;
-            // Past the kill, the connection breaks or the time is up.
+            // In each round, the client cancels its calls after a different time. Then the test
+            // kills the server.
             let moment = Duration::from_millis(3 + round * 9);
-            let work = a_whole_pod(calls.runtime(), name.clone());
+            let work = ensure_pod(calls.runtime(), name.clone());
             let _ = calls.wait(async move { tokio::time::timeout(moment, work).await.is_ok() })?;
             node.kill_server()?;
             node.start_server()?;
 
             let calls = Calls::new(node)?;
-            let id = calls.wait(a_whole_pod(calls.runtime(), name.clone()))?;
-            let id = id.map_err(|status| format!("round {round}: {status}"))?;
-            ensure!(!id.is_empty(), "no container in round {round}");
+            let id = calls.wait(ensure_pod(calls.runtime(), name.clone()))?;
+            let id =
+                id.map_err(|status| format!("RunPodSandbox failed in round {round}: {status}"))?;
+            ensure!(
+                !id.is_empty(),
+                "the server returned an empty container id in round {round}"
+            );
             let pods = node.json(&["pods"])?;
             let ready = pods["items"]
                 .as_array()
@@ -182,18 +218,22 @@ fn a_server_killed_at_its_work_leaves_nothing_half_done() -> Result {
                 .filter(|pod| {
                     pod["metadata"]["name"] == name.as_str() && pod["state"] == "SANDBOX_READY"
                 });
-            ensure_eq!(ready.count(), 1, "Ready pods of round {round}");
+            ensure_eq!(
+                ready.count(),
+                1,
+                "number of Ready pods that have the pod name of round {round}"
+            );
         }
         ensure_eq!(
             node.asks(&["ps", "--quiet"])?.lines().count(),
             10,
-            "running containers"
+            "number of running containers"
         );
         Ok(())
     })
 }
 
-fn a_server_killed_in_a_pull_pulls_again() -> Result {
+fn a_server_that_was_killed_during_a_pull_can_pull_the_image_again() -> Result {
     on_a_node(|node| {
         for pause in [20, 60, 150, 400] {
             let pull = node.crictl(&["pull", WEB]).start()?;
@@ -201,7 +241,7 @@ fn a_server_killed_in_a_pull_pulls_again() -> Result {
             node.kill_server()?;
             let _ = pull.end();
             node.start_server()?;
-            // Either the whole image is there, or nothing of it.
+            // The killed server has stored either the whole image or no part of the image.
             let listed = node.asks(&["images", "--quiet"])?;
             if listed.contains(|c: char| c.is_ascii_hexdigit()) && is_rrun() {
                 node.asks(&["inspecti", WEB])?;
@@ -214,8 +254,16 @@ fn a_server_killed_in_a_pull_pulls_again() -> Result {
         let mut web = node.container("web", &["cat", "/www/index.html"]);
         web["image"]["image"] = json!(WEB);
         let id = node.run(&pod_id, &pod, &web)?;
-        ensure_eq!(node.exited(&id)?["exitCode"], json!(0), "exit code of cat");
-        ensure_eq!(node.asks(&["logs", &id])?, "hello from rrun", "the page");
+        ensure_eq!(
+            node.exited(&id)?["exitCode"],
+            json!(0),
+            "exit code of the container that prints the page"
+        );
+        ensure_eq!(
+            node.asks(&["logs", &id])?,
+            "hello from rrun",
+            "content of the page in the pulled image"
+        );
         Ok(())
     })
 }
@@ -234,10 +282,14 @@ fn a_stopped_server_leaves_the_containers_running() -> Result {
         node.terminate_server()?;
         ensure!(
             fs::exists(format!("/proc/{pid}"))?,
-            "the container went with the server"
+            "the container exited together with the server"
         );
         node.start_server()?;
-        ensure_eq!(node.pid(&id)?, pid, "the container's process");
+        ensure_eq!(
+            node.pid(&id)?,
+            pid,
+            "the container's process id after the restart of the server"
+        );
         node.asks(&["stop", "--timeout", "0", &id])?;
         without_gap(&line_numbers(&node.log_of("calm", "counts")?)?)
     })

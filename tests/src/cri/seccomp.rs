@@ -1,4 +1,5 @@
-//! Seccomp profiles of containers, by crictl: what they let through, by effect.
+//! Tests of the seccomp profiles of containers that crictl creates. The tests make system calls in
+//! the containers and check the results.
 
 use std::fs;
 
@@ -12,23 +13,29 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        runtime_default_forbids_what_reaches_the_kernel_too_deep,
-        A_NODE
-    ),
-    test!(capabilities_open_the_default_profile, A_NODE),
-    test!(unconfined_privileged_and_unset_are_not_filtered, A_NODE),
-    test!(
-        a_localhost_profile_is_applied_and_a_missing_one_told,
+        the_runtime_default_seccomp_profile_denies_dangerous_system_calls,
         A_NODE
     ),
     test!(
-        the_configuration_says_what_unset_means,
+        capabilities_allow_more_system_calls_in_the_default_seccomp_profile,
+        A_NODE
+    ),
+    test!(
+        containers_get_no_seccomp_filter_if_they_are_privileged_or_unconfined_or_have_no_profile,
+        A_NODE
+    ),
+    test!(
+        a_localhost_seccomp_profile_is_applied_and_a_missing_profile_is_refused,
+        A_NODE
+    ),
+    test!(
+        the_configuration_sets_the_seccomp_profile_of_containers_that_request_no_profile,
         A_NODE,
         Need::RrunCri
     ),
 ];
 
-/// Numbers of security.proto.
+/// Profile types of the CRI's `SecurityProfile`.
 const RUNTIME_DEFAULT: i32 = 0;
 const UNCONFINED: i32 = 1;
 const LOCALHOST: i32 = 2;
@@ -39,7 +46,7 @@ fn confined(node: &Node, name: &str, command: &[&str], profile: Value) -> Value 
     container
 }
 
-/// The status lines of a container that reports on itself.
+/// Runs a container whose program reports its own state, and returns the report.
 fn report(node: &Node, pod: &(String, Value), container: &Value) -> Result<Value> {
     let id = node.run(&pod.0, &pod.1, container)?;
     node.exited(&id)?;
@@ -52,20 +59,26 @@ fn a_pod(node: &Node) -> Result<(String, Value)> {
     Ok((node.runp(&pod)?, pod))
 }
 
-/// What these calls give in a running container, each as `call NUMBER ARGUMENT…`.
+/// Makes the system calls `calls` in a running container and checks their results. The command
+/// `inside call NUMBER ARGUMENT…` makes each system call.
 fn calls(node: &Node, id: &str, calls: &[(&[i64], &str)]) -> Result {
     for (words, should) in calls {
         let words: Vec<String> = words.iter().map(i64::to_string).collect();
         let mut args = vec!["exec", "-s", id, "/inside", "call"];
         args.extend(words.iter().map(String::as_str));
-        ensure_eq!(node.asks(&args)?, *should, "call {}", words.join(" "));
+        ensure_eq!(
+            node.asks(&args)?,
+            *should,
+            "result of the system call with this number and these arguments: {}",
+            words.join(" ")
+        );
     }
     Ok(())
 }
 
 const NEWUSER: i64 = libc::CLONE_NEWUSER as i64;
 
-fn runtime_default_forbids_what_reaches_the_kernel_too_deep() -> Result {
+fn the_runtime_default_seccomp_profile_denies_dangerous_system_calls() -> Result {
     on_a_node(|node| {
         let pod = a_pod(node)?;
         let container = confined(
@@ -81,7 +94,8 @@ fn runtime_default_forbids_what_reaches_the_kernel_too_deep() -> Result {
             &[
                 (&[libc::SYS_unshare, NEWUSER], "EPERM"),
                 (&[libc::SYS_clone, NEWUSER], "EPERM"),
-                // Its flags can not be seen: C libraries are to take clone.
+                // A seccomp filter cannot read the flags of clone3, which are in memory. ENOSYS
+                // makes C libraries fall back to clone.
                 (&[libc::SYS_clone3], "ENOSYS"),
                 (&[libc::SYS_mount], "EPERM"),
                 (&[libc::SYS_keyctl], "EPERM"),
@@ -91,7 +105,8 @@ fn runtime_default_forbids_what_reaches_the_kernel_too_deep() -> Result {
                 (&[libc::SYS_userfaultfd], "EPERM"),
                 (&[libc::SYS_socket, libc::AF_VSOCK as i64], "EPERM"),
                 (&[libc::SYS_personality, 0x4_0000], "EPERM"),
-                // Newer than any profile.
+                // No system call has the number 9999. The number represents a system call that is
+                // newer than the profile.
                 (&[9999], "ENOSYS"),
                 (&[libc::SYS_getppid], "0"),
                 (&[libc::SYS_personality, 0xffff_ffff], "0"),
@@ -100,7 +115,10 @@ fn runtime_default_forbids_what_reaches_the_kernel_too_deep() -> Result {
             ],
         )?;
         let status = node.asks(&["exec", "-s", &id, "/inside", "cat", "/proc/1/status"])?;
-        ensure!(status.contains("Seccomp:\t2"), "{status}");
+        ensure!(
+            status.contains("Seccomp:\t2"),
+            "the container's process has no seccomp filter: {status}"
+        );
         if is_rrun() {
             calls(
                 node,
@@ -112,7 +130,7 @@ fn runtime_default_forbids_what_reaches_the_kernel_too_deep() -> Result {
     })
 }
 
-fn capabilities_open_the_default_profile() -> Result {
+fn capabilities_allow_more_system_calls_in_the_default_seccomp_profile() -> Result {
     on_a_node(|node| {
         let pod = a_pod(node)?;
         let mut container = confined(
@@ -142,7 +160,8 @@ fn capabilities_open_the_default_profile() -> Result {
     })
 }
 
-fn unconfined_privileged_and_unset_are_not_filtered() -> Result {
+fn containers_get_no_seccomp_filter_if_they_are_privileged_or_unconfined_or_have_no_profile()
+-> Result {
     on_a_node(|node| {
         let mut pod = node.pod("seccomp");
         pod["linux"]["security_context"]["privileged"] = json!(true);
@@ -170,7 +189,7 @@ fn unconfined_privileged_and_unset_are_not_filtered() -> Result {
             ensure_eq!(
                 report["status"]["Seccomp"],
                 "0",
-                "mode of {}",
+                "seccomp mode of the container {}",
                 container["metadata"]["name"]
             );
         }
@@ -178,7 +197,7 @@ fn unconfined_privileged_and_unset_are_not_filtered() -> Result {
     })
 }
 
-fn a_localhost_profile_is_applied_and_a_missing_one_told() -> Result {
+fn a_localhost_seccomp_profile_is_applied_and_a_missing_profile_is_refused() -> Result {
     on_a_node(|node| {
         let pod = a_pod(node)?;
         let file = node.join("profile.json");
@@ -211,16 +230,24 @@ fn a_localhost_profile_is_applied_and_a_missing_one_told() -> Result {
             }
             let container = confined(node, "broken", &["/inside", "exit", "0"], localhost.clone());
             let output = node.try_create(&pod.0, &pod.1, &container)?;
-            ensure!(output.code != 0, "{}", output.told());
+            ensure!(
+                output.code != 0,
+                "the server created a container with a broken or missing seccomp profile: {}",
+                output.told()
+            );
             if is_rrun() {
-                ensure!(output.stderr.contains(word), "{}", output.told());
+                ensure!(
+                    output.stderr.contains(word),
+                    "the error about the seccomp profile does not contain {word:?}: {}",
+                    output.told()
+                );
             }
         }
         Ok(())
     })
 }
 
-fn the_configuration_says_what_unset_means() -> Result {
+fn the_configuration_sets_the_seccomp_profile_of_containers_that_request_no_profile() -> Result {
     on_a_node(|node| {
         let config = node.join("config.toml");
         let text = fs::read_to_string(&config)?;
@@ -237,12 +264,16 @@ fn the_configuration_says_what_unset_means() -> Result {
                 &info["config"]["seccomp"]
             ),
             (&json!("runtime/default"), &json!(true)),
-            "what info tells of seccomp"
+            "seccomp settings in the output of crictl info"
         );
         let pod = a_pod(node)?;
         let container = node.container("unset", &["/inside", "report"]);
         let report = report(node, &pod, &container)?;
-        ensure_eq!(report["status"]["Seccomp"], "2", "mode");
+        ensure_eq!(
+            report["status"]["Seccomp"],
+            "2",
+            "seccomp mode of a container without a profile"
+        );
         Ok(())
     })
 }

@@ -1,4 +1,4 @@
-//! Streams as critest tests them.
+//! The streaming tests of critest, which use exec, attach and port-forward.
 
 use crate::support::critest::CRITEST;
 use crate::support::machine::{Result, command, deadline};
@@ -6,10 +6,10 @@ use crate::support::needs::Test;
 use crate::support::node::{A_NODE, on_a_node};
 use crate::test;
 
-pub(crate) const TESTS: &[Test] = &[test!(critest_s_streaming_tests_pass, A_NODE, CRITEST)];
+pub(crate) const TESTS: &[Test] = &[test!(the_streaming_tests_of_critest_pass, A_NODE, CRITEST)];
 
-/// critest's own tests, over SPDY and with each WebSocket flag.
-fn critest_s_streaming_tests_pass() -> Result {
+/// Runs the streaming tests once over SPDY, and once with each WebSocket flag of critest.
+fn the_streaming_tests_of_critest_pass() -> Result {
     on_a_node(|node| {
         let endpoint = format!("unix://{}", node.socket().display());
         for flag in [

@@ -1,5 +1,5 @@
-//! Attach: many clients at a container's own stdio, some of them slow; and what happens to them when
-//! the server or the log changes.
+//! Tests of attach sessions. The tests cover many clients of one container, slow clients, a restart
+//! of the server, and a log rotation.
 
 use std::fs;
 use std::io::Write;
@@ -18,14 +18,23 @@ use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(many_attach_and_one_detaches, A_NODE),
-    test!(an_attach_works_after_the_server_was_killed, A_NODE),
-    test!(stdin_once_ends_with_its_first_client, A_NODE),
-    test!(a_log_is_rotated_while_clients_follow, A_NODE),
-    test!(a_slow_client_does_not_slow_the_container, A_NODE),
+    test!(
+        killing_one_attached_client_does_not_affect_the_other_clients,
+        A_NODE
+    ),
+    test!(attach_works_after_the_server_was_killed, A_NODE),
+    test!(
+        the_stdin_once_option_closes_stdin_when_the_first_client_disconnects,
+        A_NODE
+    ),
+    test!(a_log_rotation_does_not_interrupt_attached_clients, A_NODE),
+    test!(
+        a_slow_attach_client_does_not_slow_down_the_container,
+        A_NODE
+    ),
 ];
 
-/// A container whose shell answers each line.
+/// Runs a container whose shell answers each line of its input, and returns the container's id.
 fn answering(node: &Node, name: &str, once: bool) -> Result<String> {
     node.pull(BUSYBOX)?;
     let pod = node.pod(name);
@@ -37,10 +46,10 @@ fn answering(node: &Node, name: &str, once: bool) -> Result<String> {
     node.run(&pod_id, &pod, &container)
 }
 
-/// An attached crictl that types what is written to a file of its own.
+/// Starts `crictl attach`, which reads its input from a separate FIFO.
 fn attached(node: &Node, transport: &str, id: &str) -> Result<Running> {
     let endpoint = format!("unix://{}", node.socket().display());
-    // The pipe stays open until the client is ended.
+    // The client's shell also opens the FIFO for writing. The client's input therefore never ends.
     let script = "mkfifo \"$3\"; exec 3<>\"$3\"; exec crictl --runtime-endpoint $0 attach --transport $1 -i $2 <\"$3\"";
     static NUMBER: AtomicUsize = AtomicUsize::new(0);
     let fifo = node.join(&format!("typed-{}", NUMBER.fetch_add(1, Ordering::Relaxed)));
@@ -49,21 +58,25 @@ fn attached(node: &Node, transport: &str, id: &str) -> Result<Running> {
         .start()
 }
 
-fn says(client: &mut Running, what: &str) -> Result {
-    wait_for(&format!("a client to get {what:?}"), || {
-        ensure!(client.lives(), "it ended: {}", client.stderr());
+fn receives(client: &mut Running, what: &str) -> Result {
+    wait_for(&format!("the attach client to receive {what:?}"), || {
+        ensure!(
+            client.lives(),
+            "the attach client exited; its stderr: {}",
+            client.stderr()
+        );
         Ok(client.stdout().contains(what).then_some(()))
     })
 }
 
-/// Types a line by a client of its own, which goes with the end of what it types.
+/// Starts a separate client that sends one line to the container and then ends.
 fn types(node: &Node, transport: &str, id: &str, line: &str) -> Result {
     let attach = ["attach", "--transport", transport, "-i", id];
     node.crictl(&attach).stdin(format!("{line}\n")).ok()?;
     Ok(())
 }
 
-fn many_attach_and_one_detaches() -> Result {
+fn killing_one_attached_client_does_not_affect_the_other_clients() -> Result {
     on_a_node(|node| {
         let id = answering(node, "many", false)?;
         let mut clients = Vec::new();
@@ -72,10 +85,11 @@ fn many_attach_and_one_detaches() -> Result {
                 clients.push(attached(node, transport, &id)?);
             }
         }
-        // Whoever is attached late has missed what was said early.
+        // Some clients may attach late and miss the line. The test therefore repeats the line until
+        // every client has received a copy.
         for (round, transport) in ["spdy", "websocket"].into_iter().enumerate() {
             let line = format!("line{round}");
-            wait_for("all clients to be attached", || {
+            wait_for("all clients to be attached to the container", || {
                 types(node, transport, &id, &line)?;
                 let all = clients
                     .iter_mut()
@@ -88,14 +102,14 @@ fn many_attach_and_one_detaches() -> Result {
         first.end()?;
         types(node, "spdy", &id, "later")?;
         for client in &mut clients {
-            says(client, "got later")?;
+            receives(client, "got later")?;
         }
         ensure_eq!(
             node.status(&id)?["state"],
             "CONTAINER_RUNNING",
-            "state after a client has gone"
+            "the container's state after a client was killed"
         );
-        // The container's end is the clients' end.
+        // The attach clients exit when the container exits.
         node.asks(&["stop", "--timeout", "0", &id])?;
         for client in clients {
             client.end()?;
@@ -104,27 +118,27 @@ fn many_attach_and_one_detaches() -> Result {
     })
 }
 
-fn an_attach_works_after_the_server_was_killed() -> Result {
+fn attach_works_after_the_server_was_killed() -> Result {
     on_a_node(|node| {
         let id = answering(node, "restart", false)?;
         types(node, "spdy", &id, "before")?;
         node.kill_server()?;
         node.start_server()?;
         let mut client = attached(node, "spdy", &id)?;
-        wait_for("the container to answer", || {
+        wait_for("the container to answer the line `after`", || {
             types(node, "websocket", &id, "after")?;
             Ok(client.stdout().contains("got after").then_some(()))
         })?;
         client.signal(Signal::SIGKILL);
         ensure!(
             node.log_of("restart", "c")?.contains("got before"),
-            "the log lacks what was said before"
+            "the container's log lacks the line from before the server's restart"
         );
         Ok(())
     })
 }
 
-fn stdin_once_ends_with_its_first_client() -> Result {
+fn the_stdin_once_option_closes_stdin_when_the_first_client_disconnects() -> Result {
     on_a_node(|node| {
         for (name, transport) in [("once-spdy", "spdy"), ("once-websocket", "websocket")] {
             let id = answering(node, name, true)?;
@@ -133,24 +147,28 @@ fn stdin_once_ends_with_its_first_client() -> Result {
             ensure_eq!(
                 client.stdout,
                 "got one\ngot two\nend\n",
-                "what {transport} got"
+                "output of the attach client over {transport}"
             );
-            ensure_eq!(node.exited(&id)?["exitCode"], 0, "exit code");
+            ensure_eq!(
+                node.exited(&id)?["exitCode"],
+                0,
+                "exit code of the container"
+            );
         }
         Ok(())
     })
 }
 
-fn a_log_is_rotated_while_clients_follow() -> Result {
+fn a_log_rotation_does_not_interrupt_attached_clients() -> Result {
     on_a_node(|node| {
         let id = answering(node, "rotated", false)?;
         let mut client = attached(node, "spdy", &id)?;
-        wait_for("the client to be attached", || {
+        wait_for("the client to be attached to the container", || {
             types(node, "spdy", &id, "hello")?;
             Ok(client.stdout().contains("got hello").then_some(()))
         })?;
         let mut follows = node.crictl(&["logs", "--follow", &id]).start()?;
-        says(&mut follows, "got hello")?;
+        receives(&mut follows, "got hello")?;
         let log = node.join("logs/rotated/c.log");
         fs::rename(&log, node.join("logs/rotated/c.log.1"))?;
         let calls = Calls::new(node)?;
@@ -160,11 +178,11 @@ fn a_log_is_rotated_while_clients_follow() -> Result {
         };
         calls.wait(async move { runtime.reopen_container_log(request).await })??;
         types(node, "spdy", &id, "rotated")?;
-        says(&mut client, "got rotated")?;
-        says(&mut follows, "got rotated")?;
+        receives(&mut client, "got rotated")?;
+        receives(&mut follows, "got rotated")?;
         ensure!(
             fs::read_to_string(&log)?.contains("got rotated"),
-            "the new log lacks the new line"
+            "the new log file lacks the line from after the rotation"
         );
         follows.signal(Signal::SIGKILL);
         client.signal(Signal::SIGKILL);
@@ -172,7 +190,7 @@ fn a_log_is_rotated_while_clients_follow() -> Result {
     })
 }
 
-fn a_slow_client_does_not_slow_the_container() -> Result {
+fn a_slow_attach_client_does_not_slow_down_the_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("slow");
@@ -191,14 +209,19 @@ fn a_slow_client_does_not_slow_the_container() -> Result {
         };
         let answer = calls.wait(async move { runtime.attach(request).await })??;
         let mut client = websocket(&answer.into_inner().url, "v4.channel.k8s.io")?;
-        // By itself the kernel might find room for everything.
+        // A receive buffer of the default size could store the whole output. The test therefore
+        // sets a small receive buffer.
         setsockopt(&client, sockopt::RcvBuf, &(64 << 10))?;
         client.write_all(&message(0, b"go\n"))?;
-        // 17 MB, and nobody reads: the container ends all the same.
-        ensure_eq!(node.exited(&id)?["exitCode"], 0, "exit code");
+        // The container writes 17 MB and exits, although the client does not read this output.
+        ensure_eq!(
+            node.exited(&id)?["exitCode"],
+            0,
+            "exit code of the container"
+        );
         ensure!(
             node.log_of("slow", "c")?.ends_with("all written\n"),
-            "the log is not whole"
+            "the container's log does not contain the whole output"
         );
         if is_rrun() {
             reads(&mut client, b"this client reads too slowly")?;

@@ -1,4 +1,4 @@
-//! Exec, as people use it: by crictl over SPDY and over WebSocket, in a real terminal.
+//! Tests of exec through crictl, over SPDY and over WebSocket. One test uses a real terminal.
 
 use std::fs;
 use std::time::Duration;
@@ -14,15 +14,22 @@ use crate::support::terminal::{TMUX, Terminal};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(an_exec_has_streams_and_an_exit_code, A_NODE),
-    test!(an_exec_carries_much_both_ways, A_NODE),
-    test!(a_terminal_is_resized, A_NODE, TMUX),
-    test!(a_client_that_goes_takes_its_command_along, A_NODE),
-    test!(a_gigabyte_goes_both_ways, A_NODE, OPENSSL),
-    test!(a_lost_exit_code_is_no_success, A_NODE, Need::RrunCri),
+    test!(exec_connects_the_streams_and_returns_the_exit_code, A_NODE),
+    test!(exec_carries_24_megabytes_in_both_directions, A_NODE),
+    test!(a_resize_of_a_terminal_reaches_the_container, A_NODE, TMUX),
+    test!(
+        the_command_of_an_exec_session_ends_when_the_client_is_killed,
+        A_NODE
+    ),
+    test!(exec_carries_a_gigabyte_in_both_directions, A_NODE, OPENSSL),
+    test!(
+        a_lost_exit_code_is_reported_as_a_failure,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
-fn an_exec_has_streams_and_an_exit_code() -> Result {
+fn exec_connects_the_streams_and_returns_the_exit_code() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "exec")?;
         for transport in TRANSPORTS {
@@ -33,26 +40,43 @@ fn an_exec_has_streams_and_an_exit_code() -> Result {
                     .args(command)
             };
             let both = exec(&[], &["sh", "-c", "echo out; echo err >&2"]).ok()?;
-            ensure_eq!(both.stdout, "out\n", "stdout over {transport}");
-            ensure_eq!(both.stderr, "err\n", "stderr over {transport}");
+            ensure_eq!(
+                both.stdout,
+                "out\n",
+                "stdout of a command that exec ran over {transport}"
+            );
+            ensure_eq!(
+                both.stderr,
+                "err\n",
+                "stderr of a command that exec ran over {transport}"
+            );
             let failed = exec(&[], &["sh", "-c", "exit 3"]).end()?;
             ensure!(
                 failed.code != 0 && failed.told().contains('3'),
-                "over {transport}: {}",
+                "crictl exec over {transport} does not report the exit code 3: {}",
                 failed.told()
             );
             let cat = exec(&["-i"], &["cat"]).stdin("typed").ok()?;
-            ensure_eq!(cat.stdout, "typed", "stdin and stdout over {transport}");
-            // Without -i nothing is there to read, and cat ends.
+            ensure_eq!(
+                cat.stdout,
+                "typed",
+                "output of cat, which copies stdin to stdout, in an exec session over {transport}"
+            );
+            // Standard input is empty without -i, so cat ends.
             let none = exec(&[], &["cat"]).stdin("typed").ok()?;
-            ensure_eq!(none.stdout, "", "output without stdin over {transport}");
+            ensure_eq!(
+                none.stdout,
+                "",
+                "output of cat that crictl exec ran without -i over {transport}"
+            );
             let nothing = exec(&[], &["/no/such/program"]).end()?;
             ensure!(
                 nothing.code != 0 && nothing.stderr.contains("/no/such/program"),
-                "over {transport}: {}",
+                "over {transport}, crictl exec does not report that the program is missing: {}",
                 nothing.told()
             );
-            // One that leaves a child behind with its output open is not waited for.
+            // The exec session ends although a child process of its command still has stdout and
+            // stderr open.
             exec(&[], &["sh", "-c", "sleep 1000 & echo done"])
                 .ok()?
                 .says("done")?;
@@ -61,7 +85,7 @@ fn an_exec_has_streams_and_an_exit_code() -> Result {
     })
 }
 
-fn an_exec_carries_much_both_ways() -> Result {
+fn exec_carries_24_megabytes_in_both_directions() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "much")?;
         let line = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ\n";
@@ -79,13 +103,13 @@ fn an_exec_carries_much_both_ways() -> Result {
                 .ok()?;
             ensure!(
                 there.stdout.starts_with(&sum),
-                "over {transport} there came {}, not {sum}",
+                "over {transport}, the container computed the checksum {} of its input, but the correct checksum is {sum}",
                 there.stdout
             );
             let back = node.crictl(&exec).arg("cat").stdin(text.clone()).ok()?;
             ensure!(
                 back.stdout == text,
-                "over {transport} {} of {} bytes came back, or others",
+                "over {transport}, the output of cat ({} bytes) differs from its input ({} bytes)",
                 back.stdout.len(),
                 text.len()
             );
@@ -94,8 +118,8 @@ fn an_exec_carries_much_both_ways() -> Result {
     })
 }
 
-/// 64 MB; 1 GB with RRUN_TEST_FULL.
-fn a_gigabyte_goes_both_ways() -> Result {
+/// Sends 64 MB, or 1 GB if the variable RRUN_TEST_FULL is set.
+fn exec_carries_a_gigabyte_in_both_directions() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "gigabyte")?;
         let bytes = rounds(64 << 20, 1 << 30);
@@ -119,7 +143,7 @@ fn a_gigabyte_goes_both_ways() -> Result {
     })
 }
 
-fn a_terminal_is_resized() -> Result {
+fn a_resize_of_a_terminal_reaches_the_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("terminal");
@@ -139,8 +163,9 @@ fn a_terminal_is_resized() -> Result {
                 format!("attach --transport {transport} -it {id}"),
             ] {
                 let terminal = Terminal::open(node.join("tmux"), &format!("{crictl} {what}"))?;
-                // Until somebody reads it.
-                wait_for("a prompt", || {
+                // The shell may not be ready yet. The test therefore repeats the command until its
+                // output appears.
+                wait_for("the shell to answer", || {
                     terminal.types("echo pro''mpt")?;
                     std::thread::sleep(Duration::from_millis(200));
                     let screen = terminal.tmux(&["capture-pane", "-p"])?;
@@ -152,7 +177,7 @@ fn a_terminal_is_resized() -> Result {
                 terminal.types("clear; stty size")?;
                 terminal.shows("24 80")?;
                 terminal.tmux(&["resize-window", "-x", "101", "-y", "31"])?;
-                wait_for("the new size", || {
+                wait_for("the shell to print the new size of the terminal", || {
                     terminal.types("clear; stty size")?;
                     std::thread::sleep(Duration::from_millis(200));
                     let screen = terminal.tmux(&["capture-pane", "-p"])?;
@@ -167,17 +192,22 @@ fn a_terminal_is_resized() -> Result {
     })
 }
 
-fn a_client_that_goes_takes_its_command_along() -> Result {
+fn the_command_of_an_exec_session_ends_when_the_client_is_killed() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "gone")?;
         let cgroup = node.cgroup(&id)?;
         let processes = || count_processes(&cgroup);
-        ensure_eq!(processes()?, 1, "processes before");
+        ensure_eq!(
+            processes()?,
+            1,
+            "number of processes in the container before the exec session"
+        );
         for transport in TRANSPORTS {
             for script in [
-                // With a child, and one that nothing but SIGKILL ends. Neither reads what it is
-                // sent, which is more than a pipe holds. (More than the sockets hold, too, and
-                // nobody can see past it that the client has gone, before TCP gives up.)
+                // The first command has a child process, and the second command ends only on
+                // SIGKILL. Neither command reads its input, which is larger than a pipe's buffer.
+                // But the input is too small to fill the sockets' buffers too. If these buffers
+                // were full, the server would notice the client's end only after TCP's timeout.
                 "sleep 1000 & sleep 1001",
                 "trap '' HUP; exec sleep 1000",
             ] {
@@ -192,12 +222,11 @@ fn a_client_that_goes_takes_its_command_along() -> Result {
                     script,
                 ];
                 let client = node.crictl(&exec).stdin(vec![b'x'; 80_000]).start()?;
-                wait_for(
-                    "the command to run",
-                    || Ok((processes()? > 1).then_some(())),
-                )?;
+                wait_for("the command of the exec session to start", || {
+                    Ok((processes()? > 1).then_some(()))
+                })?;
                 client.signal(Signal::SIGKILL);
-                wait_for("the command to end", || {
+                wait_for("the command of the exec session to exit", || {
                     Ok((processes()? == 1).then_some(()))
                 })?;
             }
@@ -206,8 +235,9 @@ fn a_client_that_goes_takes_its_command_along() -> Result {
     })
 }
 
-/// Clients take a session that just breaks off for a success.
-fn a_lost_exit_code_is_no_success() -> Result {
+/// If the server ends a session without an error, the client reports success. The server must
+/// therefore report an error if the exit code is lost.
+fn a_lost_exit_code_is_reported_as_a_failure() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for transport in TRANSPORTS {
@@ -217,14 +247,14 @@ fn a_lost_exit_code_is_no_success() -> Result {
             let words = ["sh", "-c", "echo runs; exec sleep 1000"];
             let exec = ["exec", "--transport", transport, &id];
             let mut exec = node.crictl(&exec).args(words).start()?;
-            wait_for("the command to run", || {
+            wait_for("the command of the exec session to start", || {
                 Ok(exec.stdout().contains("runs").then_some(()))
             })?;
             kill(node.monitor(&pod_id)?, Signal::SIGKILL)?;
             let ended = exec.end()?;
             ensure!(
-                ended.code != 0 && ended.told().contains("exit code is lost"),
-                "over {transport} it ended with {}: {}",
+                ended.code != 0 && ended.told().contains("exit code is unknown"),
+                "over {transport}, crictl exec exited with exit code {} and did not report that the exit code is unknown; its output: {}",
                 ended.code,
                 ended.told()
             );

@@ -1,4 +1,4 @@
-//! Port-forward, by crictl over SPDY and over WebSocket.
+//! Tests of port-forward through crictl, over SPDY and over WebSocket.
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
@@ -17,17 +17,23 @@ use crate::{ensure, ensure_eq, test};
 const SOCAT: Need = Need::Program("socat");
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(ports_are_forwarded, A_NODE, SOCAT),
-    test!(the_node_s_ports_are_forwarded, A_NODE),
+    test!(crictl_forwards_the_ports_of_a_pod, A_NODE, SOCAT),
     test!(
-        a_program_that_does_not_read_holds_up_no_other,
+        crictl_forwards_node_ports_for_a_pod_on_the_node_network,
+        A_NODE
+    ),
+    test!(
+        other_connections_work_while_one_program_does_not_read_its_data,
         A_NODE,
         Need::RrunCri
     ),
-    test!(a_forwarded_port_ends_with_its_program, A_NODE),
+    test!(
+        a_forwarded_connection_ends_when_the_program_in_the_pod_ends,
+        A_NODE
+    ),
 ];
 
-fn ports_are_forwarded() -> Result {
+fn crictl_forwards_the_ports_of_a_pod() -> Result {
     on_a_node(|node| {
         node.pull(WEB)?;
         node.pull(BUSYBOX)?;
@@ -36,7 +42,9 @@ fn ports_are_forwarded() -> Result {
         let mut web = node.container("web", &[]);
         web["image"]["image"] = WEB.into();
         node.run(&pod_id, &pod, &web)?;
-        // One that listens on IPv6 only, and answers when all has been said: half-close is kept.
+        // This checksum server listens only on IPv6, and answers only after its input ends. The
+        // client ends its input by a shutdown of the write side of its connection. The CRI server
+        // must pass this shutdown on to the checksum server.
         let script =
             "while true; do nc -l -p 6000 -s ::1 -e sh -c 'sum=$(sha256sum); echo $sum'; done";
         let sums = node.container("sums", &["sh", "-c", script]);
@@ -54,11 +62,22 @@ fn ports_are_forwarded() -> Result {
                 .args([format!("{first}:5000"), format!("{second}:6000")])
                 .start()?;
             let url = format!("http://127.0.0.1:{first}/");
-            let page = wait_for("the page by a forwarded port", || {
-                ensure!(forward.lives(), "it ended: {}", forward.stderr());
-                command("curl", ["-fsS", &url]).ok().map(Some)
-            })?;
-            ensure_eq!(page.text(), "hello from rrun", "page over {transport}");
+            let page = wait_for(
+                "the web server's page to arrive through the forwarded port",
+                || {
+                    ensure!(
+                        forward.lives(),
+                        "crictl port-forward exited; its stderr: {}",
+                        forward.stderr()
+                    );
+                    command("curl", ["-fsS", &url]).ok().map(Some)
+                },
+            )?;
+            ensure_eq!(
+                page.text(),
+                "hello from rrun",
+                "page that curl received over {transport}"
+            );
             let many: Vec<_> = (0..20)
                 .map(|_| command("curl", ["-fsS", &url]).start())
                 .collect::<Result<_>>()?;
@@ -67,29 +86,29 @@ fn ports_are_forwarded() -> Result {
                 ensure_eq!(
                     page.text(),
                     "hello from rrun",
-                    "one of many: {}",
+                    "page that one of 20 clients received: {}",
                     page.told()
                 );
             }
             forward.signal(Signal::SIGTERM);
             forward.end()?;
-            // A port at which nobody listens: the client is told.
+            // No program listens on port 81, so the client gets an error.
             let mut refused = node
                 .crictl(&["port-forward", "--transport", transport, &pod_id])
                 .arg(format!("{third}:81"))
                 .start()?;
-            wait_for("the refusal", || {
+            wait_for("crictl to report the refused connection", || {
                 let _ = command(
                     "curl",
                     ["-sS", "-m", "2", &format!("http://127.0.0.1:{third}/")],
                 )
                 .end()?;
-                let said = refused.stderr() + &refused.stdout();
-                Ok(said.contains("refused").then_some(()))
+                let received = refused.stderr() + &refused.stdout();
+                Ok(received.contains("refused").then_some(()))
             })?;
             if is_rrun() {
                 let line = format!("pod {pod_id}: error forwarding port 81");
-                wait_for("the log to name pod and port", || {
+                wait_for("the server to log the pod id and the port", || {
                     Ok(node.log().contains(&line).then_some(()))
                 })?;
             }
@@ -99,8 +118,12 @@ fn ports_are_forwarded() -> Result {
                 .arg(format!("{second}:6000"))
                 .start()?;
             let address = format!("TCP:127.0.0.1:{second}");
-            let answer = wait_for("the sum by a forwarded port", || {
-                ensure!(forward.lives(), "it ended: {}", forward.stderr());
+            let answer = wait_for("the checksum to arrive through a forwarded port", || {
+                ensure!(
+                    forward.lives(),
+                    "crictl port-forward exited; its stderr: {}",
+                    forward.stderr()
+                );
                 let socat = command("socat", ["-t", "20", "-", &address]);
                 let answer = socat.stdin(text.clone()).ok()?;
                 Ok(answer.stdout.contains(&sum).then_some(()))
@@ -112,12 +135,13 @@ fn ports_are_forwarded() -> Result {
     })
 }
 
-fn the_node_s_ports_are_forwarded() -> Result {
+fn crictl_forwards_node_ports_for_a_pod_on_the_node_network() -> Result {
     on_a_node(|node| {
         let mut pod = node.pod("host");
         pod["linux"]["security_context"]["namespace_options"]["network"] = 2.into();
         if let Some(pod) = pod.as_object_mut() {
-            // It would be the node's.
+            // A pod on the node's network has the node's host name, so its configuration must not
+            // contain a host name.
             pod.remove("hostname");
         }
         let pod_id = node.runp(&pod)?;
@@ -133,25 +157,34 @@ fn the_node_s_ports_are_forwarded() -> Result {
                 .crictl(&["port-forward", "--transport", transport, &pod_id])
                 .arg(format!("{local}:{port}"))
                 .start()?;
-            let said = wait_for("the forwarded port", || {
-                ensure!(forward.lives(), "it ended: {}", forward.stderr());
+            let received = wait_for("data to arrive through the forwarded port", || {
+                ensure!(
+                    forward.lives(),
+                    "crictl port-forward exited; its stderr: {}",
+                    forward.stderr()
+                );
                 let Ok(mut stream) = TcpStream::connect(("127.0.0.1", local)) else {
                     return Ok(None);
                 };
                 stream.set_read_timeout(Some(deadline()))?;
-                let mut said = String::new();
-                stream.read_to_string(&mut said)?;
-                Ok(Some(said))
+                let mut received = String::new();
+                stream.read_to_string(&mut received)?;
+                Ok(Some(received))
             });
             forward.signal(Signal::SIGKILL);
-            ensure_eq!(said?, "the node's", "what came over {transport}");
+            ensure_eq!(
+                received?,
+                "the node's",
+                "data received through the forwarded port over {transport}"
+            );
         }
         Ok(())
     })
 }
 
-/// Neither client nor server can make the client's program wait: SPDY's clients know no windows.
-fn a_program_that_does_not_read_holds_up_no_other() -> Result {
+/// SPDY clients do not support flow-control windows. Neither the client nor the server can
+/// therefore pause the program that sends data.
+fn other_connections_work_while_one_program_does_not_read_its_data() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("stuck");
@@ -164,8 +197,8 @@ fn a_program_that_does_not_read_holds_up_no_other() -> Result {
             };
             stream.set_read_timeout(Some(deadline() * 4))?;
             stream.write_all(b"hello")?;
-            let mut said = [0; 5];
-            Ok(stream.read_exact(&mut said).is_ok().then_some(()))
+            let mut received = [0; 5];
+            Ok(stream.read_exact(&mut received).is_ok().then_some(()))
         };
         let mut clients = Vec::new();
         for (port, transport) in (18200_u16..).step_by(2).zip(TRANSPORTS) {
@@ -173,11 +206,16 @@ fn a_program_that_does_not_read_holds_up_no_other() -> Result {
                 .crictl(&["port-forward", "--transport", transport, &pod_id])
                 .args([format!("{port}:6000"), format!("{}:6001", port + 1)])
                 .start()?;
-            wait_for("the forwarded port", || {
-                ensure!(forward.lives(), "it ended: {}", forward.stderr());
+            wait_for("data to arrive through the forwarded port", || {
+                ensure!(
+                    forward.lives(),
+                    "crictl port-forward exited; its stderr: {}",
+                    forward.stderr()
+                );
                 echo(port + 1)
             })?;
-            // Much more than all buffers on the way hold; it ends when its connection does.
+            // The thread sends much more data than all buffers between the thread and the program
+            // in the pod can store. The thread ends when its connection is closed.
             let mut stuck = TcpStream::connect(("127.0.0.1", port))?;
             let sending = std::thread::spawn(move || {
                 let piece = vec![0; 1 << 20];
@@ -189,13 +227,16 @@ fn a_program_that_does_not_read_holds_up_no_other() -> Result {
             let answered = echo(port + 1)?;
             ensure!(
                 answered.is_some() && forward.lives(),
-                "over {transport} nothing came any more: {}",
+                "over {transport}, the connection to the program that echoes its input no longer works: {}",
                 forward.stderr()
             );
-            ensure!(sending.join().is_ok(), "the sender over {transport}");
+            ensure!(
+                sending.join().is_ok(),
+                "the sending thread panicked over {transport}"
+            );
             ensure!(
                 echo(port + 1)?.is_some() && forward.lives(),
-                "the client over {transport} ended with the one connection: {}",
+                "over {transport}, crictl port-forward exited when the stuck connection was closed: {}",
                 forward.stderr()
             );
             forward.signal(Signal::SIGKILL);
@@ -204,8 +245,9 @@ fn a_program_that_does_not_read_holds_up_no_other() -> Result {
     })
 }
 
-/// The first clients end their half of a connection only when they have been told that all is over.
-fn a_forwarded_port_ends_with_its_program() -> Result {
+/// SPDY clients close their half of a connection only after the server has closed its half. So the
+/// server must close its half when the program in the pod ends.
+fn a_forwarded_connection_ends_when_the_program_in_the_pod_ends() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("over");
@@ -220,16 +262,17 @@ fn a_forwarded_port_ends_with_its_program() -> Result {
         for kind in ["error", "data"] {
             client.open_with(kind, &[("port", "6000"), ("requestid", "0")])?;
         }
-        let came = client.all()?;
-        let of = |kind| came.get(kind).map(String::as_str).unwrap_or_default();
-        ensure_eq!(of("data"), "bye\n", "what the program said");
-        ensure_eq!(of("error"), "", "an error");
+        let streams = client.all()?;
+        let of = |kind| streams.get(kind).map(String::as_str).unwrap_or_default();
+        ensure_eq!(of("data"), "bye\n", "output of the program");
+        ensure_eq!(of("error"), "", "content of the error stream");
         if is_rrun() {
-            // Channels have no half to end.
+            // A WebSocket channel cannot be closed in one direction, so the server closes the whole
+            // session.
             let url = port_forward_url(&calls, &pod_id, &[6000])?;
             let mut stream = websocket(&url, "v4.channel.k8s.io")?;
             reads(&mut stream, b"\x00bye\n")?;
-            // Goodbye.
+            // The server sends a close frame with the code 1000.
             reads(&mut stream, &[0x88, 2, 3, 232])?;
         }
         Ok(())

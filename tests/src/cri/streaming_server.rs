@@ -1,4 +1,5 @@
-//! The streaming server itself: whom it serves, TLS, clients that behave badly, many of them.
+//! Tests of the streaming server itself. The tests cover valid and invalid requests, TLS,
+//! misbehaving clients, and many clients at the same time.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -20,18 +21,35 @@ use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_stream_s_request_is_checked, A_NODE),
-    test!(garbage_and_slow_heads_are_closed, A_NODE),
-    test!(two_hundred_sessions_at_once, A_NODE),
-    test!(clients_that_never_read_cost_a_fixed_amount, A_NODE),
-    test!(streams_over_tls, A_NODE, OPENSSL, Need::RrunCri),
-    test!(an_idle_stream_is_closed, A_NODE, Need::RrunCri),
-    test!(a_long_message_is_refused, A_NODE),
-    test!(the_servers_end_is_told, A_NODE, Need::RrunCri),
-    test!(sessions_that_break_off_leave_nothing, A_NODE, Need::RrunCri),
+    test!(the_server_checks_each_stream_request, A_NODE),
+    test!(
+        the_server_closes_connections_with_invalid_data_or_a_slow_request_head,
+        A_NODE
+    ),
+    test!(two_hundred_exec_sessions_run_at_the_same_time, A_NODE),
+    test!(
+        a_client_that_never_reads_needs_only_a_fixed_amount_of_server_memory,
+        A_NODE
+    ),
+    test!(streams_work_over_tls, A_NODE, OPENSSL, Need::RrunCri),
+    test!(the_server_closes_an_idle_stream, A_NODE, Need::RrunCri),
+    test!(
+        the_server_refuses_a_websocket_message_that_is_too_long,
+        A_NODE
+    ),
+    test!(
+        clients_get_an_error_when_the_server_stops,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        clients_that_disconnect_during_a_session_leave_no_process_and_no_descriptor,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
-/// Starts the server again with these lines in its configuration.
+/// Adds `lines` to the server's configuration and restarts the server.
 fn configure(node: &mut Node, lines: &str) -> Result {
     node.kill_server()?;
     let file = node.join("config.toml");
@@ -40,7 +58,7 @@ fn configure(node: &mut Node, lines: &str) -> Result {
     node.start_server()
 }
 
-fn streams_over_tls() -> Result {
+fn streams_work_over_tls() -> Result {
     on_a_node(|node| {
         certificates(&node.join(""))?;
         let [cert, key] = ["server.pem", "server.key"].map(|name| node.join(name));
@@ -49,8 +67,11 @@ fn streams_over_tls() -> Result {
         let id = waiting(node, "tls")?;
         let calls = Calls::new(node)?;
         let url = exec_url(&calls, &id, &["true"])?;
-        ensure!(url.starts_with("https://127.0.0.1:"), "URL {url}");
-        // crictl wants a certificate of its own, and the server none.
+        ensure!(
+            url.starts_with("https://127.0.0.1:"),
+            "the server returned an exec URL that is not HTTPS on 127.0.0.1: {url}"
+        );
+        // crictl requires a client certificate, although the server does not request one.
         let [ca, cert, key] = ["ca.pem", "client.pem", "client.key"]
             .map(|name| node.join(name).display().to_string());
         for transport in TRANSPORTS {
@@ -60,27 +81,34 @@ fn streams_over_tls() -> Result {
                     .args(["-i", &id, "cat"])
                     .stdin("typed")
             };
-            ensure_eq!(exec("127.0.0.1").ok()?.stdout, "typed", "over {transport}");
+            ensure_eq!(
+                exec("127.0.0.1").ok()?.stdout,
+                "typed",
+                "output of cat over {transport}"
+            );
             let other = exec("other.example").end()?;
             ensure!(
                 other.code != 0 && other.told().contains("certificate"),
-                "another's certificate over {transport}: {}",
+                "over {transport}, crictl accepted a server certificate for another host name: {}",
                 other.told()
             );
         }
-        // Who speaks no TLS gets nothing.
+        // A client without TLS gets no answer.
         let host = url.trim_start_matches("https://");
         let mut plain = TcpStream::connect(host.split('/').next().unwrap_or_default())?;
         plain.set_read_timeout(Some(deadline()))?;
         write!(plain, "GET /exec/x HTTP/1.1\r\nHost: x\r\n\r\n")?;
         let mut answer = Vec::new();
         let _ = plain.read_to_end(&mut answer);
-        ensure!(!answer.starts_with(b"HTTP"), "answered {answer:?}");
+        ensure!(
+            !answer.starts_with(b"HTTP"),
+            "a client without TLS got the answer {answer:?}"
+        );
         Ok(())
     })
 }
 
-fn an_idle_stream_is_closed() -> Result {
+fn the_server_closes_an_idle_stream() -> Result {
     on_a_node(|node| {
         configure(node, "stream_idle_timeout = 1")?;
         let id = waiting(node, "idle")?;
@@ -90,50 +118,60 @@ fn an_idle_stream_is_closed() -> Result {
         let mut stream = websocket(&url, "v5.channel.k8s.io")?;
         stream.write_all(&message(0, b"hello\n"))?;
         reads(&mut stream, b"\x01hello\n")?;
-        // Nobody says anything any more.
+        // From now on, neither the client nor the server sends data.
         let mut rest = Vec::new();
         match stream.read_to_end(&mut rest) {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                return Err(format!("not closed within {:?}", deadline()).into());
+                return Err(format!(
+                    "the server did not close the connection within {:?}",
+                    deadline()
+                )
+                .into());
             }
             _ => {}
         }
-        wait_for("its command to end", || {
+        wait_for("the command of the idle exec session to end", || {
             Ok((count_processes(&cgroup)? == 1).then_some(()))
         })?;
-        wait_for("the log to tell", || {
-            Ok(node.log().contains("nothing moved for 1 s").then_some(()))
+        wait_for("the server to log that the stream is idle", || {
+            Ok(node
+                .log()
+                .contains("no data was transferred for 1 s")
+                .then_some(()))
         })?;
         Ok(())
     })
 }
 
-fn a_long_message_is_refused() -> Result {
+fn the_server_refuses_a_websocket_message_that_is_too_long() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "long")?;
         let calls = Calls::new(node)?;
         let url = exec_url(&calls, &id, &["cat"])?;
         let mut stream = websocket(&url, "v5.channel.k8s.io")?;
-        // The head of a message of 64 MiB: nobody waits for the rest, or keeps room for it.
+        // The frame's head announces a message of 64 MiB. The server closes the connection without
+        // waiting for the message and without allocating memory for it.
         let mut head = vec![0x82, 0x80 | 127];
         head.extend_from_slice(&(64_u64 << 20).to_be_bytes());
         head.extend_from_slice(&[0; 4]);
         stream.write_all(&head)?;
         let mut rest = Vec::new();
         match stream.read_to_end(&mut rest) {
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                Err(format!("not closed within {:?}", deadline()).into())
-            }
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Err(format!(
+                "the server did not close the connection within {:?}",
+                deadline()
+            )
+            .into()),
             _ => Ok(()),
         }
     })
 }
 
-fn a_stream_s_request_is_checked() -> Result {
+fn the_server_checks_each_stream_request() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "checked")?;
         let calls = Calls::new(node)?;
-        let ask = |change: &dyn Fn(&mut ExecRequest)| {
+        let url_of = |change: &dyn Fn(&mut ExecRequest)| {
             let mut request = ExecRequest {
                 container_id: id.clone(),
                 cmd: vec!["true".to_owned()],
@@ -148,41 +186,48 @@ fn a_stream_s_request_is_checked() -> Result {
                 Err(status) => format!("{:?}", status.code()),
             })
         };
-        let url = ask(&|_| {})?;
-        ensure!(url.starts_with("http://127.0.0.1:"), "URL {url}");
+        let url = url_of(&|_| {})?;
+        ensure!(
+            url.starts_with("http://127.0.0.1:"),
+            "the server returned an exec URL that is not HTTP on 127.0.0.1: {url}"
+        );
         ensure_eq!(
-            ask(&|request| request.stdout = false)?,
+            url_of(&|request| request.stdout = false)?,
             "InvalidArgument",
-            "no stream"
+            "answer to an exec request without a stream"
         );
         let both = |request: &mut ExecRequest| (request.tty, request.stderr) = (true, true);
-        ensure_eq!(ask(&both)?, "InvalidArgument", "a terminal with stderr");
+        ensure_eq!(
+            url_of(&both)?,
+            "InvalidArgument",
+            "answer to an exec request for a terminal and stderr"
+        );
         if is_rrun() {
             ensure_eq!(
-                ask(&|request| request.container_id = "nosuch".to_owned())?,
+                url_of(&|request| request.container_id = "nosuch".to_owned())?,
                 "NotFound",
-                "no such container"
+                "answer to an exec request for a container that does not exist"
             );
         }
-        // A token is good once.
+        // The token in a URL is valid only once.
         drop(websocket(&url, "v5.channel.k8s.io")?);
         ensure!(
             websocket(&url, "v5.channel.k8s.io").is_err(),
-            "a token was good twice"
+            "the server accepted the token in a URL twice"
         );
         node.asks(&["stop", "--timeout", "0", &id])?;
         if is_rrun() {
             ensure_eq!(
-                ask(&|_| {})?,
+                url_of(&|_| {})?,
                 "FailedPrecondition",
-                "exec in what has ended"
+                "answer to an exec request for a container that has exited"
             );
         }
         Ok(())
     })
 }
 
-fn garbage_and_slow_heads_are_closed() -> Result {
+fn the_server_closes_connections_with_invalid_data_or_a_slow_request_head() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "garbage")?;
         let calls = Calls::new(node)?;
@@ -190,14 +235,18 @@ fn garbage_and_slow_heads_are_closed() -> Result {
         let host = url
             .strip_prefix("http://")
             .and_then(|rest| rest.split('/').next());
-        let host = host.ok_or(format!("not a URL: {url}"))?.to_owned();
+        let host = host
+            .ok_or(format!("the server returned an invalid URL: {url}"))?
+            .to_owned();
         let closed = |mut stream: TcpStream| -> Result {
             stream.set_read_timeout(Some(deadline()))?;
             let mut rest = Vec::new();
             match stream.read_to_end(&mut rest) {
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
-                    Err(format!("not closed within {:?}", deadline()).into())
-                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Err(format!(
+                    "the server did not close the connection within {:?}",
+                    deadline()
+                )
+                .into()),
                 _ => Ok(()),
             }
         };
@@ -207,18 +256,18 @@ fn garbage_and_slow_heads_are_closed() -> Result {
             .or(Ok::<_, std::io::Error>(()))?;
         closed(garbage)?;
         if is_rrun() {
-            // Nothing, and half a head.
+            // One client sends nothing, and the other client sends half a request head.
             let silent = TcpStream::connect(&host)?;
             let mut half = TcpStream::connect(&host)?;
             write!(half, "GET /exec/x HTTP/1.1\r\nHost: x\r\n")?;
             closed(silent)?;
             closed(half)?;
         }
-        // Garbage after the upgrade.
+        // This client sends garbage after the upgrade to WebSocket.
         let mut stream = websocket(&url, "v5.channel.k8s.io")?;
         stream.write_all(&[0xff; 100])?;
         closed(stream)?;
-        // The server is well.
+        // The server still serves other clients.
         let url = exec_url(&calls, &id, &["cat"])?;
         let mut stream = websocket(&url, "v5.channel.k8s.io")?;
         stream.write_all(&message(0, b"hello\n"))?;
@@ -226,7 +275,7 @@ fn garbage_and_slow_heads_are_closed() -> Result {
     })
 }
 
-fn two_hundred_sessions_at_once() -> Result {
+fn two_hundred_exec_sessions_run_at_the_same_time() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "sessions")?;
         let calls = Calls::new(node)?;
@@ -242,17 +291,17 @@ fn two_hundred_sessions_at_once() -> Result {
         for (number, session) in sessions.iter_mut().enumerate() {
             reads(session, format!("\x01hello {number}\n").as_bytes())?;
         }
-        // The clients go; so do the commands.
+        // The commands end when their clients disconnect.
         drop(sessions);
         let cgroup = node.cgroup(&id)?;
-        wait_for("all commands to end", || {
+        wait_for("the commands of all sessions to end", || {
             Ok((count_processes(&cgroup)? == 1).then_some(()))
         })?;
         Ok(())
     })
 }
 
-fn clients_that_never_read_cost_a_fixed_amount() -> Result {
+fn a_client_that_never_reads_needs_only_a_fixed_amount_of_server_memory() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "unread")?;
         let calls = Calls::new(node)?;
@@ -262,13 +311,14 @@ fn clients_that_never_read_cost_a_fixed_amount() -> Result {
             for _ in 0..count {
                 let url = exec_url(&calls, &id, &["yes", "0123456789abcdef"])?;
                 let mut session = websocket(&url, "v5.channel.k8s.io")?;
-                // It runs.
+                // The first bytes of output show that the command of the session runs.
                 reads(&mut session, b"0123456789abcdef")?;
                 sessions.push(session);
             }
-            // Until none of them can write any more, as far as one can see.
+            // A command blocks when it can no longer write, and then uses no CPU time. The test
+            // therefore waits until the CPU time no longer increases.
             let mut used = 0;
-            wait_for("the commands to be held up", || {
+            wait_for("the commands of all sessions to block", || {
                 std::thread::sleep(Duration::from_millis(100));
                 let before = std::mem::replace(&mut used, ticks(&cgroup)?);
                 Ok((used == before).then_some(()))
@@ -281,17 +331,22 @@ fn clients_that_never_read_cost_a_fixed_amount() -> Result {
         if is_rrun() {
             ensure!(
                 grown < 50 * 256,
-                "50 clients that read nothing took {grown} kB of the server"
+                "50 clients that read nothing increased the server's memory by {grown} kB"
             );
         }
-        // All others are served.
+        // The server still serves other clients.
         let other = node.crictl(&["exec", &id, "echo", "hello"]).ok()?;
-        ensure_eq!(other.stdout, "hello\n", "another client's output");
+        ensure_eq!(
+            other.stdout,
+            "hello\n",
+            "output of a command that exec ran for another client"
+        );
         Ok(())
     })
 }
 
-/// What the processes in this cgroup and those right below it have used of the CPU, in ticks (proc(5)).
+/// Returns the CPU time in ticks (proc(5)) of the processes in `cgroup` and in its direct child
+/// cgroups.
 fn ticks(cgroup: &Path) -> Result<u64> {
     let mut sum = 0;
     let inner = fs::read_dir(cgroup)?.flatten().map(|entry| entry.path());
@@ -309,8 +364,10 @@ fn ticks(cgroup: &Path) -> Result<u64> {
     Ok(sum)
 }
 
-/// Clients take a session that just breaks off for a success, and the command goes with the server.
-fn the_servers_end_is_told() -> Result {
+/// If the server ends a session without an error, the client reports success. A server that stops
+/// must therefore report an error to its clients. The commands of all sessions end when the server
+/// stops.
+fn clients_get_an_error_when_the_server_stops() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "told")?;
         let cgroup = node.cgroup(&id)?;
@@ -319,7 +376,7 @@ fn the_servers_end_is_told() -> Result {
             let words = ["sh", "-c", "echo runs; exec sleep 1000"];
             let exec = ["exec", "--transport", transport, &id];
             let mut client = node.crictl(&exec).args(words).start()?;
-            wait_for("the command to run", || {
+            wait_for("the command of the exec session to start", || {
                 Ok(client.stdout().contains("runs").then_some(()))
             })?;
             clients.push(client);
@@ -328,27 +385,27 @@ fn the_servers_end_is_told() -> Result {
         for client in clients {
             let ended = client.end()?;
             ensure!(
-                ended.code != 0 && ended.told().contains("is being stopped"),
-                "it ended with {}: {}",
+                ended.code != 0 && ended.told().contains("server is stopping"),
+                "crictl exec exited with exit code {} and did not report that the server is stopping; its output: {}",
                 ended.code,
                 ended.told()
             );
         }
-        wait_for("the commands to end", || {
+        wait_for("the commands of the exec sessions to end", || {
             Ok((count_processes(&cgroup)? == 1).then_some(()))
         })?;
         node.start_server()?;
         ensure_eq!(
             node.status(&id)?["state"],
             "CONTAINER_RUNNING",
-            "state of the container"
+            "the container's state after the restart"
         );
         Ok(())
     })
 }
 
-/// Whatever a client has said when it goes, and however it goes.
-fn sessions_that_break_off_leave_nothing() -> Result {
+/// Clients disconnect at every step of their sessions, with and without a TCP reset.
+fn clients_that_disconnect_during_a_session_leave_no_process_and_no_descriptor() -> Result {
     let sessions = usize::try_from(rounds(60, 1000))?;
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
@@ -363,37 +420,48 @@ fn sessions_that_break_off_leave_nothing() -> Result {
         let calls = Calls::new(node)?;
         let cgroup = node.cgroup(&id)?;
         let monitor = node.monitor(&pod_id)?;
-        let held = || -> Result<_> {
+        let count_resources = || -> Result<_> {
             let monitors = fs::read_dir(format!("/proc/{monitor}/fd"))?.count();
             Ok((node.server_holds()?.0, monitors, count_processes(&cgroup)?))
         };
         for number in 0..3 {
-            broken_off(&calls, &pod_id, &id, number)?;
+            start_and_disconnect(&calls, &pod_id, &id, number)?;
         }
         let mut before = (0, 0, 0);
-        wait_for("the first sessions to be gone", || {
+        wait_for("the server to clean up the first sessions", || {
             std::thread::sleep(Duration::from_millis(500));
-            let last = std::mem::replace(&mut before, held()?);
+            let last = std::mem::replace(&mut before, count_resources()?);
             Ok((last == before).then_some(()))
         })?;
         for number in 0..3 * sessions {
-            broken_off(&calls, &pod_id, &id, number)?;
+            start_and_disconnect(&calls, &pod_id, &id, number)?;
         }
-        wait_for("everything to be as before", || {
-            let now = held()?;
-            let left = now.0 <= before.0 && now.1 <= before.1 && now.2 <= before.2;
-            ensure!(left, "{now:?} descriptors and processes, not {before:?}");
-            Ok(Some(()))
-        })?;
+        wait_for(
+            "the numbers of descriptors and processes to be as low as before the sessions",
+            || {
+                let now = count_resources()?;
+                let left = now.0 <= before.0 && now.1 <= before.1 && now.2 <= before.2;
+                ensure!(
+                    left,
+                    "the numbers of the server's descriptors, the monitor's descriptors and the processes are {now:?}, but before the sessions they were {before:?}"
+                );
+                Ok(Some(()))
+            },
+        )?;
         let other = node.crictl(&["exec", &id, "echo", "hello"]).ok()?;
-        ensure_eq!(other.stdout, "hello\n", "another client's output");
+        ensure_eq!(
+            other.stdout,
+            "hello\n",
+            "output of a command that exec ran for another client"
+        );
         Ok(())
     })
 }
 
-/// An exec, an attach or a forwarded port, by one of the protocols, that goes as far as the number
-/// says.
-fn broken_off(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
+/// Starts an exec, attach or port-forward session, and then disconnects from the server. `number`
+/// selects the kind of session, the protocol, the client's last step before it disconnects, and
+/// whether the client resets the connection.
+fn start_and_disconnect(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
     let (kind, rest) = (number % 3, number / 3);
     let (by_spdy, rest) = (rest % 2 == 0, rest / 2);
     let (reset, steps) = (rest % 2 == 0, rest / 2 % 5);
@@ -412,7 +480,7 @@ fn broken_off(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
         }
         _ => port_forward_url(calls, pod_id, &[6000])?,
     };
-    let goes = |stream: &TcpStream| -> Result {
+    let before_close = |stream: &TcpStream| -> Result {
         if reset {
             let linger = nix::libc::linger {
                 l_onoff: 1,
@@ -426,7 +494,7 @@ fn broken_off(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
         let host = url.trim_start_matches("http://").split('/').next();
         let mut stream = TcpStream::connect(host.unwrap_or_default())?;
         stream.write_all(b"GET /exec/")?;
-        return goes(&stream);
+        return before_close(&stream);
     }
     if !by_spdy {
         let mut stream = websocket(&url, "v4.channel.k8s.io")?;
@@ -436,7 +504,7 @@ fn broken_off(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
         if steps > 3 {
             reads(&mut stream, b"hello\n")?;
         }
-        return goes(&stream);
+        return before_close(&stream);
     }
     let (version, kinds): (_, &[_]) = match kind {
         2 => ("portforward.k8s.io", &["error", "data"]),
@@ -448,13 +516,13 @@ fn broken_off(calls: &Calls, pod_id: &str, id: &str, number: usize) -> Result {
         client.open_with(name, if kind == 2 { &ports } else { &[] })?;
     }
     if steps > kinds.len() {
-        let (typed, said) = if kind == 2 {
+        let (input, output) = if kind == 2 {
             ("data", "data")
         } else {
             ("stdin", "stdout")
         };
-        client.sends(typed, 0, b"hello\n")?;
-        client.until(|came| came.contains_key(said))?;
+        client.sends(input, 0, b"hello\n")?;
+        client.until(|received| received.contains_key(output))?;
     }
-    goes(client.socket())
+    before_close(client.socket())
 }

@@ -1,4 +1,5 @@
-//! Clients of every age: the versions of remotecommand over SPDY, of which crictl speaks the last.
+//! Tests of all versions of the remotecommand protocol over SPDY. Old clients use old versions, but
+//! crictl uses only the newest version.
 
 use std::collections::BTreeMap;
 
@@ -13,13 +14,19 @@ use crate::support::streams::waiting;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(every_version_of_remotecommand_is_spoken, A_NODE),
     test!(
-        a_new_size_does_not_wait_behind_what_nobody_reads,
+        the_server_supports_every_version_of_the_remotecommand_protocol,
+        A_NODE
+    ),
+    test!(
+        a_resize_does_not_wait_for_unread_input,
         A_NODE,
         Need::RrunCri
     ),
-    test!(a_terminal_is_resized_since_version_3, A_NODE),
+    test!(
+        clients_of_protocol_version_3_and_later_can_resize_a_terminal,
+        A_NODE
+    ),
 ];
 
 const VERSIONS: [&str; 4] = [
@@ -43,7 +50,7 @@ fn exec_url(calls: &Calls, id: &str, script: &str, tty: bool) -> Result<String> 
     Ok(answer.into_inner().url)
 }
 
-fn every_version_of_remotecommand_is_spoken() -> Result {
+fn the_server_supports_every_version_of_the_remotecommand_protocol() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "versions")?;
         let calls = Calls::new(node)?;
@@ -54,20 +61,32 @@ fn every_version_of_remotecommand_is_spoken() -> Result {
                 client.open(kind)?;
             }
             client.sends("stdin", FIN, b"typed")?;
-            let came = client.all()?;
-            let of = |kind| came.get(kind).map(String::as_str).unwrap_or_default();
-            ensure_eq!(of("stdout"), "typed", "stdout by {version:?}");
-            ensure_eq!(of("stderr"), "err\n", "stderr by {version:?}");
+            let received = client.all()?;
+            let of = |kind| received.get(kind).map(String::as_str).unwrap_or_default();
+            ensure_eq!(
+                of("stdout"),
+                "typed",
+                "stdout of a command that exec ran with protocol version {version:?}"
+            );
+            ensure_eq!(
+                of("stderr"),
+                "err\n",
+                "stderr of a command that exec ran with protocol version {version:?}"
+            );
             let status = serde_json::from_str::<serde_json::Value>(of("error"));
             if version == "v4.channel.k8s.io" {
                 let code = status?.pointer("/details/causes/0/message").cloned();
-                ensure_eq!(code, Some("3".into()), "the code by {version}");
+                ensure_eq!(
+                    code,
+                    Some("3".into()),
+                    "exit code of a command that exec ran with protocol version {version:?}"
+                );
             } else {
                 ensure!(
                     status.is_err()
                         && of("error").contains("exit code")
                         && of("error").contains('3'),
-                    "the error by {version:?}: {}",
+                    "the error stream with protocol version {version:?} lacks the exit code: {}",
                     of("error")
                 );
             }
@@ -76,8 +95,9 @@ fn every_version_of_remotecommand_is_spoken() -> Result {
     })
 }
 
-fn a_new_size_does_not_wait_behind_what_nobody_reads() -> Result {
-    /// More than a terminal holds, which is 64 KiB and some.
+fn a_resize_does_not_wait_for_unread_input() -> Result {
+    /// The number of bytes that the client sends. A terminal's buffer is a little larger than 64
+    /// KiB, so these bytes do not fit into the buffer.
     const TYPED_BYTES: usize = 400_000;
     let script = format!(
         "stty raw -echo; echo ready; until [ \"$(stty size)\" = '31 101' ]; do sleep 0.1; done; \
@@ -91,27 +111,36 @@ fn a_new_size_does_not_wait_behind_what_nobody_reads() -> Result {
         for kind in ["error", "stdin", "stdout", "resize"] {
             client.open(kind)?;
         }
-        let said = |word: &'static str| {
-            move |came: &BTreeMap<&'static str, String>| {
-                came.get("stdout").is_some_and(|text| text.contains(word))
+        let shows = |word: &'static str| {
+            move |received: &BTreeMap<&'static str, String>| {
+                received
+                    .get("stdout")
+                    .is_some_and(|text| text.contains(word))
             }
         };
-        client.until(said("ready"))?;
+        client.until(shows("ready"))?;
         for _ in 0..TYPED_BYTES / 20_000 {
             client.sends("stdin", 0, &[b'x'; 20_000])?;
         }
         client.sends("resize", 0, b"{\"Width\":101,\"Height\":31}\n")?;
-        let came = client.until(said("resized"))?;
-        ensure!(said("resized")(&came), "it ended: {came:?}");
-        // What was typed before it is all there.
-        let came = client.all()?;
-        let read = came.get("stdout").map(|text| text.trim().to_owned());
-        ensure_eq!(read, Some(TYPED_BYTES.to_string()), "what the program read");
+        let received = client.until(shows("resized"))?;
+        ensure!(
+            shows("resized")(&received),
+            "the exec session ended before its program reported the new terminal size; received data: {received:?}"
+        );
+        // The program must also receive all input from before the resize.
+        let received = client.all()?;
+        let read = received.get("stdout").map(|text| text.trim().to_owned());
+        ensure_eq!(
+            read,
+            Some(TYPED_BYTES.to_string()),
+            "number of bytes that the program read"
+        );
         Ok(())
     })
 }
 
-fn a_terminal_is_resized_since_version_3() -> Result {
+fn clients_of_protocol_version_3_and_later_can_resize_a_terminal() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "sizes")?;
         let calls = Calls::new(node)?;
@@ -126,13 +155,16 @@ fn a_terminal_is_resized_since_version_3() -> Result {
                 client.open("resize")?;
                 client.sends("resize", 0, b"{\"Width\":101,\"Height\":31}\n")?;
             }
-            // What is typed is read after the new size.
+            // The shell reads this line after the new size has taken effect.
             client.sends("stdin", 0, b"go\n")?;
-            let came = client.all()?;
-            let screen = came.get("stdout").map(String::as_str).unwrap_or_default();
+            let received = client.all()?;
+            let screen = received
+                .get("stdout")
+                .map(String::as_str)
+                .unwrap_or_default();
             ensure!(
                 screen.contains("go") && screen.contains("31 101") == resizes,
-                "the terminal by {version}: {came:?}"
+                "the terminal has the wrong size with protocol version {version:?}; received data: {received:?}"
             );
         }
         Ok(())

@@ -1,5 +1,5 @@
-//! The server as a unit of systemd's, as `make install` leaves it: what its restart, its reload
-//! and its end do to pods.
+//! Tests of the server's systemd unit, which `make install` installs. A restart, a reload or a stop
+//! of the unit must not affect pods.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[test!(
-    the_units_restart_reload_and_end_leave_the_pods_alone,
+    pods_keep_running_when_the_unit_is_restarted_or_reloaded_or_stopped,
     Need::Systemd,
     A_NODE,
     Need::RrunCri
@@ -28,7 +28,8 @@ fn property(name: &str) -> Result<String> {
     systemctl(&["show", "--value", "--property", name, UNIT])
 }
 
-/// The unit as it is installed, but for the configuration of this test.
+/// Installs the unit as `make install` does. A drop-in file makes the unit start the server with
+/// this test's configuration.
 fn install(node: &Node) -> Result {
     let installed = node.join("installed");
     command("/src/contrib/install", [installed.as_os_str()])
@@ -38,7 +39,7 @@ fn install(node: &Node) -> Result {
     fs::copy(unit, Path::new(UNITS).join(UNIT))?;
     let dropins = Path::new(UNITS).join(format!("{UNIT}.d"));
     fs::create_dir_all(&dropins)?;
-    let program = program_path("rrun-cri").ok_or("no rrun-cri")?;
+    let program = program_path("rrun-cri").ok_or("rrun-cri is not in PATH")?;
     let (program, config) = (program.display(), node.join("config.toml"));
     let config = config.display();
     let line = format!(
@@ -56,11 +57,11 @@ fn uninstall() -> Result {
     systemctl(&["daemon-reload"]).map(|_| ())
 }
 
-fn the_units_restart_reload_and_end_leave_the_pods_alone() -> Result {
+fn pods_keep_running_when_the_unit_is_restarted_or_reloaded_or_stopped() -> Result {
     on_a_node(|node| {
         node.terminate_server()?;
         install(node)?;
-        let result = story(node);
+        let result = use_the_unit(node);
         let journal = command(
             "journalctl",
             ["--unit", UNIT, "--lines", "30", "--no-pager"],
@@ -70,13 +71,17 @@ fn the_units_restart_reload_and_end_leave_the_pods_alone() -> Result {
         let result = result.and(stopped).and(uninstall());
         result.map_err(|failed| {
             let journal = journal.map(|output| output.stdout).unwrap_or_default();
-            format!("{}\n{journal}", failed.message().unwrap_or_default()).into()
+            format!(
+                "{}; journal of the unit:\n{journal}",
+                failed.message().unwrap_or_default()
+            )
+            .into()
         })
     })
 }
 
-fn story(node: &mut Node) -> Result {
-    // It is started when it answers, not before.
+fn use_the_unit(node: &mut Node) -> Result {
+    // `systemctl start` returns only when the server can answer CRI calls.
     systemctl(&["start", UNIT])?;
     node.asks(&["version"])?;
     ensure_eq!(property("Type")?, "notify", "the unit's type");
@@ -88,62 +93,99 @@ fn story(node: &mut Node) -> Result {
     let pid = node.pid(&id)?;
     let log = node.join("logs/unit/counts.log");
     let lines = || Ok::<_, Failed>(line_numbers(&fs::read_to_string(&log)?)?.len());
-    let goes_on = || {
+    let keeps_writing = || {
         let before = lines()?;
-        wait_for("the container to write on", || {
+        wait_for("the container to write more lines", || {
             Ok((lines()? > before).then_some(()))
         })
     };
-    let is_as_it_was = || -> Result {
-        ensure_eq!(node.status(&id)?["state"], "CONTAINER_RUNNING", "state");
-        ensure_eq!(node.pid(&id)?, pid, "the container's process");
-        goes_on()
+    let is_unaffected = || -> Result {
+        ensure_eq!(
+            node.status(&id)?["state"],
+            "CONTAINER_RUNNING",
+            "the container's state after the unit was restarted, reloaded or started"
+        );
+        ensure_eq!(
+            node.pid(&id)?,
+            pid,
+            "the container's process id after the unit was restarted, reloaded or started"
+        );
+        keeps_writing()
     };
 
     let first = property("MainPID")?;
     systemctl(&["restart", UNIT])?;
-    ensure!(property("MainPID")? != first, "it has not been restarted");
-    is_as_it_was()?;
+    ensure!(
+        property("MainPID")? != first,
+        "the restart of the unit did not start a new server process"
+    );
+    is_unaffected()?;
     node.asks(&["exec", "-s", &id, "true"])?;
 
     let second = property("MainPID")?;
     systemctl(&["reload", UNIT])?;
-    ensure_eq!(property("MainPID")?, second, "main process after a reload");
-    ensure_eq!(property("ReloadResult")?, "success", "the reload");
-    wait_for("the server to have been told", || {
-        let told = command("journalctl", ["--unit", UNIT, "--no-pager"]).ok()?;
-        Ok(told.stdout.contains("SIGHUP: ").then_some(()))
+    ensure_eq!(
+        property("MainPID")?,
+        second,
+        "process id of the server after a reload"
+    );
+    ensure_eq!(
+        property("ReloadResult")?,
+        "success",
+        "result of the unit's reload"
+    );
+    wait_for("the server to log the SIGHUP", || {
+        let journal = command("journalctl", ["--unit", UNIT, "--no-pager"]).ok()?;
+        Ok(journal.stdout.contains("SIGHUP: ").then_some(()))
     })?;
-    is_as_it_was()?;
+    is_unaffected()?;
 
-    // A mistake makes the reload fail, with a sentence, and nothing else.
+    // A configuration error makes the reload fail with a clear error, and has no other effect.
     let config = node.join("config.toml");
     let text = fs::read_to_string(&config)?;
     fs::write(&config, format!("nonsense = 1\n{text}"))?;
-    ensure!(systemctl(&["reload", UNIT]).is_err(), "it is reloaded");
-    wait_for("systemctl status to have the sentence", || {
+    ensure!(
+        systemctl(&["reload", UNIT]).is_err(),
+        "a reload of the unit succeeded although the configuration has an error"
+    );
+    wait_for("systemctl status to show the error", || {
         let status = command("systemctl", ["status", "--no-pager", "--full", UNIT]).end()?;
         Ok(status.stdout.contains("line 1, nonsense").then_some(()))
     })?;
-    ensure_eq!(property("MainPID")?, second, "main process after it");
+    ensure_eq!(
+        property("MainPID")?,
+        second,
+        "process id of the server after the failed reload"
+    );
     fs::write(&config, &text)?;
     systemctl(&["reload", UNIT])?;
-    ensure_eq!(property("ReloadResult")?, "success", "the next reload");
-    wait_for("the sentence to be gone", || {
+    ensure_eq!(
+        property("ReloadResult")?,
+        "success",
+        "result of the reload with the corrected configuration"
+    );
+    wait_for("the error to disappear from the unit's status", || {
         Ok(property("StatusText")?.is_empty().then_some(()))
     })?;
-    is_as_it_was()?;
+    is_unaffected()?;
 
     systemctl(&["stop", UNIT])?;
-    ensure_eq!(property("ActiveState")?, "inactive", "after its stop");
-    ensure!(node.crictl(&["version"]).end()?.code != 0, "it answers");
+    ensure_eq!(
+        property("ActiveState")?,
+        "inactive",
+        "ActiveState of the unit after systemctl stop"
+    );
+    ensure!(
+        node.crictl(&["version"]).end()?.code != 0,
+        "the server still answers after its unit was stopped"
+    );
     ensure!(
         Path::new(&format!("/proc/{pid}")).exists(),
-        "the container ended with the server"
+        "the container exited together with the server"
     );
-    goes_on()?;
+    keeps_writing()?;
     systemctl(&["start", UNIT])?;
-    is_as_it_was()?;
+    is_unaffected()?;
     without_gap(&line_numbers(&fs::read_to_string(&log)?)?)?;
     node.asks(&["rmp", "--all", "--force"])?;
     Ok(())

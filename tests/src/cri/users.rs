@@ -1,4 +1,4 @@
-//! Pods with a user namespace of their own: root in them is nobody on the node.
+//! Tests of pods with their own user namespace: root in such a pod is an ordinary user on the node.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -12,81 +12,107 @@ use crate::support::user_namespace::{FIRST, container, ids, pod};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_pods_root_is_nobody_on_the_node, A_NODE),
-    test!(a_volume_has_the_ids_of_the_pod, A_NODE),
-    test!(user_namespaces_that_can_not_be_are_refused_by_name, A_NODE),
+    test!(root_in_a_pod_is_an_ordinary_user_on_the_node, A_NODE),
+    test!(a_volume_with_mapped_ids_shows_the_ids_of_the_pod, A_NODE),
+    test!(
+        an_invalid_user_namespace_is_refused_with_a_clear_error,
+        A_NODE
+    ),
 ];
 
-/// The features of the default handler in `crictl info`.
+/// Returns the features of the default runtime handler from the output of `crictl info`.
 fn features(node: &Node) -> Result<Value> {
     let info: Value = serde_json::from_str(&node.asks(&["info"])?)?;
     let handlers = info["runtimeHandlers"].as_array().cloned();
     let default = handlers.unwrap_or_default().into_iter();
     let mut default = default.filter(|one| one["name"].as_str().unwrap_or_default().is_empty());
-    Ok(default.next().ok_or("no default handler in crictl info")?["features"].clone())
+    Ok(default
+        .next()
+        .ok_or("crictl info lists no default handler")?["features"]
+        .clone())
 }
 
-fn a_pods_root_is_nobody_on_the_node() -> Result {
+fn root_in_a_pod_is_an_ordinary_user_on_the_node() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         ensure_eq!(
             features(node)?["user_namespaces"],
             true,
-            "the handler's features"
+            "value of the feature user_namespaces of the default runtime handler"
         );
         let pod_config = pod(node, "users", 1);
         let pod_id = node.runp(&pod_config)?;
         let status = node.json(&["inspectp", &pod_id])?["status"].clone();
-        let told = status.pointer("/linux/namespaces/options/usernsOptions/uids/0/hostId");
-        ensure_eq!(told, Some(&json!(FIRST)), "the status's mapping ({status})");
+        let host_id = status.pointer("/linux/namespaces/options/usernsOptions/uids/0/hostId");
+        ensure_eq!(
+            host_id,
+            Some(&json!(FIRST)),
+            "first host id of the pod's id mapping ({status})"
+        );
 
         let mut report = container(node, "report", 1, &["/inside", "report"]);
         report["working_dir"] = json!("/not/in/the/image");
         let report = node.report(&pod_id, &pod_config, &report)?;
-        ensure_eq!(report["uid"], 0, "user inside");
+        ensure_eq!(report["uid"], 0, "user id inside the container");
         ensure_eq!(
             report["uid_map"],
             json!(["0", FIRST.to_string(), "65536"]),
-            "map"
+            "user id map of the container"
         );
-        ensure_eq!(report["hostname"], "users", "host name");
-        ensure_eq!(report["cwd"], "/not/in/the/image", "working directory");
+        ensure_eq!(report["hostname"], "users", "host name of the container");
+        ensure_eq!(
+            report["cwd"],
+            "/not/in/the/image",
+            "working directory of the container"
+        );
 
-        // Root inside owns the image's files, can write, rules over its network.
+        // Root in the container owns the image's files, can write to them, and can configure the
+        // pod's network.
         let mut main = container(node, "main", 1, &["sleep", "600"]);
         main["working_dir"] = json!("/made/for/it");
         main["linux"]["security_context"]["capabilities"] =
             json!({ "add_capabilities": ["NET_ADMIN"] });
         let id = node.run(&pod_id, &pod_config, &main)?;
         let process = fs::read_to_string(format!("/proc/{}/status", node.pid(&id)?))?;
-        ensure!(process.contains(&format!("Uid:\t{FIRST}\t")), "{process}");
+        ensure!(
+            process.contains(&format!("Uid:\t{FIRST}\t")),
+            "the container's process does not run as user {FIRST} on the node: {process}"
+        );
         let inside = |script: &str| node.asks(&["exec", "-s", &id, "sh", "-c", script]);
-        // containerd leaves the pod's /dev/shm to the node's root.
+        // With containerd, the pod's /dev/shm belongs to root on the node. The test therefore
+        // checks the owner of /dev/shm only with rrun.
         let shm = if is_rrun() { "/dev/shm" } else { "" };
         let files = "/bin /bin/busybox /etc /made/for/it /etc/hosts";
         let owners = inside(&format!("stat -c %u:%g {files} {shm}"))?;
         for owner in owners.split_whitespace() {
-            ensure_eq!(owner, "0:0", "owners ({owners})");
+            ensure_eq!(
+                owner,
+                "0:0",
+                "user id and group id of the owner of a file, as seen in the container (owners of all files: {owners})"
+            );
         }
         inside("echo text > /etc/new && mkdir /a && chown 5:6 /a && echo x > /dev/shm/x")?;
         ensure_eq!(
             inside("stat -c %u:%g /a")?.trim(),
             "5:6",
-            "owner of a new directory"
+            "owner of a directory after chown in the container"
         );
         inside("rm /etc/new && mv /etc/passwd /etc/p && chown 7 /etc/p")?;
         inside("ip address add 192.0.2.1/32 dev lo")?;
         ensure!(
             inside("ip address show dev eth0")?.contains("inet "),
-            "no address"
+            "eth0 has no IPv4 address"
         );
         ensure!(
             inside("ls /sys/class/net")?.contains("eth0"),
-            "no /sys of its own"
+            "/sys does not show the network interfaces of the pod"
         );
-        ensure!(inside("mount")?.contains("/dev/mqueue"), "no /dev/mqueue");
+        ensure!(
+            inside("mount")?.contains("/dev/mqueue"),
+            "/dev/mqueue is not mounted"
+        );
 
-        // A later server finds the namespaces.
+        // A restarted server finds the pod's namespaces again.
         node.kill_server()?;
         node.start_server()?;
         let second = node.run(
@@ -104,10 +130,14 @@ fn a_pods_root_is_nobody_on_the_node() -> Result {
                     &format!("/proc/self/ns/{kind}"),
                 ])
             };
-            ensure_eq!(of(&id)?, of(&second)?, "{kind} namespaces");
+            ensure_eq!(
+                of(&id)?,
+                of(&second)?,
+                "{kind} namespace of the first container, which the second container must share"
+            );
         }
 
-        // With one PID namespace for all.
+        // The containers of this pod share one PID namespace.
         let pod_config = pod(node, "together", 0);
         let pod_id = node.runp(&pod_config)?;
         let mut ids = Vec::new();
@@ -116,12 +146,16 @@ fn a_pods_root_is_nobody_on_the_node() -> Result {
             ids.push(node.run(&pod_id, &pod_config, &one)?);
         }
         let ps = node.asks(&["exec", "-s", &ids[0], "ps"])?;
-        ensure_eq!(ps.matches("sleep 654").count(), 2, "sleeps among {ps}");
+        ensure_eq!(
+            ps.matches("sleep 654").count(),
+            2,
+            "number of sleep processes in the output of ps: {ps}"
+        );
         Ok(())
     })
 }
 
-fn a_volume_has_the_ids_of_the_pod() -> Result {
+fn a_volume_with_mapped_ids_shows_the_ids_of_the_pod() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let volume = node.join("volume");
@@ -143,24 +177,24 @@ fn a_volume_has_the_ids_of_the_pod() -> Result {
         ensure_eq!(
             inside("cat /volume/secret")?.trim(),
             "root's own",
-            "the secret"
+            "content of the file that only root can read"
         );
         inside("echo new > /volume/new")?;
         let new = fs::metadata(volume.join("new"))?;
         ensure_eq!(
             std::os::unix::fs::MetadataExt::uid(&new),
             0,
-            "owner on the node"
+            "owner of the new file on the node"
         );
         ensure!(
             inside("cat /plain/secret").is_err(),
-            "read what is not its own"
+            "through a mount without mapped ids, the container can read a file that only root on the node can read"
         );
         Ok(())
     })
 }
 
-fn user_namespaces_that_can_not_be_are_refused_by_name() -> Result {
+fn an_invalid_user_namespace_is_refused_with_a_clear_error() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let mut wrong = pod(node, "node", 1);
@@ -175,21 +209,29 @@ fn user_namespaces_that_can_not_be_are_refused_by_name() -> Result {
             .iter()
             .take(if is_rrun() { 3 } else { 1 })
         {
-            let failed = node.runp(config).err().ok_or("it runs")?;
+            let failed = node
+                .runp(config)
+                .err()
+                .ok_or("the server created a pod with an invalid user namespace")?;
             let message = failed.message().unwrap_or_default();
-            ensure!(!is_rrun() || message.contains("user"), "{message}");
+            ensure!(
+                !is_rrun() || message.contains("user"),
+                "the error does not mention the user namespace: {message}"
+            );
         }
         let pod_config = pod(node, "right", 1);
         let pod_id = node.runp(&pod_config)?;
         let mut other = container(node, "other", 1, &["true"]);
         other["linux"]["security_context"]["namespace_options"]["userns_options"]["uids"][0]["host_id"] =
             json!(2_000_000);
-        let failed = node
-            .create(&pod_id, &pod_config, &other)
-            .err()
-            .ok_or("it is made")?;
+        let failed = node.create(&pod_id, &pod_config, &other).err().ok_or(
+            "the server created a container whose id mapping differs from its pod's id mapping",
+        )?;
         let message = failed.message().unwrap_or_default();
-        ensure!(message.contains("user"), "{message}");
+        ensure!(
+            message.contains("user"),
+            "the error does not mention the user namespace: {message}"
+        );
         Ok(())
     })
 }

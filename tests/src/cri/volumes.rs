@@ -1,4 +1,5 @@
-//! Volumes: images as volumes, what images declare, propagation, and recursive read-only mounts.
+//! Tests of volumes: images as volumes, volumes that images declare, mount propagation, and
+//! recursive read-only mounts.
 
 use std::fs;
 use std::path::Path;
@@ -13,8 +14,11 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(an_image_can_be_a_volume, A_NODE),
-    test!(what_an_image_declares_is_a_volume_of_its_own, A_NODE),
-    test!(mounts_are_read_only_and_propagate_as_asked, A_NODE),
+    test!(a_volume_that_an_image_declares_is_a_separate_mount, A_NODE),
+    test!(
+        a_mount_has_the_access_mode_and_the_propagation_that_its_container_requests,
+        A_NODE
+    ),
 ];
 
 fn with_mount(node: &Node, name: &str, mount: Value) -> Value {
@@ -48,14 +52,14 @@ fn an_image_can_be_a_volume() -> Result {
             (&part, "/data/index.html"),
         ] {
             let text = inside(node, id, &format!("cat {page}"))?;
-            ensure_eq!(text.trim(), "hello from rrun", "{page}");
+            ensure_eq!(text.trim(), "hello from rrun", "content of {page}");
             ensure!(
                 inside(node, id, &format!("echo x > {page}")).is_err(),
-                "{page} was written to"
+                "the container wrote to {page} in an image volume"
             );
             ensure!(
                 inside(node, id, "touch /data/new").is_err(),
-                "a file was made"
+                "the container created a file in an image volume"
             );
         }
         if is_rrun() {
@@ -63,9 +67,10 @@ fn an_image_can_be_a_volume() -> Result {
             let digest = mounts[1].pointer("/image/imageRef").and_then(Value::as_str);
             ensure!(
                 digest.is_some_and(|digest| digest.contains("sha256:")),
-                "{mounts}"
+                "the container's status has no digest of the image volume: {mounts}"
             );
-            // The image's name goes, what is in use stays; a restart changes nothing.
+            // `rmi` removes only the image's name. While a container uses the image as a volume,
+            // the files remain, even after a restart of the server.
             node.asks(&["rmi", WEB])?;
             node.kill_server()?;
             node.start_server()?;
@@ -77,37 +82,42 @@ fn an_image_can_be_a_volume() -> Result {
                 ensure_eq!(
                     text.trim(),
                     "hello from rrun",
-                    "{page} after the image's removal"
+                    "content of {page} after the image's removal"
                 );
             }
             node.pull(WEB)?;
-            for (name, sub_path, says) in [
+            for (name, sub_path, words) in [
                 ("out", "../etc", ".."),
                 ("none", "no/such", "no/such"),
                 ("file", "www/index.html", "not a directory"),
             ] {
                 let wrong = with_mount(node, name, volume(sub_path));
-                let failed = node
-                    .create(&pod_id, &pod, &wrong)
-                    .err()
-                    .ok_or(format!("{name} is made"))?;
+                let failed = node.create(&pod_id, &pod, &wrong).err().ok_or(format!(
+                    "the server created the container {name} although its image_sub_path {sub_path:?} is invalid"
+                ))?;
                 let message = failed.message().unwrap_or_default();
-                ensure!(message.contains(says), "{name}: {message}");
+                ensure!(
+                    message.contains(words),
+                    "the error message about the image_sub_path {sub_path:?} does not contain {words:?}: {message}"
+                );
             }
             let mut absent = with_mount(node, "absent", volume(""));
             absent["mounts"][1]["image"]["image"] = json!("127.0.0.1:5000/no/such:1");
-            let failed = node
-                .create(&pod_id, &pod, &absent)
-                .err()
-                .ok_or("it is made")?;
+            let failed = node.create(&pod_id, &pod, &absent).err().ok_or(
+                "the server created a container although the image of its volume is missing",
+            )?;
             let message = failed.message().unwrap_or_default();
-            ensure!(message.contains("127.0.0.1:5000/no/such:1"), "{message}");
+            ensure!(
+                message.contains("127.0.0.1:5000/no/such:1"),
+                "the error message does not name the missing image of the volume: {message}"
+            );
         }
         Ok(())
     })
 }
 
-/// Pushes an image like demo/busybox whose configuration has this, too.
+/// Pushes a copy of demo/busybox with the additional key `key` in its configuration, and returns
+/// the copy's reference.
 fn push_with(node: &Node, name: &str, key: &str, value: Value) -> Result<String> {
     let url = |rest: &str| format!("http://127.0.0.1:{PORT}/v2/demo/{rest}");
     let accept = "Accept: application/vnd.oci.image.manifest.v1+json";
@@ -146,7 +156,7 @@ fn push_with(node: &Node, name: &str, key: &str, value: Value) -> Result<String>
             .eq_ignore_ascii_case("location")
             .then(|| value.trim().to_owned())
     });
-    let place = place.ok_or("no place to upload to")?;
+    let place = place.ok_or("the registry returned no upload location")?;
     let to = format!("{place}&digest={digest}");
     let data = format!("@{}", file.display());
     let binary = "Content-Type: application/octet-stream";
@@ -177,7 +187,7 @@ fn push_with(node: &Node, name: &str, key: &str, value: Value) -> Result<String>
     Ok(format!("127.0.0.1:{PORT}/demo/busybox:{name}"))
 }
 
-fn what_an_image_declares_is_a_volume_of_its_own() -> Result {
+fn a_volume_that_an_image_declares_is_a_separate_mount() -> Result {
     on_a_node(|node| {
         let image = push_with(
             node,
@@ -200,7 +210,7 @@ fn what_an_image_declares_is_a_volume_of_its_own() -> Result {
         let inside = |script: &str| node.asks(&["exec", "-s", &id, "sh", "-c", script]);
         ensure!(
             inside("cat /etc/passwd")?.contains("root:"),
-            "nothing was copied"
+            "the server did not copy the image's files to the volume"
         );
         inside("echo a > /fresh/a && echo b > /etc/b && echo c > /own/c")?;
         let mounts = inside("cat /proc/mounts")?;
@@ -208,29 +218,31 @@ fn what_an_image_declares_is_a_volume_of_its_own() -> Result {
             let line = mounts
                 .lines()
                 .find(|line| line.split(' ').nth(1) == Some(place));
-            let line = line.ok_or(format!("nothing is mounted on {place}:\n{mounts}"))?;
+            let line = line.ok_or(format!(
+                "nothing is mounted on {place} in the container; its mounts:\n{mounts}"
+            ))?;
             ensure!(
                 !line.starts_with("overlay"),
-                "{place} is in the writable layer"
+                "no volume is mounted on {place}; the directory is a part of the container's writable layer"
             );
         }
         ensure_eq!(
             fs::read_to_string(own.join("c"))?,
             "c\n",
-            "the request's mount"
+            "content of the file on the node after the container wrote to the file through its mount"
         );
         if is_rrun() {
             let upper = node.join("root/containers").join(&id).join("upper");
             ensure!(
                 !upper.join("fresh/a").exists(),
-                "it is in the writable layer"
+                "the volume's file is in the writable layer"
             );
         }
         Ok(())
     })
 }
 
-fn mounts_are_read_only_and_propagate_as_asked() -> Result {
+fn a_mount_has_the_access_mode_and_the_propagation_that_its_container_requests() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("mounts");
@@ -273,7 +285,7 @@ fn tmpfs(place: &str) -> Result {
 }
 
 fn propagation(node: &Node, pod_id: &str, pod: &Value, top: &str, below: &str) -> Result {
-    let asks = |name: &str, more: Value| {
+    let mounting = |name: &str, more: Value| {
         let mut mount = json!({ "container_path": "/m", "host_path": top });
         for (key, value) in more.as_object().into_iter().flatten() {
             mount[key] = value.clone();
@@ -284,19 +296,19 @@ fn propagation(node: &Node, pod_id: &str, pod: &Value, top: &str, below: &str) -
         let script = format!("echo x > {path}");
         node.asks(&["exec", "-s", id, "sh", "-c", &script]).is_ok()
     };
-    let top_only = node.run(pod_id, pod, &asks("ro", json!({ "readonly": true })))?;
+    let top_only = node.run(pod_id, pod, &mounting("ro", json!({ "readonly": true })))?;
     ensure!(
         !writes(&top_only, "/m/x") && writes(&top_only, "/m/below/x"),
-        "readonly"
+        "a mount with the setting readonly is writable, or the mount below it is read-only"
     );
-    let all = asks(
+    let all = mounting(
         "rro",
         json!({ "readonly": true, "recursive_read_only": true }),
     );
     let all = node.run(pod_id, pod, &all)?;
     ensure!(
         !writes(&all, "/m/x") && !writes(&all, "/m/below/x"),
-        "recursive_read_only"
+        "a mount with the setting recursive_read_only, or the mount below it, is writable"
     );
     for (name, wrong) in [
         ("not-ro", json!({ "recursive_read_only": true })),
@@ -304,24 +316,36 @@ fn propagation(node: &Node, pod_id: &str, pod: &Value, top: &str, below: &str) -
         ("shared", json!({ "propagation": 2 })),
     ] {
         ensure!(
-            node.create(pod_id, pod, &asks(name, wrong))
+            node.create(pod_id, pod, &mounting(name, wrong))
                 .and_then(|id| node.asks(&["start", &id]))
                 .is_err(),
-            "{name} of a private mount"
+            "the server started the container {name} although the options of its mount are invalid"
         );
     }
     let shared = MsFlags::MS_SHARED | MsFlags::MS_REC;
     mount(None::<&str>, top, None::<&str>, shared, None::<&str>)?;
-    let slave = node.run(pod_id, pod, &asks("slaves", json!({ "propagation": 1 })))?;
+    let slave = node.run(
+        pod_id,
+        pod,
+        &mounting("slaves", json!({ "propagation": 1 })),
+    )?;
     fs::create_dir(format!("{below}/later"))?;
     tmpfs(&format!("{below}/later"))?;
     fs::write(format!("{below}/later/file"), "later")?;
     let text = node.asks(&["exec", "-s", &slave, "cat", "/m/below/later/file"])?;
-    ensure_eq!(text.trim(), "later", "what was mounted later");
-    // What is missing on the node becomes a directory.
+    ensure_eq!(
+        text.trim(),
+        "later",
+        "content of a file on a file system mounted after the container's start"
+    );
+    // If the source of a mount does not exist on the node, the server creates the source as a
+    // directory.
     let missing = node.join("missing/dir");
     let mount = json!({ "container_path": "/missing", "host_path": missing });
     node.run(pod_id, pod, &with_mount(node, "missing", mount))?;
-    ensure!(missing.is_dir(), "the missing source is not a directory");
+    ensure!(
+        missing.is_dir(),
+        "the server did not create the missing source as a directory"
+    );
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! The server can't be wedged: killed at any moment, asked again by callers that gave up, with
-//! monitors killed under it, and after a reboot.
+//! These tests check that the server never gets stuck. The tests kill the server at random moments,
+//! cancel calls and repeat them, kill monitors, and simulate a reboot.
 
 use std::fs;
 use std::path::Path;
@@ -27,22 +27,22 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        a_server_killed_at_random_under_load_loses_and_leaks_nothing,
+        a_server_that_is_killed_at_random_under_load_loses_and_leaks_nothing,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        callers_that_cancel_at_random_and_retry_get_one_answer,
+        callers_get_the_same_answer_if_they_cancel_at_random_and_retry,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        a_killed_monitors_containers_are_stopped_and_reported,
+        containers_are_stopped_and_reported_as_exited_if_their_monitor_is_killed,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        after_a_reboot_pods_are_not_ready_and_can_be_removed,
+        pods_are_not_ready_after_a_reboot_and_can_be_removed,
         A_NODE,
         Need::RrunCri
     ),
@@ -50,31 +50,32 @@ pub(crate) const TESTS: &[Test] = &[
 
 type Answer<T> = std::result::Result<T, Status>;
 
-/// Lines that the container of each pod writes.
+/// The number of lines in the log of each pod's writer container.
 const LINES: u64 = 300;
 
-/// How far something has come, as far as its client knows.
+/// The progress of a CRI call, as the client of the call sees it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
     #[default]
-    Not,
-    Asked,
+    NotSent,
+    Sent,
     Answered,
 }
 
-/// One pod's life, as its client saw it.
+/// The life cycle of one pod: the pod's settings, and the progress of each CRI call from the
+/// client's view.
 #[derive(Clone, Debug, Default)]
-struct Life {
+struct LifeCycle {
     name: String,
     own_network: bool,
     code: i32,
     pod: String,
     run: Step,
-    /// The container that writes lines and exits with `code`.
+    /// The id of the container that writes lines and exits with `code`.
     writer: String,
     create: Step,
     start: Step,
-    /// The container that would sleep.
+    /// The id of the sleeper container. This container sleeps until it is stopped.
     sleeper: String,
     sleeper_started: Step,
     sleeper_stopped: Step,
@@ -83,27 +84,28 @@ struct Life {
     remove: Step,
 }
 
-/// A life that others look at after its task has gone.
+/// The life cycle of a pod. The test can still read the life cycle after the client's task was
+/// cancelled.
 #[derive(Clone)]
-struct Told(Arc<Mutex<Life>>);
+struct SharedLifeCycle(Arc<Mutex<LifeCycle>>);
 
-impl Told {
-    fn change(&self, change: impl FnOnce(&mut Life)) {
-        change(&mut self.look());
+impl SharedLifeCycle {
+    fn change(&self, change: impl FnOnce(&mut LifeCycle)) {
+        change(&mut self.lock());
     }
 
-    fn look(&self) -> std::sync::MutexGuard<'_, Life> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, LifeCycle> {
         self.0
             .lock()
             .unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn copy(&self) -> Life {
-        self.look().clone()
+    fn copy(&self) -> LifeCycle {
+        self.lock().clone()
     }
 }
 
-fn pod_config(life: &Life, logs: &Path) -> PodSandboxConfig {
+fn pod_config(life: &LifeCycle, logs: &Path) -> PodSandboxConfig {
     let network = if life.own_network {
         NamespaceMode::Pod
     } else {
@@ -141,12 +143,16 @@ fn writer_config(code: i32) -> ContainerConfig {
     }
 }
 
-/// A pod's whole life, told step by step.
-async fn live(mut client: RuntimeClient, told: Told, logs: std::path::PathBuf) -> Answer<()> {
-    let config = pod_config(&told.copy(), &logs);
-    let code = told.look().code;
+/// Makes all CRI calls in the life cycle of a pod, and records the progress of each CRI call.
+async fn live(
+    mut client: RuntimeClient,
+    shared: SharedLifeCycle,
+    logs: std::path::PathBuf,
+) -> Answer<()> {
+    let config = pod_config(&shared.copy(), &logs);
+    let code = shared.lock().code;
     let sandbox_config = || Some(config.clone());
-    told.change(|life| life.run = Step::Asked);
+    shared.change(|life| life.run = Step::Sent);
     let request = RunPodSandboxRequest {
         config: sandbox_config(),
         ..RunPodSandboxRequest::default()
@@ -156,9 +162,9 @@ async fn live(mut client: RuntimeClient, told: Told, logs: std::path::PathBuf) -
         .await?
         .into_inner()
         .pod_sandbox_id;
-    told.change(|life| (life.run, life.pod) = (Step::Answered, pod_id.clone()));
+    shared.change(|life| (life.run, life.pod) = (Step::Answered, pod_id.clone()));
 
-    told.change(|life| life.create = Step::Asked);
+    shared.change(|life| life.create = Step::Sent);
     let request = CreateContainerRequest {
         pod_sandbox_id: pod_id.clone(),
         config: Some(writer_config(code)),
@@ -166,12 +172,12 @@ async fn live(mut client: RuntimeClient, told: Told, logs: std::path::PathBuf) -
     };
     let id = client.create_container(request).await?.into_inner();
     let container_id = id.container_id;
-    told.change(|life| (life.create, life.writer) = (Step::Answered, container_id.clone()));
-    told.change(|life| life.start = Step::Asked);
+    shared.change(|life| (life.create, life.writer) = (Step::Answered, container_id.clone()));
+    shared.change(|life| life.start = Step::Sent);
     client
         .start_container(StartContainerRequest { container_id })
         .await?;
-    told.change(|life| life.start = Step::Answered);
+    shared.change(|life| life.start = Step::Answered);
 
     let request = CreateContainerRequest {
         pod_sandbox_id: pod_id.clone(),
@@ -180,41 +186,41 @@ async fn live(mut client: RuntimeClient, told: Told, logs: std::path::PathBuf) -
     };
     let id = client.create_container(request).await?.into_inner();
     let container_id = id.container_id;
-    told.change(|life| life.sleeper.clone_from(&container_id));
-    told.change(|life| life.sleeper_started = Step::Asked);
+    shared.change(|life| life.sleeper.clone_from(&container_id));
+    shared.change(|life| life.sleeper_started = Step::Sent);
     let request = StartContainerRequest {
         container_id: container_id.clone(),
     };
     client.start_container(request).await?;
-    told.change(|life| life.sleeper_started = Step::Answered);
-    told.change(|life| life.sleeper_stopped = Step::Asked);
+    shared.change(|life| life.sleeper_started = Step::Answered);
+    shared.change(|life| life.sleeper_stopped = Step::Sent);
     let request = StopContainerRequest {
         container_id: container_id.clone(),
         timeout: 0,
     };
     client.stop_container(request).await?;
-    told.change(|life| life.sleeper_stopped = Step::Answered);
-    told.change(|life| life.sleeper_removed = Step::Asked);
+    shared.change(|life| life.sleeper_stopped = Step::Answered);
+    shared.change(|life| life.sleeper_removed = Step::Sent);
     client
         .remove_container(RemoveContainerRequest { container_id })
         .await?;
-    told.change(|life| life.sleeper_removed = Step::Answered);
+    shared.change(|life| life.sleeper_removed = Step::Answered);
 
     if code % 2 == 0 {
         return Ok(());
     }
-    told.change(|life| life.stop = Step::Asked);
+    shared.change(|life| life.stop = Step::Sent);
     let request = StopPodSandboxRequest {
         pod_sandbox_id: pod_id.clone(),
     };
     client.stop_pod_sandbox(request).await?;
-    told.change(|life| life.stop = Step::Answered);
-    told.change(|life| life.remove = Step::Asked);
+    shared.change(|life| life.stop = Step::Answered);
+    shared.change(|life| life.remove = Step::Sent);
     let request = RemovePodSandboxRequest {
         pod_sandbox_id: pod_id,
     };
     client.remove_pod_sandbox(request).await?;
-    told.change(|life| life.remove = Step::Answered);
+    shared.change(|life| life.remove = Step::Answered);
     Ok(())
 }
 
@@ -233,8 +239,9 @@ async fn containers(client: &mut RuntimeClient, pod: &str) -> Answer<Vec<Contain
         .containers)
 }
 
-/// What must be there of a life that a kill cut short, and what must not.
-fn check(node: &Node, calls: &Calls, life: &Life) -> Result {
+/// Checks the server's pods and containers after the test killed the server during the CRI calls
+/// for the pod `life`. Every CRI call that the server answered must have taken effect.
+fn check(node: &Node, calls: &Calls, life: &LifeCycle) -> Result {
     let mut client = calls.runtime();
     let listed = calls.wait(async move {
         client
@@ -247,82 +254,142 @@ fn check(node: &Node, calls: &Calls, life: &Life) -> Result {
         .into_iter()
         .filter(|pod| pod.metadata.as_ref().is_some_and(|m| m.name == life.name))
         .collect();
-    ensure!(pods.len() <= 1, "{} pods of one name: {life:?}", pods.len());
+    ensure!(
+        pods.len() <= 1,
+        "{} pods have the same name; progress of the CRI calls for the pod with this name: {life:?}",
+        pods.len()
+    );
     let pod = pods.first();
     if life.remove == Step::Answered {
-        ensure!(pod.is_none(), "a removed pod is back: {life:?}");
+        ensure!(
+            pod.is_none(),
+            "the server still lists the pod, although RemovePodSandbox succeeded; progress of its CRI calls: {life:?}"
+        );
     }
     let Some(pod) = pod else {
         ensure!(
-            life.run < Step::Answered || life.remove >= Step::Asked,
-            "a pod that was answered is lost: {life:?}"
+            life.run < Step::Answered || life.remove >= Step::Sent,
+            "the server lost a pod whose RunPodSandbox call had succeeded; progress of its CRI calls: {life:?}"
         );
         return Ok(());
     };
     if life.run == Step::Answered {
-        ensure_eq!(pod.id, life.pod, "the pod's id, {life:?}");
+        ensure_eq!(
+            pod.id,
+            life.pod,
+            "the pod's id (progress of the pod's CRI calls: {life:?})"
+        );
     }
-    if life.stop == Step::Not {
+    if life.stop == Step::NotSent {
         let ready = PodSandboxState::SandboxReady;
-        ensure_eq!(pod.state(), ready, "the pod's state, {life:?}");
+        ensure_eq!(
+            pod.state(),
+            ready,
+            "the pod's state (progress of the pod's CRI calls: {life:?})"
+        );
     }
     if life.stop == Step::Answered {
         let not_ready = PodSandboxState::SandboxNotready;
-        ensure_eq!(pod.state(), not_ready, "the stopped pod's state, {life:?}");
+        ensure_eq!(
+            pod.state(),
+            not_ready,
+            "the stopped pod's state (progress of the pod's CRI calls: {life:?})"
+        );
     }
     let mut client = calls.runtime();
     let pod_id = pod.id.clone();
-    let there = calls.wait(async move { containers(&mut client, &pod_id).await })??;
+    let existing = calls.wait(async move { containers(&mut client, &pod_id).await })??;
     let find = |name: &str| {
-        let mut of = there
+        let mut of = existing
             .iter()
             .filter(|one| one.metadata.as_ref().is_some_and(|m| m.name == name));
         (of.next(), of.count())
     };
     let (writer, more) = find("writer");
-    ensure_eq!(more, 0, "further writers, {life:?}");
-    if life.create == Step::Answered && life.remove == Step::Not {
-        let writer = writer.ok_or(format!("the container is lost: {life:?}"))?;
-        ensure_eq!(writer.id, life.writer, "the container's id, {life:?}");
-        if life.start == Step::Not {
+    ensure_eq!(
+        more,
+        0,
+        "number of additional writer containers (progress of the pod's CRI calls: {life:?})"
+    );
+    if life.create == Step::Answered && life.remove == Step::NotSent {
+        let writer = writer.ok_or(format!(
+            "the server lost the writer container; progress of the pod's CRI calls: {life:?}"
+        ))?;
+        ensure_eq!(
+            writer.id,
+            life.writer,
+            "the writer container's id (progress of the pod's CRI calls: {life:?})"
+        );
+        if life.start == Step::NotSent {
             let created = ContainerState::ContainerCreated;
-            ensure_eq!(writer.state(), created, "its state, {life:?}");
+            ensure_eq!(
+                writer.state(),
+                created,
+                "the state of the writer container (progress of the pod's CRI calls: {life:?})"
+            );
         }
         if life.start == Step::Answered {
-            // It ends by itself, unless its pod was stopped before it could.
+            // The writer container exits by itself. If the pod was stopped first, the server killed
+            // the container, and the exit code is 137.
             let status = node.exited(&writer.id)?;
-            let killed = life.stop > Step::Not && status["exitCode"] == 137;
+            let killed = life.stop > Step::NotSent && status["exitCode"] == 137;
             if !killed {
-                ensure_eq!(status["exitCode"], life.code, "exit code, {life:?}");
+                ensure_eq!(
+                    status["exitCode"],
+                    life.code,
+                    "the exit code of the writer container (progress of the pod's CRI calls: {life:?})"
+                );
                 let numbers = line_numbers(&node.log_of(&life.name, "writer")?)?;
                 without_gap(&numbers)?;
-                ensure_eq!(numbers.len() as u64, LINES, "lines in the log, {life:?}");
+                ensure_eq!(
+                    numbers.len() as u64,
+                    LINES,
+                    "number of lines in the log of the writer container (progress of the pod's CRI calls: {life:?})"
+                );
             }
         }
     }
     let (sleeper, more) = find("sleeper");
-    ensure_eq!(more, 0, "further sleepers, {life:?}");
+    ensure_eq!(
+        more,
+        0,
+        "number of additional sleeper containers (progress of the pod's CRI calls: {life:?})"
+    );
     if life.sleeper_removed == Step::Answered {
-        ensure!(sleeper.is_none(), "a removed container is back: {life:?}");
-    } else if life.sleeper_removed == Step::Not && life.sleeper_started == Step::Answered {
-        let sleeper = sleeper.ok_or(format!("the sleeper is lost: {life:?}"))?;
+        ensure!(
+            sleeper.is_none(),
+            "the server still lists the sleeper container, although RemoveContainer succeeded; progress of the pod's CRI calls: {life:?}"
+        );
+    } else if life.sleeper_removed == Step::NotSent && life.sleeper_started == Step::Answered {
+        let sleeper = sleeper.ok_or(format!(
+            "the server lost the sleeper container; progress of the pod's CRI calls: {life:?}"
+        ))?;
         match life.sleeper_stopped {
-            Step::Not => {
+            Step::NotSent => {
                 let running = ContainerState::ContainerRunning;
-                ensure_eq!(sleeper.state(), running, "the sleeper's state, {life:?}");
+                ensure_eq!(
+                    sleeper.state(),
+                    running,
+                    "the state of the sleeper container (progress of the pod's CRI calls: {life:?})"
+                );
             }
-            Step::Asked => {}
+            Step::Sent => {}
             Step::Answered => {
                 let code = node.status(&sleeper.id)?["exitCode"].clone();
-                ensure_eq!(code, 137, "the sleeper's exit code, {life:?}");
+                ensure_eq!(
+                    code,
+                    137,
+                    "the exit code of the sleeper container (progress of the pod's CRI calls: {life:?})"
+                );
             }
         }
     }
     Ok(())
 }
 
-/// Runs the pod, or joins or finds it, and removes it.
-fn end(calls: &Calls, life: &Life, logs: &Path) -> Result {
+/// Requests the pod again, and then removes all pods. The new request joins a RunPodSandbox call
+/// that is still in progress, or returns the existing pod.
+fn end(calls: &Calls, life: &LifeCycle, logs: &Path) -> Result {
     let mut client = calls.runtime();
     let config = pod_config(life, logs);
     let finish = async move {
@@ -343,65 +410,77 @@ fn end(calls: &Calls, life: &Life, logs: &Path) -> Result {
         Ok::<_, Status>(())
     };
     let ended = calls.wait(finish)?;
-    Ok(ended.map_err(|status| format!("{}: {status}", life.name))?)
+    Ok(ended.map_err(|status| {
+        format!(
+            "cannot request the pod {} again and remove all pods: {status}",
+            life.name
+        )
+    })?)
 }
 
-/// Nothing of any pod is there.
+/// Waits until the server's directories contain no files of pods or containers.
 fn nothing_is_left(node: &Node) -> Result {
-    wait_for("the server's directories to be empty", || {
-        for dir in ["state/pods", "state/netns", "root/containers", "root/trash"] {
-            if let Ok(mut entries) = fs::read_dir(node.join(dir))
-                && let Some(entry) = entries.next()
-            {
-                return Err(format!("{} is left", entry?.path().display()).into());
+    wait_for(
+        "the server's directories for pods and containers to be empty",
+        || {
+            for dir in ["state/pods", "state/netns", "root/containers", "root/trash"] {
+                if let Ok(mut entries) = fs::read_dir(node.join(dir))
+                    && let Some(entry) = entries.next()
+                {
+                    return Err(format!(
+                        "the file {} of a removed pod or container still exists",
+                        entry?.path().display()
+                    )
+                    .into());
+                }
             }
-        }
-        Ok(Some(()))
-    })
+            Ok(Some(()))
+        },
+    )
 }
 
-fn a_server_killed_at_random_under_load_loses_and_leaks_nothing() -> Result {
+fn a_server_that_is_killed_at_random_under_load_loses_and_leaks_nothing() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let logs = node.join("logs");
         let mut dice = Dice::new();
         for round in 0..rounds(20, 200) {
             let calls = Calls::new(node)?;
-            let lives: Vec<Told> = (0..3)
+            let lives: Vec<SharedLifeCycle> = (0..3)
                 .map(|number| {
-                    Told(Arc::new(Mutex::new(Life {
+                    SharedLifeCycle(Arc::new(Mutex::new(LifeCycle {
                         name: format!("k{round}-{number}"),
                         own_network: number == 0,
                         code: i32::try_from(dice.below(100)).unwrap_or_default(),
-                        ..Life::default()
+                        ..LifeCycle::default()
                     })))
                 })
                 .collect();
             let moment = Duration::from_micros(dice.below(150_000));
             let work = lives
                 .iter()
-                .map(|told| live(calls.runtime(), told.clone(), logs.clone()));
+                .map(|shared| live(calls.runtime(), shared.clone(), logs.clone()));
             let work: Vec<_> = work.collect();
             let _ = calls.together(work.into_iter().map(|work| async move {
-                // Past this moment the client is gone, and then the server.
+                // The client cancels its calls after `moment`. Then the test kills the server.
                 tokio::time::timeout(moment, work).await.is_ok()
             }))?;
             node.kill_server()?;
             drop(calls);
             node.start_server()?;
             let calls = Calls::new(node)?;
-            for told in &lives {
-                let life = told.copy();
+            for shared in &lives {
+                let life = shared.copy();
                 check(node, &calls, &life).map_err(|failed| {
                     let message = failed.message().unwrap_or_default();
                     format!(
-                        "round {round}, after {moment:?}, seed {}: {message}",
+                        "in round {round} (random seed {}), the test killed the server at most {moment:?} after the start of the CRI calls; the failure: {message}",
                         dice.seed
                     )
                 })?;
             }
-            for told in &lives {
-                end(&calls, &told.copy(), &logs)?;
+            for shared in &lives {
+                end(&calls, &shared.copy(), &logs)?;
             }
             nothing_is_left(node)?;
         }
@@ -409,17 +488,17 @@ fn a_server_killed_at_random_under_load_loses_and_leaks_nothing() -> Result {
     })
 }
 
-fn callers_that_cancel_at_random_and_retry_get_one_answer() -> Result {
+fn callers_get_the_same_answer_if_they_cancel_at_random_and_retry() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let calls = Calls::new(node)?;
         let mut dice = Dice::new();
         for round in 0..rounds(20, 200) {
             let name = format!("c{round}");
-            let life = Life {
+            let life = LifeCycle {
                 name: name.clone(),
                 own_network: round % 2 == 0,
-                ..Life::default()
+                ..LifeCycle::default()
             };
             let config = pod_config(&life, &node.join("logs"));
             let mut given_up = Duration::ZERO;
@@ -427,42 +506,54 @@ fn callers_that_cancel_at_random_and_retry_get_one_answer() -> Result {
                 given_up = Duration::from_micros(dice.below(most));
                 given_up
             };
-            let run = |patience: Option<Duration>| {
+            let run = |timeout: Option<Duration>| {
                 let mut client = calls.runtime();
                 let request = RunPodSandboxRequest {
                     config: Some(config.clone()),
                     ..RunPodSandboxRequest::default()
                 };
-                calls.wait(impatient(patience, async move {
+                calls.wait(with_timeout(timeout, async move {
                     let answer = client.run_pod_sandbox(request).await?;
                     Ok(answer.into_inner().pod_sandbox_id)
                 }))
             };
             run(Some(moment(20_000)))?;
-            let pod_id = run(None)?.ok_or("no answer")??;
+            let pod_id = run(None)?.ok_or("RunPodSandbox returned no answer")??;
 
-            let create = |patience: Option<Duration>| {
+            let create = |timeout: Option<Duration>| {
                 let mut client = calls.runtime();
                 let request = CreateContainerRequest {
                     pod_sandbox_id: pod_id.clone(),
                     config: Some(container("one", &["sleep", "600"])),
                     sandbox_config: Some(config.clone()),
                 };
-                calls.wait(impatient(patience, async move {
+                calls.wait(with_timeout(timeout, async move {
                     let answer = client.create_container(request).await?;
                     Ok(answer.into_inner().container_id)
                 }))
             };
             create(Some(moment(8_000)))?;
-            let id = create(None)?.ok_or("no answer")??;
-            ensure_eq!(create(None)?.ok_or("no answer")??, id, "asked again");
+            let id = create(None)?.ok_or("CreateContainer returned no answer")??;
+            ensure_eq!(
+                create(None)?.ok_or("CreateContainer returned no answer")??,
+                id,
+                "container id that a second CreateContainer returned"
+            );
             node.asks(&["start", &id])?;
-            // Also of one that runs.
-            ensure_eq!(create(None)?.ok_or("no answer")??, id, "asked when it runs");
+            // If the container already runs, CreateContainer still returns its id.
+            ensure_eq!(
+                create(None)?.ok_or("CreateContainer returned no answer")??,
+                id,
+                "container id that CreateContainer returned"
+            );
             let mut client = calls.runtime();
             let of = pod_id.clone();
-            let there = calls.wait(async move { containers(&mut client, &of).await })??;
-            ensure_eq!(there.len(), 1, "containers of round {round}");
+            let existing = calls.wait(async move { containers(&mut client, &of).await })??;
+            ensure_eq!(
+                existing.len(),
+                1,
+                "number of containers in the pod of round {round}"
+            );
 
             let mut client = calls.runtime();
             calls.wait(async move {
@@ -483,37 +574,40 @@ fn callers_that_cancel_at_random_and_retry_get_one_answer() -> Result {
                 };
                 client.remove_image(request).await
             })??;
-            let pull = |patience: Option<Duration>| {
+            let pull = |timeout: Option<Duration>| {
                 let mut client = calls.image();
                 let request = PullImageRequest {
                     image: Some(image()),
                     ..PullImageRequest::default()
                 };
-                calls.wait(impatient(patience, async move {
+                calls.wait(with_timeout(timeout, async move {
                     Ok(client.pull_image(request).await?.into_inner().image_ref)
                 }))
             };
             pull(Some(moment(40_000)))?;
-            pull(None)?.ok_or("no answer")??;
+            pull(None)?.ok_or("PullImage returned no answer")??;
             let pods = node.asks(&["pods", "--quiet"])?;
-            ensure!(pods.is_empty(), "pods of round {round} are left: {pods}");
+            ensure!(
+                pods.is_empty(),
+                "pods of round {round} still exist after their removal: {pods}"
+            );
         }
         nothing_is_left(node)
     })
 }
 
-/// What came of it within that time; `None`: it was given up.
-async fn impatient<T>(
-    patience: Option<Duration>,
+/// Returns the answer, or `None` if no answer arrived within the timeout.
+async fn with_timeout<T>(
+    timeout: Option<Duration>,
     work: impl Future<Output = Answer<T>>,
 ) -> Option<Answer<T>> {
-    match patience {
+    match timeout {
         None => Some(work.await),
-        Some(patience) => tokio::time::timeout(patience, work).await.ok(),
+        Some(timeout) => tokio::time::timeout(timeout, work).await.ok(),
     }
 }
 
-fn a_killed_monitors_containers_are_stopped_and_reported() -> Result {
+fn containers_are_stopped_and_reported_as_exited_if_their_monitor_is_killed() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         for (name, pid_mode) in [("own", 1), ("shared", 0)] {
@@ -532,44 +626,55 @@ fn a_killed_monitors_containers_are_stopped_and_reported() -> Result {
             let waits = node.create(&pod_id, &pod, &node.container("waits", &["sleep", "600"]))?;
             let pid = node.pid(&id)?;
             let exec = node.crictl(&["exec", "-s", &id, "sleep", "600"]).start()?;
-            wait_for("the exec", || {
+            wait_for("the command of the exec session to start", || {
                 let all = node.asks(&["exec", "-s", &id, "ps"])?;
                 Ok((all.matches("sleep 600").count() > 1).then_some(()))
             })?;
             kill(node.monitor(&pod_id)?, Signal::SIGKILL)?;
 
             let status = node.exited(&id)?;
-            ensure_eq!(status["exitCode"], 137, "exit code of what it looked after");
+            ensure_eq!(
+                status["exitCode"],
+                137,
+                "exit code of a container whose monitor was killed"
+            );
             ensure!(
                 !status["message"].as_str().unwrap_or_default().is_empty(),
-                "no sentence in {status}"
+                "the status of a container whose monitor was killed has no message: {status}"
             );
             ensure_eq!(
                 node.exited(&ended)?["exitCode"],
                 3,
-                "of what had ended before"
+                "exit code of a container that exited before the kill of the monitor"
             );
             node.exited(&waits)?;
             ensure!(
                 !fs::exists(format!("/proc/{pid}"))?
                     || fs::read(format!("/proc/{pid}/cmdline"))?.is_empty(),
-                "the container lives on"
+                "a container's process still runs although the container's monitor was killed"
             );
             let output = exec.end()?;
-            ensure!(output.code != 0, "the exec succeeded: {}", output.told());
+            ensure!(
+                output.code != 0,
+                "crictl exec succeeded although the container's monitor was killed: {}",
+                output.told()
+            );
             wait_for("the pod to be NotReady", || {
                 let state = node.json(&["inspectp", &pod_id])?["status"]["state"].clone();
                 Ok((state == "SANDBOX_NOTREADY").then_some(()))
             })?;
             let refused = node.crictl(&["exec", "-s", &id, "true"]).end()?;
-            ensure!(refused.code != 0, "an exec in it succeeded");
+            ensure!(
+                refused.code != 0,
+                "crictl exec succeeded in a container whose monitor was killed"
+            );
             node.asks(&["rmp", "--force", &pod_id])?;
         }
         nothing_is_left(node)
     })
 }
 
-fn after_a_reboot_pods_are_not_ready_and_can_be_removed() -> Result {
+fn pods_are_not_ready_after_a_reboot_and_can_be_removed() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let pod = node.pod("before");
@@ -588,10 +693,14 @@ fn after_a_reboot_pods_are_not_ready_and_can_be_removed() -> Result {
         ensure_eq!(
             node.status(&runs)?["state"],
             "CONTAINER_EXITED",
-            "of what ran"
+            "state of a container after the reboot"
         );
-        ensure_eq!(node.status(&ended)?["exitCode"], 5, "of what had ended");
-        // kubelet makes the pod again, with the next attempt, and removes the old one.
+        ensure_eq!(
+            node.status(&ended)?["exitCode"],
+            5,
+            "exit code of a container that exited before the reboot"
+        );
+        // kubelet creates the pod again with the next attempt number, and removes the old pod.
         let mut again = pod;
         again["metadata"]["attempt"] = 1.into();
         let new_id = node.runp(&again)?;
@@ -599,7 +708,7 @@ fn after_a_reboot_pods_are_not_ready_and_can_be_removed() -> Result {
         ensure_eq!(
             node.asks(&["exec", "-s", &new, "echo", "up"])?,
             "up",
-            "exec"
+            "output of a command that exec ran in the new pod"
         );
         node.asks(&["stopp", &pod_id])?;
         node.asks(&["rmp", &pod_id])?;

@@ -1,5 +1,6 @@
-//! A pod for each of kubelet's features that a runtime must have its part in. (Recursive read-only
-//! mounts are not among them: without an API server kubelet asks for none; `cri::volumes` has them.)
+//! This test runs one pod for each kubelet feature that needs support from the CRI server. (kubelet
+//! requests recursive read-only mounts only if it has an API server. The module `cri::volumes`
+//! tests such mounts.)
 
 use std::fs;
 use std::path::Path;
@@ -15,22 +16,23 @@ use crate::support::node::{BUSYBOX, Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[test!(
-    pods_have_the_users_volumes_and_filters_that_they_ask_for,
+    pods_get_the_users_and_the_volumes_and_the_seccomp_filters_that_they_request,
     Need::Native,
     Need::RrunCri,
     KUBELET,
 )];
 
-/// Without events: the pods' states are asked for each second.
+/// The kubelet configuration. EventedPLEG is disabled, so kubelet polls the states of the pods
+/// every second.
 const CONFIG: &str = "\
 featureGates: {PodAndContainerStatsFromCRI: true, EventedPLEG: false}
 seccompDefault: true
 ";
 
-/// What each container says when it has looked at everything.
+/// The last line that each container prints.
 const DONE: &str = "that is all";
 
-fn pods_have_the_users_volumes_and_filters_that_they_ask_for() -> Result {
+fn pods_get_the_users_and_the_volumes_and_the_seccomp_filters_that_they_request() -> Result {
     on_a_node(|node| {
         without_limits(node)?;
         let config = format!("{CONFIG}{UNCOUNTED}");
@@ -41,24 +43,24 @@ fn pods_have_the_users_volumes_and_filters_that_they_ask_for() -> Result {
                 ..Options::default()
             },
         )?;
-        let manifests = [filtered(), of_an_image(), with_users()];
+        let manifests = [seccomp_pod(), image_volume_pod(), user_namespace_pod()];
         for pod in &manifests {
             kubelet.write_manifest(pod)?;
         }
         let pods = kubelet.ready(manifests.len())?;
         let [filtered, of_an_image, with_users] = &pods[..] else {
-            return Err(format!("other pods than written: {}", pods.len()).into());
+            return Err(format!("{} pods are Ready instead of three", pods.len()).into());
         };
-        seccomp_is_the_default_unless_refused(filtered)?;
-        an_image_is_a_volume(of_an_image)?;
-        a_pod_has_users_of_its_own(node, with_users)?;
-        // Their removal by kubelet is `kubelet::application`'s.
-        statistics_are_the_servers(&kubelet, &pods)
+        the_default_seccomp_profile_applies_unless_a_container_is_unconfined(filtered)?;
+        an_image_can_be_mounted_as_a_volume(of_an_image)?;
+        a_pod_has_its_own_range_of_user_ids(node, with_users)?;
+        // This test does not remove its pods. `kubelet::application` tests the removal of pods.
+        statistics_reach_kubelet(&kubelet, &pods)
     })
 }
 
-/// A container that tells what this script finds, and stays.
-fn looks(name: &str, script: &str) -> Value {
+/// Returns a container that runs `script`, prints the script's output, and then sleeps.
+fn script_container(name: &str, script: &str) -> Value {
     json!({
         "name": name,
         "image": BUSYBOX,
@@ -67,39 +69,46 @@ fn looks(name: &str, script: &str) -> Value {
     })
 }
 
-/// What such a container has told.
-fn told(pod: &Value, container: &str) -> Result<String> {
-    wait_for(&format!("{container} to have looked"), || {
-        let told = logs(pod, container)?;
-        Ok(told.strip_suffix(&format!("{DONE}\n")).map(str::to_owned))
-    })
+/// Waits until the script of a `script_container` has ended, and returns the script's output.
+fn script_output(pod: &Value, container: &str) -> Result<String> {
+    wait_for(
+        &format!("the script of the container {container} to end"),
+        || {
+            let output = logs(pod, container)?;
+            Ok(output.strip_suffix(&format!("{DONE}\n")).map(str::to_owned))
+        },
+    )
 }
 
-fn filtered() -> Value {
+fn seccomp_pod() -> Value {
     let script = "grep Seccomp: /proc/self/status; unshare -U true";
-    let mut refuses = looks("refuses", script);
+    let mut refuses = script_container("refuses", script);
     refuses["securityContext"] = json!({ "seccompProfile": { "type": "Unconfined" } });
     static_pod(
         "filtered",
         &json!({
             "terminationGracePeriodSeconds": 0,
-            "containers": [looks("default", script), refuses],
+            "containers": [script_container("default", script), refuses],
         }),
     )
 }
 
-fn seccomp_is_the_default_unless_refused(pod: &Value) -> Result {
-    let default = told(pod, "default")?;
+fn the_default_seccomp_profile_applies_unless_a_container_is_unconfined(pod: &Value) -> Result {
+    let default = script_output(pod, "default")?;
     ensure!(
         default.contains("Seccomp:\t2") && default.contains("Operation not permitted"),
-        "with seccompDefault: {default}"
+        "the default seccomp profile is not applied; the output of the script in the container: {default}"
     );
-    ensure_eq!(told(pod, "refuses")?, "Seccomp:\t0\n", "Unconfined");
+    ensure_eq!(
+        script_output(pod, "refuses")?,
+        "Seccomp:\t0\n",
+        "output of the container that runs without a seccomp profile"
+    );
     Ok(())
 }
 
-fn of_an_image() -> Value {
-    let mut container = looks(
+fn image_volume_pod() -> Value {
+    let mut container = script_container(
         "c",
         "cat /content/www/healthz /part/healthz; touch /content/new",
     );
@@ -118,18 +127,18 @@ fn of_an_image() -> Value {
     )
 }
 
-fn an_image_is_a_volume(pod: &Value) -> Result {
-    let told = told(pod, "c")?;
+fn an_image_can_be_mounted_as_a_volume(pod: &Value) -> Result {
+    let output = script_output(pod, "c")?;
     ensure_eq!(
-        told,
+        output,
         "ok\nok\ntouch: /content/new: Read-only file system\n",
-        "of an image as a volume"
+        "output of the container with an image volume"
     );
     Ok(())
 }
 
-fn with_users() -> Value {
-    let mut container = looks(
+fn user_namespace_pod() -> Value {
+    let mut container = script_container(
         "c",
         "cat /proc/self/uid_map; id -u; echo mine >/data/file; stat -c %u:%g /data/file",
     );
@@ -145,63 +154,86 @@ fn with_users() -> Value {
     )
 }
 
-fn a_pod_has_users_of_its_own(node: &Node, pod: &Value) -> Result {
-    let told = told(pod, "c")?;
-    let (map, rest) = told.split_once('\n').ok_or("it said nothing")?;
+fn a_pod_has_its_own_range_of_user_ids(node: &Node, pod: &Value) -> Result {
+    let output = script_output(pod, "c")?;
+    let (map, rest) = output
+        .split_once('\n')
+        .ok_or("the container did not print its uid map")?;
     let map: Vec<u32> = map
         .split_whitespace()
         .map(str::parse)
         .collect::<std::result::Result<_, _>>()?;
-    let [0, host, 65536] = map[..] else {
-        return Err(format!("a pod's 65536 users are {map:?}").into());
+    let [0, first_host_uid, 65536] = map[..] else {
+        return Err(format!("the pod's uid map is not one range of 65536 ids: {map:?}").into());
     };
-    ensure!(host >= 65536, "a pod's users are the node's own: {map:?}");
-    ensure_eq!(rest, "0\n0:0\n", "user and owner as the pod has them");
+    ensure!(
+        first_host_uid >= 65536,
+        "the pod's range of user ids overlaps with the node's user ids; the pod's uid map: {map:?}"
+    );
+    ensure_eq!(rest, "0\n0:0\n", "user id and file owner inside the pod");
     let pid = node.pid(&container_id(pod, "c")?)?;
     let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let user = format!("\nUid:\t{host}\t");
-    ensure!(status.contains(&user), "not user {host}: {status}");
-    // The volume is mapped: on the node the file is root's, whichever users the pod gets next.
+    let user = format!("\nUid:\t{first_host_uid}\t");
+    ensure!(
+        status.contains(&user),
+        "the container's process does not run with the user id {first_host_uid} on the node; the process's /proc/{pid}/status: {status}"
+    );
+    // The volume is mounted with mapped ids. On the node, the file therefore belongs to root, and
+    // not to a user id from the pod's range.
     let uid = pod["metadata"]["annotations"]["kubernetes.io/config.hash"].as_str();
     let volume = "volumes/kubernetes.io~empty-dir/data/file";
     let file = Path::new("/var/lib/kubelet/pods")
-        .join(uid.ok_or("no hash")?)
+        .join(uid.ok_or("the pod has no annotation with its config hash")?)
         .join(volume);
     let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(&file)?);
-    ensure_eq!(owner, 0, "the owner of {}", file.display());
+    ensure_eq!(owner, 0, "owner of the file {} on the node", file.display());
     Ok(())
 }
 
-/// All that can be counted without controllers.
-fn statistics_are_the_servers(kubelet: &Kubelet, pods: &[Value]) -> Result {
-    wait_for("the pods' statistics", || {
+/// Checks the statistics that kubelet reports even on a node without cgroup controllers.
+fn statistics_reach_kubelet(kubelet: &Kubelet, pods: &[Value]) -> Result {
+    wait_for("kubelet to report the statistics of all pods", || {
         let summary = kubelet.asks("/stats/summary")?;
         for pod in pods {
-            let told = summary["pods"].as_array().into_iter().flatten();
-            let told = told
+            let stats = summary["pods"].as_array().into_iter().flatten();
+            let stats = stats
                 .clone()
-                .find(|told| told["podRef"]["name"] == pod_name(pod))
-                .ok_or(format!("no {} in {summary}", pod_name(pod)))?;
-            let number = |what: &str| {
-                let number = told.pointer(what).and_then(Value::as_u64);
-                number.ok_or(format!("no {what} in {told}"))
+                .find(|stats| stats["podRef"]["name"] == pod_name(pod))
+                .ok_or(format!(
+                    "the pod {} is missing in kubelet's statistics {summary}",
+                    pod_name(pod)
+                ))?;
+            let number = |pointer: &str| {
+                let number = stats.pointer(pointer).and_then(Value::as_u64);
+                number.ok_or(format!(
+                    "the field {pointer} is missing in the pod's statistics {stats}"
+                ))
             };
-            ensure!(number("/network/rxBytes")? > 0, "{told}");
-            ensure!(number("/containers/0/logs/usedBytes")? > 0, "{told}");
+            ensure!(
+                number("/network/rxBytes")? > 0,
+                "the pod received no bytes; the pod's statistics: {stats}"
+            );
+            ensure!(
+                number("/containers/0/logs/usedBytes")? > 0,
+                "the log of the pod's first container has the size 0 in the pod's statistics: {stats}"
+            );
             number("/containers/0/rootfs/usedBytes")?;
-            ensure!(number("/process_stats/process_count")? > 0, "{told}");
+            ensure!(
+                number("/process_stats/process_count")? > 0,
+                "the pod's statistics count no process: {stats}"
+            );
         }
         Ok(Some(()))
     })?;
     let metrics = kubelet.reads("/metrics/cadvisor")?;
     for pod in pods {
-        let of_it = format!("pod=\"{}\"", pod_name(pod));
+        let label = format!("pod=\"{}\"", pod_name(pod));
         let mut lines = metrics
             .lines()
             .filter(|line| line.starts_with("container_network_receive_bytes_total"));
         ensure!(
-            lines.any(|line| line.contains(&of_it)),
-            "no received bytes of {of_it}"
+            lines.any(|line| line.contains(&label)),
+            "no metric with the label {label} counts received bytes"
         );
     }
     Ok(())

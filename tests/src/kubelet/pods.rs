@@ -1,5 +1,6 @@
-//! Three static pods of a small web server under kubelet: limits, restarts, removal. The quick form
-//! of what `kubelet::application` shows of a real application.
+//! Tests of three static pods under kubelet, each with a small web server: limits, restarts and
+//! removal. The module `kubelet::application` tests more features with a real application, but
+//! takes longer.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ use crate::support::node::{Node, WEB, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[test!(
-    three_static_pods_from_their_manifests_to_their_removal,
+    three_static_pods_run_until_their_manifests_are_removed,
     KUBELET,
     COUNTED,
 )];
@@ -50,9 +51,10 @@ fn web(number: usize) -> Value {
 
 fn answers(pods: &[Value]) -> Result {
     for pod in pods {
-        let address = pod["status"]["podIP"]
-            .as_str()
-            .ok_or(format!("no podIP: {}", pod["status"]))?;
+        let address = pod["status"]["podIP"].as_str().ok_or(format!(
+            "the pod's status contains no podIP: {}",
+            pod["status"]
+        ))?;
         command("curl", ["-fsS", &format!("http://{address}:5000/")])
             .ok()?
             .says("hello from rrun")?;
@@ -60,7 +62,7 @@ fn answers(pods: &[Value]) -> Result {
     Ok(())
 }
 
-fn three_static_pods_from_their_manifests_to_their_removal() -> Result {
+fn three_static_pods_run_until_their_manifests_are_removed() -> Result {
     on_a_node(|node| {
         let kubelet = Kubelet::start(node, Options::default())?;
         let started = Instant::now();
@@ -70,19 +72,24 @@ fn three_static_pods_from_their_manifests_to_their_removal() -> Result {
         }
         let pods = kubelet.ready(3)?;
         note(format!(
-            "three static pods were Ready {:.1} s after their manifests, the image's pull included",
+            "three static pods were Ready {:.1} s after their manifests were written (this includes the pull of the image)",
             started.elapsed().as_secs_f64()
         ));
         answers(&pods)?;
-        limits_are_as_kubelet_means_them(node, &pods)?;
-        a_busy_loop_is_held_to_its_limit(node, &pods[0])?;
-        an_allocation_over_the_limit_is_oomkilled_and_restarted(node, &kubelet, &pods[1])?;
-        restarts_go_unnoticed(node, &kubelet)?;
+        limits_in_the_cgroups_match_the_limits_in_the_pod_manifests(node, &pods)?;
+        a_busy_loop_uses_no_more_cpu_time_than_its_limit(node, &pods[0])?;
+        a_container_that_exceeds_its_memory_limit_is_oomkilled_and_restarted(
+            node, &kubelet, &pods[1],
+        )?;
+        restarts_of_the_server_and_of_kubelet_affect_no_pod(node, &kubelet)?;
         kubelet.removes(node, &manifests)
     })
 }
 
-fn limits_are_as_kubelet_means_them(node: &Node, pods: &[Value]) -> Result {
+fn limits_in_the_cgroups_match_the_limits_in_the_pod_manifests(
+    node: &Node,
+    pods: &[Value],
+) -> Result {
     for pod in pods {
         let group = node.cgroup(&container_id(pod, "web")?)?;
         for (name, value) in [
@@ -91,42 +98,48 @@ fn limits_are_as_kubelet_means_them(node: &Node, pods: &[Value]) -> Result {
             ("memory.max", "67108864"),
         ] {
             let is = fs::read_to_string(group.join(name))?;
-            ensure_eq!(is.trim_end(), value, "{name} of {}", group.display());
+            ensure_eq!(
+                is.trim_end(),
+                value,
+                "content of the file {name} in the cgroup {}",
+                group.display()
+            );
         }
         ensure!(
             group.to_string_lossy().contains("burstable"),
-            "the container is in {}",
+            "the container's cgroup is not below the cgroup of burstable pods: {}",
             group.display()
         );
     }
     Ok(())
 }
 
-fn a_busy_loop_is_held_to_its_limit(node: &Node, pod: &Value) -> Result {
+fn a_busy_loop_uses_no_more_cpu_time_than_its_limit(node: &Node, pod: &Value) -> Result {
     let id = container_id(pod, "web")?;
     let script = "timeout 60 sh -c 'while :; do :; done'";
     let spinning = node
         .crictl(&["exec", "-s", "--timeout", "60", &id, "sh", "-c", script])
         .start()?;
-    // Past crictl's own start.
+    // The test waits 3 s, because the measurement must not include the start of crictl.
     std::thread::sleep(Duration::from_secs(3));
     let used = held_to(0.5, &node.cgroup(&id)?)?;
     note(format!(
-        "a busy loop under kubelet's limit of 500m used {:.0}m",
+        "a busy loop under kubelet's CPU limit of 500m used {:.0}m of CPU",
         used * 1000.0
     ));
     drop(spinning);
     Ok(())
 }
 
-fn an_allocation_over_the_limit_is_oomkilled_and_restarted(
+fn a_container_that_exceeds_its_memory_limit_is_oomkilled_and_restarted(
     node: &Node,
     kubelet: &Kubelet,
     pod: &Value,
 ) -> Result {
     let id = container_id(pod, "web")?;
     let name = &pod["metadata"]["name"];
-    // The kernel kills the whole group, and the container with it (memory.oom.group).
+    // The kernel kills all processes of the cgroup (memory.oom.group), so the container ends
+    // together with dd.
     node.crictl(&[
         "exec",
         "-s",
@@ -139,20 +152,23 @@ fn an_allocation_over_the_limit_is_oomkilled_and_restarted(
     .end()?;
     wait_within(
         KUBELET_TIMEOUT,
-        "the killed container to be restarted",
+        "kubelet to restart the killed container",
         || {
             let pods = kubelet.pods()?;
             let pod = pods
                 .iter()
                 .find(|pod| pod["metadata"]["name"] == *name)
-                .ok_or("it is gone")?;
+                .ok_or("the pod is missing in kubelet's list of pods")?;
             let status = container_status(pod, "web")?;
             let last = &status["lastState"]["terminated"];
             ensure!(
                 last["reason"] == "OOMKilled" && last["exitCode"] == 137,
-                "{status}"
+                "the container was not OOMKilled; the container's status: {status}"
             );
-            ensure!(status["restartCount"] == 1, "{status}");
+            ensure!(
+                status["restartCount"] == 1,
+                "kubelet did not restart the container exactly once; the container's status: {status}"
+            );
             Ok(Some(()))
         },
     )?;
@@ -160,12 +176,15 @@ fn an_allocation_over_the_limit_is_oomkilled_and_restarted(
     answers(&pods)
 }
 
-fn restarts_go_unnoticed(node: &mut Node, kubelet: &Kubelet) -> Result {
+fn restarts_of_the_server_and_of_kubelet_affect_no_pod(
+    node: &mut Node,
+    kubelet: &Kubelet,
+) -> Result {
     let pods = kubelet.ready(3)?;
     let before = lives(node, &pods)?;
 
     node.kill_server()?;
-    // The web servers answer while there is nobody to ask about them.
+    // The web servers still answer while no CRI server runs.
     answers(&pods)?;
     node.start_server()?;
     kubelet.stop()?;
@@ -176,15 +195,15 @@ fn restarts_go_unnoticed(node: &mut Node, kubelet: &Kubelet) -> Result {
     ensure_eq!(
         lives(node, &pods)?,
         before,
-        "containers, processes and restarts"
+        "container ids, process ids and restart counts of the pods after the restarts"
     );
-    // Probes and all, for some rounds more.
+    // The test waits until the probes have run for some more rounds.
     std::thread::sleep(Duration::from_secs(5));
     let pods = kubelet.ready(3)?;
     ensure_eq!(
         lives(node, &pods)?,
         before,
-        "containers, processes and restarts a little later"
+        "container ids, process ids and restart counts of the pods after more rounds of probes"
     );
     answers(&pods)
 }

@@ -1,4 +1,5 @@
-//! A node that is being shut down: kubelet holds logind back until its pods have ended.
+//! Test of a node that shuts down. kubelet makes logind delay the shutdown until the pods have
+//! ended.
 
 use std::fs;
 
@@ -11,7 +12,7 @@ use crate::support::node::{BUSYBOX, Node, on_a_node};
 use crate::{ensure, test};
 
 pub(crate) const TESTS: &[Test] = &[test!(
-    pods_are_stopped_before_the_node_goes_down,
+    kubelet_stops_pods_before_the_node_shuts_down,
     Need::Systemd,
     Need::Program("dbus-send"),
     KUBELET,
@@ -22,10 +23,11 @@ shutdownGracePeriod: 60s
 shutdownGracePeriodCriticalPods: 10s
 ";
 
-/// Where kubelet asks logind for so much time.
+/// The configuration file that kubelet writes for logind. The file contains the longest time for
+/// which kubelet can delay a shutdown.
 const DELAY: &str = "/etc/systemd/logind.conf.d/99-kubelet.conf";
 
-fn pods_are_stopped_before_the_node_goes_down() -> Result {
+fn kubelet_stops_pods_before_the_node_shuts_down() -> Result {
     let result = on_a_node(|node| {
         fs::create_dir(node.join("host"))?;
         let options = Options {
@@ -36,24 +38,33 @@ fn pods_are_stopped_before_the_node_goes_down() -> Result {
         kubelet.write_manifest(&pod(node))?;
         kubelet.ready(1)?;
         let inhibitors = || command("systemd-inhibit", ["--list", "--no-pager"]).ok();
-        wait_for("kubelet to hold a shutdown back", || {
-            Ok(inhibitors()?.stdout.contains("kubelet").then_some(()))
-        })?;
-        // What logind says to all when somebody has asked for a shutdown.
+        wait_for(
+            "kubelet to take its inhibitor lock, which delays shutdowns",
+            || Ok(inhibitors()?.stdout.contains("kubelet").then_some(())),
+        )?;
+        // At the start of a real shutdown, logind sends a D-Bus signal to kubelet. The test sends
+        // the same signal, and kubelet acts as in a real shutdown.
         prepare_for_shutdown(true)?;
-        wait_within(KUBELET_TIMEOUT, "the pod to be ended", || {
+        wait_within(KUBELET_TIMEOUT, "kubelet to terminate the pod", || {
             let pods = kubelet.pods()?;
-            let status = &pods.first().ok_or("it is gone")?["status"];
-            ensure!(status["reason"] == "Terminated", "{status}");
+            let status = &pods.first().ok_or("kubelet reports no pod")?["status"];
+            ensure!(
+                status["reason"] == "Terminated",
+                "the pod is not Terminated; the pod's status: {status}"
+            );
             let running = node.asks(&["ps", "--quiet"])?;
-            ensure!(running.is_empty(), "{running} run");
+            ensure!(running.is_empty(), "these containers still run: {running}");
             Ok(Some(()))
         })?;
-        let told = fs::read_to_string(node.join("host/stopped"))?;
-        ensure!(told == "first the hook\nthen the signal\n", "{told}");
-        wait_for("kubelet to let go", || {
-            Ok((!inhibitors()?.stdout.contains("kubelet")).then_some(()))
-        })?;
+        let text = fs::read_to_string(node.join("host/stopped"))?;
+        ensure!(
+            text == "first the hook\nthen the signal\n",
+            "the pod did not run its preStop hook and then receive SIGTERM; the content of the file that the pod wrote: {text}"
+        );
+        wait_for(
+            "kubelet to release its inhibitor lock, which delays shutdowns",
+            || Ok((!inhibitors()?.stdout.contains("kubelet")).then_some(())),
+        )?;
         prepare_for_shutdown(false)
     });
     let _ = fs::remove_file(DELAY);

@@ -1,4 +1,5 @@
-//! Pods' networks by Debian's CNI plugins, seen by their effect.
+//! Tests of pod networks that Debian's CNI plugins create. The tests check the effects of the
+//! plugins, for example that pods can connect to each other.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +15,7 @@ use crate::support::pod_network::{addresses, node_fetches};
 use crate::{ensure, ensure_eq, test};
 
 const SHAPING: Need = Need::Works(
-    "ifb interfaces and tbf queues, which the plugin bandwidth is made of",
+    "ifb interfaces and tbf queues, which the plugin bandwidth uses",
     "ip link add rrprobe type ifb && { tc qdisc add dev rrprobe root tbf rate 1mbit burst 10k latency 1s; code=$?; ip link delete rrprobe; exit $code; }",
 );
 const MACVLAN: Need = Need::Works(
@@ -24,27 +25,32 @@ const MACVLAN: Need = Need::Works(
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth,
+        a_chain_of_plugins_provides_ipv4_and_ipv6_and_host_ports_and_bandwidth_limits,
         A_NODE,
         PLUGINS,
         SHAPING,
         FIREWALL
     ),
     test!(
-        a_bandwidth_is_held,
+        the_traffic_of_a_pod_does_not_exceed_its_bandwidth,
         A_NODE,
         PLUGINS,
         SHAPING,
         Need::NativeOrLong
     ),
     test!(
-        a_pod_has_an_interface_of_each_configuration_in_use,
+        a_pod_has_an_interface_for_each_configuration_in_use,
         A_NODE,
         PLUGINS,
         Need::RrunCri
     ),
-    test!(pods_reach_each_other_by_ptp, A_NODE, PLUGINS),
-    test!(pods_reach_each_other_by_macvlan, A_NODE, PLUGINS, MACVLAN),
+    test!(pods_reach_each_other_with_the_plugin_ptp, A_NODE, PLUGINS),
+    test!(
+        pods_reach_each_other_with_the_plugin_macvlan,
+        A_NODE,
+        PLUGINS,
+        MACVLAN
+    ),
 ];
 
 fn ipam(node: &Node, subnets: &[&str]) -> Value {
@@ -58,7 +64,7 @@ fn ipam(node: &Node, subnets: &[&str]) -> Value {
     })
 }
 
-/// Leases of host-local.
+/// Returns the addresses that the plugin host-local has leased in the CNI network `network`.
 fn leases(node: &Node, network: &str) -> Vec<String> {
     let dir = node.join("ipam").join(network);
     let entries = fs::read_dir(dir).into_iter().flatten().flatten();
@@ -77,7 +83,7 @@ fn web(node: &Node, pod: &Value, pod_id: &str) -> Result<String> {
 
 fn fetch_inside(node: &Node, container: &str, host: &str, port: u16) -> Result {
     let url = format!("http://{host}:{port}/");
-    wait_for(&format!("{url} to answer"), || {
+    wait_for(&format!("the web server at {url} to answer"), || {
         let page = node.asks(&["exec", "-s", container, "wget", "-q", "-O", "-", &url]);
         Ok(page
             .is_ok_and(|page| page.trim() == "hello from rrun")
@@ -93,7 +99,7 @@ fn fetch(host: &str, port: u16) -> Result {
         .map(|_| ())
 }
 
-fn a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth() -> Result {
+fn a_chain_of_plugins_provides_ipv4_and_ipv6_and_host_ports_and_bandwidth_limits() -> Result {
     let tested = on_a_node(|node| {
         let mut ipam = ipam(node, &["10.98.0.0/24", "fd98::/64"]);
         ipam["routes"] = json!([{ "dst": "0.0.0.0/0" }, { "dst": "::/0" }]);
@@ -118,10 +124,10 @@ fn a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth() -> Result {
             });
             let pod_id = node.runp(&pod)?;
             let all = addresses(node, &pod_id)?;
-            ensure_eq!(all.len(), 2, "addresses, {all:?}");
+            ensure_eq!(all.len(), 2, "the number of the pod's addresses {all:?}");
             ensure!(
                 all[0].starts_with("10.98.0.") && all[1].starts_with("fd98::"),
-                "the addresses are {all:?}"
+                "the pod's addresses are not in the configured ranges: {all:?}"
             );
             pods.push((web(node, &pod, &pod_id)?, all, port, pod_id));
         }
@@ -134,10 +140,11 @@ fn a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth() -> Result {
                     "exec", "-s", container, "ping", "-c", "1", "-W", "20", address,
                 ])?;
             }
-            // By the host port: on loopback, and on an address of the node's.
+            // The host port is reachable on loopback, and on an address of the node.
             fetch("127.0.0.1", *port)?;
             fetch("10.98.0.1", *port)?;
-            // The kernel looks for duplicates of what the plugins give for a while.
+            // A new IPv6 address works only after the kernel has finished the duplicate address
+            // detection. Until then, node_fetches repeats the request.
             node_fetches(&format!("http://[fd98::1]:{port}/"))?;
             fetch_inside(node, container, "10.98.0.1", *port)?;
             fetch_inside(node, container, "[fd98::1]", *port)?;
@@ -147,49 +154,62 @@ fn a_chain_of_plugins_gives_both_families_host_ports_and_bandwidth() -> Result {
             ensure_eq!(
                 queues.stdout.matches(rate).count(),
                 2,
-                "queues with {rate} among\n{}",
+                "the number of occurrences of `{rate}` in the output {:?} of `tc qdisc show`",
                 queues.stdout
             );
         }
         let tuned = "/proc/sys/net/ipv4/conf/eth0/arp_notify";
         let tuned = node.asks(&["exec", "-s", &pods[0].0, "cat", tuned])?;
-        ensure_eq!(tuned.trim(), "1", "what the plugin tuning sets");
+        ensure_eq!(tuned.trim(), "1", "the sysctl that the plugin tuning sets");
         let stats = node.json(&["statsp", &pods[0].3])?.to_string();
-        ensure!(stats.contains("eth0"), "no interface in {stats}");
-        // Both shown by containerd's names.
+        ensure!(
+            stats.contains("eth0"),
+            "the interface eth0 is missing in the pod's statistics {stats}"
+        );
+        // crictl info shows the CNI configuration and its status in the same fields as with
+        // containerd.
         let info = node.json(&["info"])?;
         ensure_eq!(
             info.pointer("/cniconfig/Networks/0/Config/Name"),
             Some(&json!("chain")),
-            "the configuration that crictl info shows"
+            "the name of the CNI configuration in the output of `crictl info`"
         );
         ensure_eq!(
             info["lastCNILoadStatus"],
             json!("OK"),
-            "the state of loading"
+            "lastCNILoadStatus in the output of `crictl info`"
         );
 
-        // The configuration may go: what was made by it goes too.
+        // The plugins must remove their firewall rules and address leases even if the CNI
+        // configuration was deleted.
         fs::remove_file(node.join("cni/10-chain.conflist"))?;
         for (_, _, _, pod_id) in &pods {
             node.asks(&["stopp", pod_id])?;
             node.asks(&["rmp", pod_id])?;
         }
         let rules = command("iptables-save", [""; 0]).ok()?.stdout;
-        for mark in ["10.98.0.2", "10.98.0.3", "18080", "18081"] {
-            ensure!(!rules.contains(mark), "{mark} is left in\n{rules}");
+        for address_or_port in ["10.98.0.2", "10.98.0.3", "18080", "18081"] {
+            ensure!(
+                !rules.contains(address_or_port),
+                "the removed pods' address or host port {address_or_port} still occurs in the iptables rules:\n{rules}"
+            );
         }
         let left = leases(node, "chain");
-        ensure!(left.is_empty(), "leases are left: {left:?}");
+        ensure!(
+            left.is_empty(),
+            "address leases of the plugin host-local still exist: {left:?}"
+        );
         Ok(())
     });
     tidy();
     tested
 }
 
-/// Of what is let through at once nothing is known but that it is less than 2^32 bits: so much more
-/// than that goes through that the rest takes three seconds, on any machine.
-fn a_bandwidth_is_held() -> Result {
+/// The plugin bandwidth passes a first burst at full speed. The burst has at most 2^32 bits, but
+/// its exact size is not known. The test sends more data than the largest possible burst. After the
+/// burst, the plugin limits the rate. Therefore, the transfer takes at least three seconds on any
+/// machine.
+fn the_traffic_of_a_pod_does_not_exceed_its_bandwidth() -> Result {
     const MEGABYTES: usize = 812;
     const BITS_A_SECOND: u64 = 800_000_000;
     let tested = on_a_node(|node| {
@@ -206,7 +226,7 @@ fn a_bandwidth_is_held() -> Result {
         let sink = node.container("sink", &["/inside", "net", "sink", "7000"]);
         node.run(&pod_id, &pod, &sink)?;
         let address = format!("{}:7000", addresses(node, &pod_id)?[0]).parse()?;
-        wait_for("the sink to listen", || {
+        wait_for("the pod's server to listen", || {
             Ok(std::net::TcpStream::connect(address).ok().map(|_| ()))
         })?;
         let took = pour(address, MEGABYTES).map_err(|error| error.to_string())?;
@@ -214,7 +234,7 @@ fn a_bandwidth_is_held() -> Result {
         let least = (bits - u64::from(u32::MAX)) as f64 / BITS_A_SECOND as f64;
         ensure!(
             took.as_secs_f64() >= least,
-            "{MEGABYTES} MB took {took:?}, at {BITS_A_SECOND} bits a second at least {least} s"
+            "the transfer of {MEGABYTES} MB took {took:?}, but at {BITS_A_SECOND} bits per second it should take at least {least} s"
         );
         Ok(())
     });
@@ -222,7 +242,7 @@ fn a_bandwidth_is_held() -> Result {
     tested
 }
 
-fn a_pod_has_an_interface_of_each_configuration_in_use() -> Result {
+fn a_pod_has_an_interface_for_each_configuration_in_use() -> Result {
     let tested = on_a_node(|node| {
         fs::write(
             node.join("config.d/50-cni.toml"),
@@ -230,7 +250,8 @@ fn a_pod_has_an_interface_of_each_configuration_in_use() -> Result {
         )?;
         node.terminate_server()?;
         node.start_server()?;
-        // By their names, not by their age.
+        // rrun-cri uses configurations in the order of their file names, not in the order of their
+        // creation.
         for (file, name, bridge, subnet) in [
             ("30-c.conflist", "third", "cni3", "10.93.0.0/24"),
             ("20-b.conflist", "second", "cni2", "10.92.0.0/24"),
@@ -251,9 +272,13 @@ fn a_pod_has_an_interface_of_each_configuration_in_use() -> Result {
             let pod = node.pod(name);
             let pod_id = node.runp(&pod)?;
             let id = web(node, &pod, &pod_id)?;
-            // Those of the first one are the pod's; the others it has besides.
+            // The pod's status contains only the addresses from the first configuration.
             let mut all = addresses(node, &pod_id)?;
-            ensure_eq!(all.len(), 1, "addresses in the status, {all:?}");
+            ensure_eq!(
+                all.len(),
+                1,
+                "the number of addresses {all:?} in the pod's status"
+            );
             let eth1 = [
                 "exec", "-s", &id, "ip", "-4", "-o", "address", "show", "eth1",
             ];
@@ -262,12 +287,14 @@ fn a_pod_has_an_interface_of_each_configuration_in_use() -> Result {
             let address = words.nth(1).and_then(|word| word.split('/').next());
             all.push(
                 address
-                    .ok_or(format!("no address in {shown:?}"))?
+                    .ok_or(format!(
+                        "the output of `ip address show eth1` contains no IPv4 address: {shown:?}"
+                    ))?
                     .to_owned(),
             );
             ensure!(
                 all[0].starts_with("10.91.0.") && all[1].starts_with("10.92.0."),
-                "the addresses are {all:?}"
+                "the pod's addresses are not in the configured ranges: {all:?}"
             );
             pods.push((id, all, pod_id));
         }
@@ -282,7 +309,7 @@ fn a_pod_has_an_interface_of_each_configuration_in_use() -> Result {
         ensure_eq!(
             network["defaultInterface"]["name"],
             json!("eth0"),
-            "the first"
+            "the pod's default interface"
         );
         let more: Vec<&Value> = network["interfaces"]
             .as_array()
@@ -290,29 +317,37 @@ fn a_pod_has_an_interface_of_each_configuration_in_use() -> Result {
             .flatten()
             .map(|one| &one["name"])
             .collect();
-        ensure_eq!(more, [&json!("eth1")], "the others");
+        ensure_eq!(
+            more,
+            [&json!("eth1")],
+            "the names of the pod's additional interfaces"
+        );
         node.asks(&["rmp", "--all", "--force"])?;
         for network in ["first", "second", "third"] {
             let left = leases(node, network);
-            ensure!(left.is_empty(), "leases of {network} are left: {left:?}");
+            ensure!(
+                left.is_empty(),
+                "address leases of the network {network} still exist: {left:?}"
+            );
         }
         Ok(())
     });
-    // The first one's goes with the node.
+    // The cleanup of the node deletes the first configuration's bridge, but not cni2.
     let _ = command("ip", ["link", "delete", "cni2"]).end();
     tidy();
     tested
 }
 
-fn pods_reach_each_other_by_ptp() -> Result {
+fn pods_reach_each_other_with_the_plugin_ptp() -> Result {
     let tested = on_a_node(|node| {
         let ipam = ipam(node, &["10.97.0.0/24"]);
-        // A single plugin's configuration, of an old version.
+        // A configuration of a single plugin, in an old version of the CNI format.
         let single = json!({
             "cniVersion": "0.3.1", "name": "pairs", "type": "ptp", "ipam": ipam,
         });
         write(node, "20-pairs.conf", &single.to_string())?;
-        // By its name a later one: it does not count.
+        // In this test, rrun-cri uses only the configuration with the first file name in sorted
+        // order, 20-pairs.conf. Therefore, rrun-cri ignores this broken configuration.
         write(node, "30-broken.conflist", "{ not JSON")?;
         node.pull(WEB)?;
         let mut pods = Vec::new();
@@ -320,21 +355,27 @@ fn pods_reach_each_other_by_ptp() -> Result {
             let pod = node.pod(name);
             let pod_id = node.runp(&pod)?;
             let all = addresses(node, &pod_id)?;
-            ensure!(all[0].starts_with("10.97.0."), "the addresses are {all:?}");
+            ensure!(
+                all[0].starts_with("10.97.0."),
+                "the pod's addresses are not in the configured ranges: {all:?}"
+            );
             pods.push((web(node, &pod, &pod_id)?, all[0].clone()));
         }
         fetch_inside(node, &pods[0].0, &pods[1].1, 5000)?;
         fetch(&pods[0].1, 5000)?;
         node.asks(&["rmp", "--all", "--force"])?;
         let left = leases(node, "pairs");
-        ensure!(left.is_empty(), "leases are left: {left:?}");
+        ensure!(
+            left.is_empty(),
+            "address leases of the plugin host-local still exist: {left:?}"
+        );
         Ok(())
     });
     tidy();
     tested
 }
 
-fn pods_reach_each_other_by_macvlan() -> Result {
+fn pods_reach_each_other_with_the_plugin_macvlan() -> Result {
     command("ip", ["link", "add", "wire0", "type", "dummy"]).ok()?;
     command("ip", ["link", "set", "wire0", "up"]).ok()?;
     let tested = on_a_node(|node| {
@@ -357,7 +398,7 @@ fn pods_reach_each_other_by_macvlan() -> Result {
             let main = node.container(&format!("main-{name}"), &["sleep", "600"]);
             let id = node.run(&pod_id, &pod, &main)?;
             let shown = node.asks(&["exec", "-s", &id, "cat", "/sys/class/net/eth0/address"])?;
-            ensure_eq!(shown.trim(), mac, "the address of its interface");
+            ensure_eq!(shown.trim(), mac, "the MAC address of the pod's interface");
             pods.push((id, addresses(node, &pod_id)?[0].clone()));
         }
         node.asks(&[
@@ -365,10 +406,13 @@ fn pods_reach_each_other_by_macvlan() -> Result {
         ])?;
         node.asks(&["rmp", "--all", "--force"])?;
         let left = leases(node, "wire");
-        ensure!(left.is_empty(), "leases are left: {left:?}");
+        ensure!(
+            left.is_empty(),
+            "address leases of the plugin host-local still exist: {left:?}"
+        );
         ensure!(
             Path::new("/sys/class/net/wire0").exists(),
-            "the parent is gone"
+            "the parent interface of the macvlan interfaces was deleted"
         );
         Ok(())
     });

@@ -1,4 +1,5 @@
-//! The embedded network with many pods, and with a server that is killed: nothing is left.
+//! Tests of the embedded network with many pods, and with a server that is killed. No object of a
+//! removed pod may remain.
 
 use std::fs;
 use std::time::Duration;
@@ -18,20 +19,21 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        two_hundred_pods_ten_at_a_time_leave_nothing,
+        two_hundred_pods_in_groups_of_ten_leave_nothing_behind,
         A_NODE,
         Need::RrunCri,
         Need::NativeOrLong
     ),
     test!(
-        a_server_killed_while_pods_come_and_go_leaves_nothing,
+        nothing_is_left_behind_if_the_server_is_killed_while_pods_are_created_and_removed,
         A_NODE,
         Need::RrunCri,
         Need::NativeOrLong
     ),
 ];
 
-/// A pod of its own network with a host port of TCP and of UDP.
+/// Returns the configuration of a pod with its own network namespace, a TCP host port and a UDP
+/// host port.
 fn config(name: &str, port: i32) -> PodSandboxConfig {
     let mapping = |protocol: Protocol| PortMapping {
         protocol: protocol.into(),
@@ -65,7 +67,8 @@ async fn remove(mut client: RuntimeClient, id: String) -> std::result::Result<()
     client.remove_pod_sandbox(remove).await.map(drop)
 }
 
-/// What is there of pods: elements of the maps, interfaces, files, what the server has given out.
+/// Returns the network objects that still exist for pods: elements of nftables maps, interfaces,
+/// files, addresses and host ports.
 fn remains(node: &Node) -> Result<Vec<String>> {
     let mut all = Vec::new();
     for map in ["host_ports4", "host_ports6"] {
@@ -89,25 +92,32 @@ fn remains(node: &Node) -> Result<Vec<String>> {
         }
     }
     let info = node.json(&["info"])?;
-    // crictl shows what is JSON as such, or as the text that it is.
-    let given = match &info["embeddedNetwork"] {
+    // crictl shows embeddedNetwork either as JSON or as a string that contains JSON.
+    let assigned = match &info["embeddedNetwork"] {
         Value::String(text) => serde_json::from_str(text)?,
         other => other.clone(),
     };
     for key in ["podsWithAddresses", "podsWithHostPorts"] {
-        ensure!(given[key].is_u64(), "no {key} in {info}");
-        if given[key] != json!(0) {
-            all.push(format!("{key}: {}", given[key]));
+        ensure!(
+            assigned[key].is_u64(),
+            "the counter {key} is missing in the output of `crictl info`: {info}"
+        );
+        if assigned[key] != json!(0) {
+            all.push(format!("{key}: {}", assigned[key]));
         }
     }
     Ok(all)
 }
 
-/// What goes in the background is given its time.
+/// Waits until no object of a pod remains. The server removes some objects in the background.
 fn nothing_remains(node: &Node) -> Result {
-    wait_for("nothing to remain of pods", || {
+    wait_for("all objects of pods to be removed", || {
         let remains = remains(node)?;
-        ensure!(remains.is_empty(), "{}", remains.join("\n"));
+        ensure!(
+            remains.is_empty(),
+            "these objects of pods still exist:\n{}",
+            remains.join("\n")
+        );
         Ok(Some(()))
     })
 }
@@ -116,9 +126,10 @@ fn rules() -> Result<String> {
     Ok(command("nft", ["list", "ruleset"]).ok()?.stdout)
 }
 
-fn two_hundred_pods_ten_at_a_time_leave_nothing() -> Result {
+fn two_hundred_pods_in_groups_of_ten_leave_nothing_behind() -> Result {
     on_a_node(|node| {
-        // Too few addresses for all, if they did not come back.
+        // The range has fewer addresses than this test has pods, so the server must reuse
+        // addresses.
         fs::write(
             node.join("config.d/network.toml"),
             "[network]\nrange = \"10.77.0.0/26\"\nrange6 = \"fd00:77::/122\"\n",
@@ -130,10 +141,11 @@ fn two_hundred_pods_ten_at_a_time_leave_nothing() -> Result {
         calls.wait(remove(calls.runtime(), first))??;
         nothing_remains(node)?;
         let before = rules()?;
-        for crowd in 0..20 {
+        for group in 0..20 {
             let configs = (0..10).map(|number| {
-                let number = crowd * 10 + number;
-                // The ports of the crowd before: they are free at once.
+                let number = group * 10 + number;
+                // Each group uses the same host ports as the previous group. Therefore, a removed
+                // pod must release its host ports immediately.
                 config(&format!("pod{number}"), 20_000 + number % 10)
             });
             let running = configs.map(|config| run(calls.runtime(), config));
@@ -146,7 +158,10 @@ fn two_hundred_pods_ten_at_a_time_leave_nothing() -> Result {
             let interfaces = interfaces
                 .filter(|entry| is_pods_interface(&entry.file_name().to_string_lossy()))
                 .count();
-            ensure!(interfaces >= 10, "{interfaces} interfaces of ten pods");
+            ensure!(
+                interfaces >= 10,
+                "only {interfaces} network interfaces exist for ten pods"
+            );
             let removing = ids.into_iter().map(|id| remove(calls.runtime(), id));
             let removing: Vec<_> = removing.collect();
             for removed in calls.together(removing)? {
@@ -154,15 +169,19 @@ fn two_hundred_pods_ten_at_a_time_leave_nothing() -> Result {
             }
         }
         nothing_remains(node)?;
-        ensure_eq!(rules()?, before, "the rules");
+        ensure_eq!(
+            rules()?,
+            before,
+            "the nftables rules after the removal of all pods"
+        );
         Ok(())
     })
 }
 
-fn a_server_killed_while_pods_come_and_go_leaves_nothing() -> Result {
+fn nothing_is_left_behind_if_the_server_is_killed_while_pods_are_created_and_removed() -> Result {
     on_a_node(|node| {
         let mut dice = Dice::new();
-        // The table, for what is looked at below.
+        // The first pod creates the nftables table, which `remains` reads.
         let calls = Calls::new(node)?;
         let first = calls.wait(run(calls.runtime(), config("first", 20_000)))??;
         calls.wait(remove(calls.runtime(), first))??;
@@ -170,15 +189,16 @@ fn a_server_killed_while_pods_come_and_go_leaves_nothing() -> Result {
         for round in 0..rounds(20, 200) {
             let calls = Calls::new(node)?;
             let mut moment = || Duration::from_micros(dice.below(80_000));
-            // The same ports each time: a port that is not given back is seen.
+            // Each round uses the same host ports. If a removed pod did not release its host ports,
+            // the next round fails.
             let configs =
                 || (0..3).map(|number| config(&format!("k{round}-{number}"), 20_000 + number));
-            let (going, coming) = (moment(), moment());
+            let (removal_time, creation_time) = (moment(), moment());
             if round % 2 == 0 {
                 let work = configs().map(|config| run(calls.runtime(), config));
                 let work: Vec<_> = work.collect();
                 calls.together(work.into_iter().map(move |work| async move {
-                    let _ = tokio::time::timeout(coming, work).await;
+                    let _ = tokio::time::timeout(creation_time, work).await;
                 }))?;
             } else {
                 let work = configs().map(|config| run(calls.runtime(), config));
@@ -190,7 +210,7 @@ fn a_server_killed_while_pods_come_and_go_leaves_nothing() -> Result {
                 let work = ids.into_iter().map(|id| remove(calls.runtime(), id));
                 let work: Vec<_> = work.collect();
                 calls.together(work.into_iter().map(move |work| async move {
-                    let _ = tokio::time::timeout(going, work).await;
+                    let _ = tokio::time::timeout(removal_time, work).await;
                 }))?;
             }
             node.kill_server()?;
@@ -208,8 +228,12 @@ fn a_server_killed_while_pods_come_and_go_leaves_nothing() -> Result {
             }
             nothing_remains(node).map_err(|error| {
                 let message = error.message().unwrap_or_default();
+                let (work, time) = match round % 2 {
+                    0 => ("creation of pods", creation_time),
+                    _ => ("removal of pods", removal_time),
+                };
                 format!(
-                    "seed {}, round {round}, {going:?} or {coming:?}: {message}",
+                    "seed {} of the random times, round {round}: the test sent the requests ({work}) and killed the server {time:?} later; the failure: {message}",
                     dice.seed
                 )
             })?;

@@ -1,5 +1,6 @@
-//! The embedded network flow by flow: who is seen to call, where answers come back, and what becomes
-//! of a flow when its port moves on.
+//! Tests of single flows in the embedded network. The tests check the client address that a server
+//! sees, and the answers to a client. The tests also move a host port to another pod while a client
+//! uses this host port.
 
 use std::fs;
 use std::io::Write;
@@ -30,19 +31,20 @@ const SCTP: Need = Need::Works(
 );
 
 pub(crate) const TESTS: &[Test] = tests![
-    pods_call_the_node_by_their_own_addresses;
-    a_host_port_is_at_the_loopback_of_both_families;
-    where_ipv6_is_bridged_through_netfilter_a_call_of_the_loopback_is_refused_at_once, BR_NETFILTER;
-    a_udp_flow_follows_its_host_port_from_pod_to_pod;
-    sctp_passes_by_a_host_port, SCTP;
-    only_what_a_host_port_led_to_a_pod_takes_the_nodes_address, BR_NETFILTER;
-    pods_can_have_ipv6_only;
-    a_pods_interface_is_counted;
-    namespaces_are_pinned_where_plugins_look;
+    pods_connect_to_the_node_with_their_own_addresses;
+    a_host_port_is_reachable_on_the_loopback_of_ipv4_and_ipv6;
+    host_ports_on_ipv6_loopback_refuse_connections_immediately_if_br_netfilter_filters_ipv6, BR_NETFILTER;
+    a_udp_flow_reaches_the_pod_that_has_the_host_port;
+    sctp_traffic_passes_through_a_host_port, SCTP;
+    only_traffic_through_a_host_port_has_the_nodes_source_address, BR_NETFILTER;
+    pods_can_have_only_an_ipv6_address;
+    the_traffic_of_a_pod_is_counted;
+    namespaces_are_pinned_in_the_directory_that_plugins_use;
 ];
 
-/// A pod with these host ports and a server in it, at port 5000 of TCP and UDP, that answers its
-/// name and who calls: the pod and the container.
+/// Starts a pod with the host ports `ports`. A server in the pod listens on TCP and UDP port 5000.
+/// The server answers with its name and the client's address. Returns the ids of the pod and the
+/// container.
 fn serving(node: &Node, name: &str, ports: Value) -> Result<(String, String)> {
     node.pull(BUSYBOX)?;
     let pod = mapped(node, name, ports);
@@ -55,10 +57,10 @@ fn serving(node: &Node, name: &str, ports: Value) -> Result<(String, String)> {
     Ok((pod_id, id))
 }
 
-/// What the container is answered that asks there; as soon as it is.
+/// Repeats a request from a container until an answer arrives, and returns the answer.
 fn pod_asks(node: &Node, container: &str, address: SocketAddr) -> Result<String> {
     let address = address.to_string();
-    wait_for(&format!("{address} to answer"), || {
+    wait_for(&format!("the server at {address} to answer"), || {
         let args = ["exec", "-s", container, "/inside", "net", "ask", &address];
         let output = node.crictl(&args).end()?;
         ensure!(output.code == 0, "{}", output.told());
@@ -66,24 +68,29 @@ fn pod_asks(node: &Node, container: &str, address: SocketAddr) -> Result<String>
     })
 }
 
+/// Repeats a request from the node until an answer arrives, and returns the answer.
 fn node_asks(address: SocketAddr) -> Result<String> {
-    wait_for(&format!("{address} to answer"), || {
+    wait_for(&format!("the server at {address} to answer"), || {
         ask(address)
             .map(Some)
             .map_err(|error| error.to_string().into())
     })
 }
 
-/// Sends from this socket until there is this answer to it.
+/// Repeats a packet until the answer begins with `begin`.
 fn answers(socket: &UdpSocket, begin: &str) -> Result {
     socket.set_read_timeout(Some(Duration::from_millis(200)))?;
-    wait_for(&format!("{begin:?} by UDP"), || {
-        // A refusal is told by the next call.
+    wait_for(&format!("a UDP answer that begins with {begin:?}"), || {
+        // The test ignores the result of `send`. This result can be an error that an earlier packet
+        // caused.
         let _ = socket.send(b"question");
         let mut got = [0; 64];
         let count = socket.recv(&mut got)?;
         let got = String::from_utf8_lossy(got.get(..count).unwrap_or_default()).into_owned();
-        ensure!(got.starts_with(begin), "answered {got:?}");
+        ensure!(
+            got.starts_with(begin),
+            "the answer {got:?} does not begin with {begin:?}"
+        );
         Ok(Some(()))
     })
 }
@@ -92,7 +99,7 @@ fn at(host: &str, port: u16) -> Result<SocketAddr> {
     Ok(SocketAddr::new(host.parse::<IpAddr>()?, port))
 }
 
-/// A setting of br_netfilter, until the end of the test.
+/// A setting of br_netfilter. Dropping the value restores the previous setting.
 struct Bridged {
     path: String,
     before: String,
@@ -116,7 +123,7 @@ impl Drop for Bridged {
     }
 }
 
-fn pods_call_the_node_by_their_own_addresses() -> Result {
+fn pods_connect_to_the_node_with_their_own_addresses() -> Result {
     let _uplink = Uplink::new()?;
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 8099))?;
     std::thread::spawn(move || {
@@ -130,27 +137,35 @@ fn pods_call_the_node_by_their_own_addresses() -> Result {
     let tested = on_a_node(|node| {
         let (pod_id, id) = serving(node, "caller", json!([]))?;
         let own = addresses(node, &pod_id)?;
-        for (host, of) in [
+        for (host, family) in [
             ("10.88.0.1", 0),
             (Uplink::V4, 0),
             ("fd72:7275:6e30::1", 1),
             (Uplink::V6, 1),
         ] {
             let answer = pod_asks(node, &id, at(host, 8099)?)?;
-            ensure_eq!(answer, format!("node {}", own[of]), "the answer of {host}");
+            ensure_eq!(
+                answer,
+                format!("node {}", own[family]),
+                "the answer of the node's server at {host}"
+            );
         }
         for (address, gateway) in own.iter().zip(["10.88.0.1", "fd72:7275:6e30::1"]) {
             let answer = node_asks(at(address, 5000)?)?;
-            ensure_eq!(answer, format!("caller {gateway}"), "the answer of the pod");
+            ensure_eq!(
+                answer,
+                format!("caller {gateway}"),
+                "the answer of the pod's server"
+            );
         }
         Ok(())
     });
-    // Lets the listener go.
+    // The listener's thread returns after a connection from a loopback address.
     let _ = ask(SocketAddr::from((Ipv6Addr::LOCALHOST, 8099)));
     tested
 }
 
-fn a_host_port_is_at_the_loopback_of_both_families() -> Result {
+fn a_host_port_is_reachable_on_the_loopback_of_ipv4_and_ipv6() -> Result {
     let _bridged = Bridged::set("bridge-nf-call-ip6tables", "0")?;
     on_a_node(|node| {
         let ports = json!([
@@ -161,33 +176,39 @@ fn a_host_port_is_at_the_loopback_of_both_families() -> Result {
         serving(node, "mapped", ports)?;
         for (host, port) in [("127.0.0.1", 8090), ("::1", 8090), ("::1", 8093)] {
             let answer = node_asks(at(host, port)?)?;
-            ensure!(answer.starts_with("mapped "), "{host} answers {answer:?}");
+            ensure!(
+                answer.starts_with("mapped "),
+                "the answer from {host}, port {port}, should begin with `mapped `, but is {answer:?}"
+            );
         }
         for (own, host) in [("127.0.0.1:0", "127.0.0.1"), ("[::1]:0", "::1")] {
             let socket = UdpSocket::bind(own)?;
             socket.connect(at(host, 8092)?)?;
             answers(&socket, "mapped ")?;
         }
-        // What is no host port is whose it was.
+        // A server on the node itself still receives connections to its port, because no pod uses
+        // that port as a host port.
         let own = TcpListener::bind("[::1]:8098")?;
         let caller = std::net::TcpStream::connect("[::1]:8098")?;
         ensure_eq!(
             own.accept()?.1,
             caller.local_addr()?,
-            "who calls a server at ::1"
+            "the client address that a server on ::1 sees"
         );
         Ok(())
     })
 }
 
-fn where_ipv6_is_bridged_through_netfilter_a_call_of_the_loopback_is_refused_at_once() -> Result {
+fn host_ports_on_ipv6_loopback_refuse_connections_immediately_if_br_netfilter_filters_ipv6()
+-> Result {
     let _bridged = Bridged::set("bridge-nf-call-ip6tables", "0")?;
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
         let ports = json!([{ "host_port": 8090, "container_port": 5000 }]);
         serving(node, "before", ports)?;
         node_asks(at("::1", 8090)?)?;
-        // From the next pod with a host port on.
+        // rrun-cri notices the changed setting of br_netfilter when the next pod with a host port
+        // starts.
         let _bridged = Bridged::set("bridge-nf-call-ip6tables", "1")?;
         let ports = json!([{ "host_port": 8091, "container_port": 5000 }]);
         serving(node, "after", ports)?;
@@ -199,14 +220,14 @@ fn where_ipv6_is_bridged_through_netfilter_a_call_of_the_loopback_is_refused_at_
             ensure_eq!(
                 kind,
                 Err(std::io::ErrorKind::ConnectionRefused),
-                "a call of ::1, port {port}"
+                "the result of an attempt to connect to ::1, port {port}"
             );
         }
         Ok(())
     })
 }
 
-fn a_udp_flow_follows_its_host_port_from_pod_to_pod() -> Result {
+fn a_udp_flow_reaches_the_pod_that_has_the_host_port() -> Result {
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
         let own = UdpSocket::bind("127.0.0.1:0")?;
@@ -215,7 +236,7 @@ fn a_udp_flow_follows_its_host_port_from_pod_to_pod() -> Result {
         v4.connect(at(Uplink::V4, 8092)?)?;
         let v6 = UdpSocket::bind("[::]:0")?;
         v6.connect(at(Uplink::V6, 8092)?)?;
-        // Nobody is there yet: that is remembered too.
+        // No pod has the host port yet, but connection tracking already stores these flows.
         for socket in [&own, &v4, &v6] {
             let _ = socket.send(b"too early");
         }
@@ -227,7 +248,7 @@ fn a_udp_flow_follows_its_host_port_from_pod_to_pod() -> Result {
             }
             node.asks(&["stopp", &pod_id])?;
         }
-        // The server is dead while the port moves.
+        // The test deletes the rules of the host port while the server is not running.
         let (pod_id, _) = serving(node, "third", ports())?;
         answers(&v4, "third ")?;
         node.kill_server()?;
@@ -240,7 +261,7 @@ fn a_udp_flow_follows_its_host_port_from_pod_to_pod() -> Result {
     })
 }
 
-fn sctp_passes_by_a_host_port() -> Result {
+fn sctp_traffic_passes_through_a_host_port() -> Result {
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
@@ -251,7 +272,7 @@ fn sctp_passes_by_a_host_port() -> Result {
         server["linux"]["security_context"]["capabilities"] =
             json!({ "add_capabilities": ["NET_RAW"] });
         node.run(&pod_id, &pod, &server)?;
-        wait_for("the server to be ready", || {
+        wait_for("the pod's SCTP server to be ready", || {
             Ok(node
                 .log_of("mapped", "server")?
                 .contains("ready")
@@ -261,18 +282,24 @@ fn sctp_passes_by_a_host_port() -> Result {
         for host in [Uplink::V4, "127.0.0.1"] {
             let host: std::net::Ipv4Addr = host.parse()?;
             let answer = socket.begin(host, 40_000, 8094);
-            let answer = answer.map_err(|error| format!("{host}: {error}"))?;
-            ensure_eq!((answer.peer, answer.from), (host, 8094), "who answers");
+            let answer = answer
+                .map_err(|error| format!("the SCTP handshake with {host} failed: {error}"))?;
+            ensure_eq!(
+                (answer.peer, answer.from),
+                (host, 8094),
+                "the address and port from which the server's answer arrives"
+            );
         }
         Ok(())
     })
 }
 
-/// As kube-proxy has it: a Service whose port is also a host port.
+/// An nftables rule like the rules that kube-proxy creates for a Service. The test replaces POD
+/// with a pod's address. The port of the Service is also a host port of this pod.
 const SERVICE: &str = "table ip service7 { chain prerouting { type nat hook prerouting priority dstnat; \
                        ip daddr 192.0.2.10 tcp dport 8090 dnat to POD:5000; }; }";
 
-fn only_what_a_host_port_led_to_a_pod_takes_the_nodes_address() -> Result {
+fn only_traffic_through_a_host_port_has_the_nodes_source_address() -> Result {
     let _bridged = Bridged::set("bridge-nf-call-iptables", "1")?;
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
@@ -288,15 +315,23 @@ fn only_what_a_host_port_led_to_a_pod_takes_the_nodes_address() -> Result {
             ensure_eq!(
                 answer,
                 format!("mapped {other_address}"),
-                "who calls by a Service"
+                "the client address that the server sees in a connection through a Service"
             );
             for client in [&own, &other] {
                 let answer = pod_asks(node, client, at(Uplink::V4, 8090)?)?;
-                ensure_eq!(answer, "mapped 10.88.0.1", "who calls by a host port");
+                ensure_eq!(
+                    answer,
+                    "mapped 10.88.0.1",
+                    "the client address that the server sees in a connection through a host port"
+                );
             }
-            // Straight, nothing is translated.
+            // In a direct connection, the server sees the address of the client's pod.
             let answer = pod_asks(node, &other, at(&address, 5000)?)?;
-            ensure_eq!(answer, format!("mapped {other_address}"), "who calls a pod");
+            ensure_eq!(
+                answer,
+                format!("mapped {other_address}"),
+                "the client address that the server sees in a direct connection"
+            );
             Ok(())
         })();
         command("nft", ["delete", "table", "ip", "service7"]).ok()?;
@@ -304,7 +339,7 @@ fn only_what_a_host_port_led_to_a_pod_takes_the_nodes_address() -> Result {
     })
 }
 
-fn pods_can_have_ipv6_only() -> Result {
+fn pods_can_have_only_an_ipv6_address() -> Result {
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
         fs::write(
@@ -316,12 +351,24 @@ fn pods_can_have_ipv6_only() -> Result {
         node.pull(WEB)?;
         let ports = json!([{ "host_port": 8090, "container_port": 5000 }]);
         let (pod_id, _) = serving(node, "mapped", ports)?;
-        ensure_eq!(addresses(node, &pod_id)?, ["fd00:77::2"], "its addresses");
+        ensure_eq!(
+            addresses(node, &pod_id)?,
+            ["fd00:77::2"],
+            "the pod's addresses"
+        );
         let (_, other) = serving(node, "other", json!([]))?;
         let answer = pod_asks(node, &other, at("fd00:77::2", 5000)?)?;
-        ensure_eq!(answer, "mapped fd00:77::3", "who calls a pod");
+        ensure_eq!(
+            answer,
+            "mapped fd00:77::3",
+            "the client address that the server sees in a direct connection"
+        );
         let answer = pod_asks(node, &other, at(Uplink::V6, 8090)?)?;
-        ensure_eq!(answer, "mapped fd00:77::1", "who calls by a host port");
+        ensure_eq!(
+            answer,
+            "mapped fd00:77::1",
+            "the client address that the server sees in a connection through a host port"
+        );
         node_asks(at("fd00:77::2", 5000)?)?;
         let mut pod = mapped(
             node,
@@ -335,24 +382,28 @@ fn pods_can_have_ipv6_only() -> Result {
                 && refused
                     .told()
                     .contains("pods have no IPv4 address (network.range)"),
-            "the answer: {}",
+            "runp did not report that pods have no IPv4 address: {}",
             refused.told()
         );
-        // A server of IPv4's tools beside it.
+        // busybox's web server also runs in a pod without IPv4.
         let (web_id, _) = web(node, &node.pod("web"))?;
         let address = addresses(node, &web_id)?.swap_remove(0);
         node_fetches(&format!("http://[{address}]:5000/"))
     })
 }
 
-fn a_pods_interface_is_counted() -> Result {
+fn the_traffic_of_a_pod_is_counted() -> Result {
     on_a_node(|node| {
         let (pod_id, id) = serving(node, "counted", json!([]))?;
         let (other_id, _) = serving(node, "quiet", json!([]))?;
         let bytes = |pod: &str| -> Result<[u64; 2]> {
             let stats = node.json(&["statsp", "--id", pod])?["stats"][0].clone();
             let interface = &stats["linux"]["network"]["defaultInterface"];
-            ensure_eq!(interface["name"], json!("eth0"), "the interface in {stats}");
+            ensure_eq!(
+                interface["name"],
+                json!("eth0"),
+                "the name of the default interface in the pod's statistics {stats}"
+            );
             let of = |field: &str| {
                 let value = interface[field]["value"].as_str();
                 value.and_then(|value| value.parse().ok()).unwrap_or(0)
@@ -380,21 +431,21 @@ fn a_pods_interface_is_counted() -> Result {
         for (was, is) in before.iter().zip(after) {
             ensure!(
                 is >= was + 3000,
-                "{was} bytes before 3 pings of 1000, {is} after"
+                "the pod's byte counter changed from {was} to {is} during 3 pings of 1000 bytes"
             );
         }
         let quiet_now = bytes(&other_id)?;
         for (was, is) in quiet.iter().zip(quiet_now) {
             ensure!(
                 is < was + 3000,
-                "{was} bytes of a quiet pod before, {is} after"
+                "the quiet pod's byte counter changed from {was} to {is} during the pings"
             );
         }
         Ok(())
     })
 }
 
-fn namespaces_are_pinned_where_plugins_look() -> Result {
+fn namespaces_are_pinned_in_the_directory_that_plugins_use() -> Result {
     on_a_node(|node| {
         fs::write(
             node.join("config.d/netns.toml"),
@@ -410,28 +461,46 @@ fn namespaces_are_pinned_where_plugins_look() -> Result {
             .pointer("/info/networkNamespace")
             .and_then(Value::as_str);
         let path = path
-            .ok_or(format!("no networkNamespace in {shown}"))?
+            .ok_or(format!("the field info.networkNamespace is missing in the output of `crictl inspectp`: {shown}"))?
             .to_owned();
         let name = path.strip_prefix("/run/netns/");
-        let name = name.ok_or(format!("it is at {path}"))?;
-        ensure!(name.ends_with(&pod_id), "the name is {name}");
+        let name = name.ok_or(format!(
+            "the pod's network namespace is not pinned in /run/netns, but at {path}"
+        ))?;
+        ensure!(
+            name.ends_with(&pod_id),
+            "the name of the pod's network namespace does not end with the pod's id: {name}"
+        );
         let seen = command("ip", ["netns", "exec", name, "ip", "address"]).ok()?;
         let address = addresses(node, &pod_id)?.swap_remove(0);
         ensure!(
             seen.stdout.contains(&address),
-            "no {address} in {}",
+            "the pod's address {address} is missing in the pod's network namespace; the output of `ip address`: {}",
             seen.stdout
         );
-        // One that a dead server left is taken away, what is others' is not.
+        // The server removes the pinned namespace of a pod that no longer exists, but not the files
+        // of other programs.
         node.kill_server()?;
         let left = path.replace(&pod_id, "left");
         fs::write(&left, "")?;
         node.start_server()?;
-        ensure!(Path::new(&path).exists(), "the pod's namespace is gone");
-        ensure!(!Path::new(&left).exists(), "{left} is there");
-        ensure!(foreign.exists(), "what was not the server's is gone");
+        ensure!(
+            Path::new(&path).exists(),
+            "the pod's network namespace was removed"
+        );
+        ensure!(
+            !Path::new(&left).exists(),
+            "the server did not remove {left}, the namespace file of a pod that does not exist"
+        );
+        ensure!(
+            foreign.exists(),
+            "the server removed a file that is not its own"
+        );
         node.asks(&["rmp", "--all", "--force"])?;
-        ensure!(!Path::new(&path).exists(), "{path} is there");
+        ensure!(
+            !Path::new(&path).exists(),
+            "the file {path} of the pod's network namespace still exists after the pod's removal"
+        );
         Ok(fs::remove_file(foreign)?)
     })
 }

@@ -1,4 +1,5 @@
-//! Host ports of the embedded network, and its two families of addresses: by what arrives.
+//! Tests of the host ports and of the IPv4 and IPv6 addresses in the embedded network. The tests
+//! send real traffic.
 
 use serde_json::json;
 
@@ -9,14 +10,22 @@ use crate::support::pod_network::{Uplink, addresses, mapped, node_fetches, pod_f
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_host_port_leads_to_its_pod_from_everywhere, A_NODE),
-    test!(a_host_port_has_one_pod, A_NODE, Need::Rrun),
-    test!(host_ports_outlive_a_kill_and_a_flush, A_NODE, Need::Rrun),
-    test!(pods_have_both_families, A_NODE, Need::Rrun),
-    test!(a_full_range_is_named, A_NODE, Need::Rrun),
+    test!(a_host_port_is_reachable_from_the_node_and_from_pods, A_NODE),
+    test!(a_host_port_belongs_to_one_pod_only, A_NODE, Need::Rrun),
+    test!(
+        host_ports_work_after_the_server_is_killed_or_the_rules_are_flushed,
+        A_NODE,
+        Need::Rrun
+    ),
+    test!(pods_have_an_ipv4_and_an_ipv6_address, A_NODE, Need::Rrun),
+    test!(
+        the_error_for_a_full_address_range_contains_the_range,
+        A_NODE,
+        Need::Rrun
+    ),
 ];
 
-fn a_host_port_leads_to_its_pod_from_everywhere() -> Result {
+fn a_host_port_is_reachable_from_the_node_and_from_pods() -> Result {
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
         node.pull(WEB)?;
@@ -37,7 +46,7 @@ fn a_host_port_leads_to_its_pod_from_everywhere() -> Result {
         );
         ensure!(
             refused.end()?.code != 0,
-            "the port of one address is at another"
+            "a host port that was requested for one address is reachable at another address"
         );
         for client in [&own, &other] {
             for port in ["8090", "8091"] {
@@ -50,7 +59,7 @@ fn a_host_port_leads_to_its_pod_from_everywhere() -> Result {
                 pod_fetches(node, client, &format!("http://[{}]:8090/", Uplink::V6))?;
             }
         }
-        // UDP, by 127.0.0.1, with an answer.
+        // A UDP packet to the host port at 127.0.0.1 gets an answer from the pod.
         let listen = [
             "exec",
             "-s",
@@ -60,7 +69,7 @@ fn a_host_port_leads_to_its_pod_from_everywhere() -> Result {
             "echo answer | timeout 20 nc -u -l -p 53",
         ];
         let listener = node.crictl(&listen).start()?;
-        wait_for("an answer by UDP", || {
+        wait_for("an answer from the UDP host port", || {
             let socket = std::net::UdpSocket::bind("127.0.0.1:0")?;
             socket.set_read_timeout(Some(std::time::Duration::from_secs(1)))?;
             socket.send_to(b"question", "127.0.0.1:8092")?;
@@ -75,12 +84,15 @@ fn a_host_port_leads_to_its_pod_from_everywhere() -> Result {
             ["-fsS", "--max-time", "3", "http://127.0.0.1:8090/"],
         )
         .end()?;
-        ensure!(gone.code != 0, "the host port is there after the stop");
+        ensure!(
+            gone.code != 0,
+            "the host port still answers after the pod was stopped"
+        );
         Ok(())
     })
 }
 
-fn a_host_port_has_one_pod() -> Result {
+fn a_host_port_belongs_to_one_pod_only() -> Result {
     on_a_node(|node| {
         let port = |host_ip: &str, host_port: i32| json!([{ "host_port": host_port, "container_port": 80, "host_ip": host_ip }]);
         let first = node.runp(&mapped(node, "first", port("", 8090)))?;
@@ -96,18 +108,18 @@ fn a_host_port_has_one_pod() -> Result {
             ("", 8091, "default/node"),
         ] {
             let output = node.try_runp(&mapped(node, "second", port(host_ip, host_port)))?;
-            let told = output.told();
+            let stderr = output.told();
             ensure!(
                 output.code != 0
-                    && told.contains(&format!("TCP port {host_port}"))
-                    && told.contains(owner),
-                "the answer to a taken port: {told}"
+                    && stderr.contains(&format!("TCP port {host_port}"))
+                    && stderr.contains(owner),
+                "the error of runp does not contain the host port and the pod that uses this port: {stderr}"
             );
         }
         let output = node.try_runp(&mapped(node, "odd", port("", 65536)))?;
         ensure!(
             output.told().contains("port_mappings[0].host_port: 65536"),
-            "the answer to a bad port: {}",
+            "the error of runp does not name the invalid host port: {}",
             output.told()
         );
         for stopped in [first, on_node] {
@@ -119,7 +131,7 @@ fn a_host_port_has_one_pod() -> Result {
     })
 }
 
-fn host_ports_outlive_a_kill_and_a_flush() -> Result {
+fn host_ports_work_after_the_server_is_killed_or_the_rules_are_flushed() -> Result {
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
         node.pull(WEB)?;
@@ -135,9 +147,10 @@ fn host_ports_outlive_a_kill_and_a_flush() -> Result {
         let tables = command("nft", ["list", "tables"]).ok()?.text().to_owned();
         ensure!(
             tables.contains("inet others"),
-            "somebody else's table is gone: {tables}"
+            "the nftables table `inet others` of another program was removed; the remaining tables: {tables}"
         );
-        // By the start, by the next pod, by SIGHUP.
+        // The server restores flushed rules on three occasions: its own start, the start of a pod,
+        // and SIGHUP.
         node.kill_server()?;
         command("nft", ["flush", "ruleset"]).ok()?;
         node.start_server()?;
@@ -151,7 +164,7 @@ fn host_ports_outlive_a_kill_and_a_flush() -> Result {
     })
 }
 
-fn pods_have_both_families() -> Result {
+fn pods_have_an_ipv4_and_an_ipv6_address() -> Result {
     let _uplink = Uplink::new()?;
     on_a_node(|node| {
         node.pull(WEB)?;
@@ -162,7 +175,7 @@ fn pods_have_both_families() -> Result {
         }
         for (addresses, _) in &pods {
             let [v4, v6] = addresses.as_slice() else {
-                return Err(format!("not two addresses: {addresses:?}").into());
+                return Err(format!("the pod does not have two addresses: {addresses:?}").into());
             };
             node_fetches(&format!("http://{v4}:5000/"))?;
             node_fetches(&format!("http://[{v6}]:5000/"))?;
@@ -173,26 +186,30 @@ fn pods_have_both_families() -> Result {
                 pod_fetches(node, client, &format!("http://[{v6}]:5000/"))?;
             }
         }
-        let (own, id) = pods.first().ok_or("no pod")?;
+        let (own, id) = pods.first().ok_or("the test created no pod")?;
         let hosts = node.asks(&["exec", "-s", id, "cat", "/etc/hosts"])?;
         for address in own {
             ensure!(
                 hosts.contains(&format!("{address}\there")),
-                "no {address} in {hosts}"
+                "the pod's address {address} is missing in the pod's /etc/hosts, which contains: {hosts}"
             );
         }
         let link = node.asks(&["exec", "-s", id, "cat", "/sys/class/net/eth0/mtu"])?;
-        ensure_eq!(link.trim(), "1400", "the MTU, of the uplink");
+        ensure_eq!(
+            link.trim(),
+            "1400",
+            "the MTU of the pod's interface, which must equal the uplink's MTU"
+        );
         let shown = node.asks(&["exec", "-s", id, "ip", "-6", "address"])?;
         ensure!(
             !shown.contains("tentative"),
-            "duplicates are looked for: {shown}"
+            "the kernel still checks whether the pod's address is a duplicate; the output of `ip -6 address`: {shown}"
         );
         Ok(())
     })
 }
 
-fn a_full_range_is_named() -> Result {
+fn the_error_for_a_full_address_range_contains_the_range() -> Result {
     on_a_node(|node| {
         std::fs::write(
             node.join("config.d/network.toml"),
@@ -205,25 +222,29 @@ fn a_full_range_is_named() -> Result {
         node.terminate_server()?;
         node.start_server()?;
         let one = node.runp(&node.pod("one"))?;
-        ensure_eq!(addresses(node, &one)?, ["10.77.0.2"], "the only address");
+        ensure_eq!(
+            addresses(node, &one)?,
+            ["10.77.0.2"],
+            "the addresses of the pod, which must get the only free address of the range"
+        );
         let full = node.try_runp(&node.pod("two"))?;
         ensure!(
             full.code != 0 && full.told().contains("10.77.0.0/30"),
-            "the answer of a full range: {}",
+            "the error of runp does not name the full address range: {}",
             full.told()
         );
-        // A pod of the range before has its address and its ways.
+        // A pod with addresses from the earlier range keeps these addresses and its routes.
         let before = addresses(node, &old_id)?;
         ensure!(
             before.len() == 2 && before[0].starts_with("10.88."),
-            "the old pod's addresses: {before:?}"
+            "the pod `old` has lost its addresses from the earlier range: {before:?}"
         );
         for address in ["10.77.0.1", "10.77.0.2"] {
             let ping = ["ping", "-c", "1", "-W", "5", address];
             node.crictl(&["exec", "-s", &old_main]).args(ping).ok()?;
         }
         node.asks(&["rmp", "--force", &one])?;
-        wait_for("the address to be free", || {
+        wait_for("the only address to be free again", || {
             let again = node.try_runp(&node.pod("two"))?;
             Ok((again.code == 0).then_some(()))
         })

@@ -1,5 +1,6 @@
-//! Router advertisements and redirects. Those of a pod are refused everywhere, and the node's other
-//! interfaces accept the same ones as without rrun.
+//! Tests of router advertisements and ICMP redirects. The node and all pods must ignore
+//! advertisements and redirects that a pod sends. The node's other interfaces must accept the same
+//! advertisements as without rrun.
 
 use std::fs;
 use std::net::IpAddr;
@@ -19,54 +20,54 @@ const IPV6: Need = Need::File("/proc/sys/net/ipv6/conf/all/accept_ra");
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        a_pod_that_advertises_itself_becomes_nobodys_router,
+        advertisements_of_a_pod_are_ignored_by_the_node_and_other_pods,
         A_NODE,
         IPV6,
         Need::RrunCri
     ),
     test!(
-        pods_without_ipv6_believe_no_advertisement,
+        advertisements_are_ignored_if_pods_have_no_ipv6,
         A_NODE,
         IPV6,
         Need::RrunCri
     ),
     test!(
-        a_pod_that_sends_redirects_diverts_nobody,
+        redirects_of_a_pod_are_ignored_by_other_pods,
         A_NODE,
         IPV6,
         Need::RrunCri
     ),
     test!(
-        other_interfaces_believe_the_advertisements_that_they_believed,
+        other_interfaces_accept_the_same_advertisements_as_without_rrun,
         A_NODE,
         IPV6,
         Need::RrunCri
     ),
     test!(
-        a_node_that_refuses_advertisements_goes_on_refusing_them,
+        a_node_that_ignores_advertisements_continues_to_ignore_them,
         A_NODE,
         IPV6,
         Need::RrunCri
     ),
     test!(
-        what_an_earlier_version_let_in_is_closed_at_the_start,
+        the_server_corrects_sysctls_and_routes_from_an_earlier_version_when_it_starts,
         A_NODE,
         IPV6,
         Need::RrunCri
     ),
     test!(
-        no_port_of_a_lost_bridge_believes_its_pod,
+        ports_of_a_deleted_bridge_ignore_advertisements,
         A_NODE,
         IPV6,
         Need::RrunCri
     ),
 ];
 
-/// An address that is reached only by the default route.
+/// An address for which the pods have no route except the default route.
 const ELSEWHERE: &str = "203.0.113.9";
 
-/// Runs a test on a thread whose network namespace is new, so that nothing forwards yet. The
-/// programs that the test starts run there, too.
+/// Runs a test on a thread in a new network namespace, in which the forwarding of packets is still
+/// off. The programs that the test starts inherit this namespace.
 fn in_a_new_network(test: impl FnOnce() -> Result + Send) -> Result {
     std::thread::scope(|scope| {
         let thread = scope.spawn(|| {
@@ -83,19 +84,21 @@ fn ip(arguments: &str) -> Result<String> {
     Ok(output.text().to_owned())
 }
 
-/// A sysctl below net/ of the network that the thread is in.
+/// Returns the value of the sysctl `net/NAME` in the calling thread's network namespace.
 fn sysctl(name: &str) -> Result<String> {
     let path = format!("/proc/sys/net/{name}");
-    let value = fs::read_to_string(&path).map_err(|error| format!("{path}: {error}"))?;
+    let value =
+        fs::read_to_string(&path).map_err(|error| format!("cannot read {path}: {error}"))?;
     Ok(value.trim_end().to_owned())
 }
 
 fn set(name: &str, value: &str) -> Result {
     let path = format!("/proc/sys/net/{name}");
-    fs::write(&path, value).map_err(|error| format!("write {value} to {path}: {error}").into())
+    fs::write(&path, value)
+        .map_err(|error| format!("cannot write {value} to {path}: {error}").into())
 }
 
-/// The network beyond the node's uplinks.
+/// The network at the other end of the node's uplinks.
 struct Beyond(OwnedFd);
 
 impl Beyond {
@@ -105,7 +108,7 @@ impl Beyond {
                 unshare(CloneFlags::CLONE_NEWNET)?;
                 Ok(Beyond(fs::File::open("/proc/thread-self/ns/net")?.into()))
             });
-            thread.join().map_err(|_| "it panicked")?
+            thread.join().map_err(|_| "the thread panicked")?
         })
     }
 
@@ -113,8 +116,8 @@ impl Beyond {
         within(self.0.as_fd(), work)
     }
 
-    /// Makes a link from the node to this network, up at both ends. Sets `sysctls` at the node's
-    /// end before that is up.
+    /// Creates a veth pair between the node and this network. Sets `sysctls` for the node's
+    /// interface, and then sets both interfaces up.
     fn uplink(&self, name: &str, sysctls: &[(&str, &str)]) -> Result {
         ip(&format!("link add {name} type veth peer name far-{name}"))?;
         let set_up = || {
@@ -141,11 +144,11 @@ fn within<T: Send>(namespace: BorrowedFd, work: impl FnOnce() -> Result<T> + Sen
             setns(namespace, CloneFlags::CLONE_NEWNET)?;
             work()
         });
-        thread.join().map_err(|_| "it panicked")?
+        thread.join().map_err(|_| "the thread panicked")?
     })
 }
 
-/// The IPv6 default routes through this interface of the thread's network.
+/// Returns the IPv6 default routes through an interface of the calling thread's network namespace.
 fn default_routes(interface: &str) -> Result<String> {
     let all = ip("-6 route show default")?;
     let by = format!(" dev {interface} ");
@@ -153,31 +156,33 @@ fn default_routes(interface: &str) -> Result<String> {
     Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
-fn believes(interface: &str, prefix: &str) -> Result<bool> {
+/// Returns whether the interface has an address and a default route from an advertisement of
+/// `prefix`.
+fn has_accepted(interface: &str, prefix: &str) -> Result<bool> {
     let addresses = ip(&format!("-6 address show dev {interface}"))?;
     let has_address = addresses.contains(prefix.trim_end_matches("::"));
     Ok(has_address && default_routes(interface)?.contains("proto ra"))
 }
 
-/// How many router advertisements have come in by this interface of the thread's network.
-fn heard(interface: &str) -> Result<u64> {
+/// Returns the number of router advertisements that an interface has received.
+fn received(interface: &str) -> Result<u64> {
     let path = format!("/proc/thread-self/net/dev_snmp6/{interface}");
     counter(&path, "Icmp6InRouterAdvertisements")
 }
 
-/// The number after `name` in a file of names and numbers; 0 if the name is missing.
+/// Returns the number after `name` in a file of names and numbers. Returns 0 if `name` is missing.
 fn counter(path: &str, name: &str) -> Result<u64> {
-    let text = fs::read_to_string(path).map_err(|error| format!("{path}: {error}"))?;
+    let text = fs::read_to_string(path).map_err(|error| format!("cannot read {path}: {error}"))?;
     let mut words = text.split_whitespace();
     words.find(|word| *word == name);
     Ok(words.next().map_or(Ok(0), str::parse)?)
 }
 
-/// Two pods: one that sends what it likes, and its neighbour, which serves at port 5000.
+/// Two pods. The attacker sends forged packets. The victim runs a server on port 5000.
 struct Pods {
     attacker: String,
-    attackers: IpAddr,
-    victims: IpAddr,
+    attackers_address: IpAddr,
+    victims_address: IpAddr,
     attackers_network: fs::File,
     victims_network: fs::File,
 }
@@ -196,135 +201,158 @@ impl Pods {
             let id = node.run(&pod_id, &pod, &node.container(name, command))?;
             let all = addresses(node, &pod_id)?;
             let network = fs::File::open(format!("/proc/{}/ns/net", node.pid(&id)?))?;
-            made.push((id, all.first().ok_or("no address")?.parse()?, network));
+            made.push((
+                id,
+                all.first().ok_or("the pod has no address")?.parse()?,
+                network,
+            ));
         }
         let [
-            (attacker, attackers, attackers_network),
-            (_, victims, victims_network),
-        ] = made.try_into().map_err(|_| "there are two pods")?;
+            (attacker, attackers_address, attackers_network),
+            (_, victims_address, victims_network),
+        ] = made
+            .try_into()
+            .map_err(|_| "the number of pods is not two")?;
         Ok(Pods {
             attacker,
-            attackers,
-            victims,
+            attackers_address,
+            victims_address,
             attackers_network,
             victims_network,
         })
     }
 
-    /// Runs a program in the attacker.
+    /// Runs a program in the attacker's container.
     fn attack(&self, node: &Node, program: &[&str]) -> Result {
         node.asks(&[&["exec", "-s", &self.attacker], program].concat())
             .map(drop)
     }
 
-    /// The attacker advertises itself as a router with this prefix. Waits until this interface of
-    /// the node has received the advertisement.
+    /// Makes the attacker advertise itself as a router for the address prefix `prefix`. Waits until
+    /// `interface`, an interface of the node, has received the advertisement.
     fn advertise(&self, node: &Node, prefix: &str, interface: &str) -> Result {
-        let before = heard(interface)?;
+        let before = received(interface)?;
         self.attack(node, &["/inside", "net", "advertise", "eth0", prefix])?;
-        wait_for(&format!("{interface} to hear the advertisement"), || {
-            Ok((heard(interface)? > before).then_some(()))
-        })
+        wait_for(
+            &format!("the interface {interface} to receive the advertisement"),
+            || Ok((received(interface)? > before).then_some(())),
+        )
     }
 
-    /// Runs `work` in the victim's network.
+    /// Runs `work` in the victim's network namespace.
     fn at_victim<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         within(self.victims_network.as_fd(), work)
     }
 
-    fn nobody_believes(&self, prefix: &str) -> Result {
-        for interface in ours()? {
-            doubts(&interface, prefix)?;
-            refuses(&interface)?;
+    /// Checks that neither the node nor the victim has accepted an advertisement of `prefix`.
+    fn check_all_ignore(&self, prefix: &str) -> Result {
+        for interface in rruns_interfaces()? {
+            check_ignores(&interface, prefix)?;
+            check_sysctls(&interface)?;
         }
         self.at_victim(|| {
-            wait_for("the other pod to hear the advertisement", || {
-                Ok((heard("eth0")? > 0).then_some(()))
+            wait_for("the other pod to receive the advertisement", || {
+                Ok((received("eth0")? > 0).then_some(()))
             })?;
-            doubts("eth0", prefix)?;
-            refuses("eth0")?;
-            refuses("lo")
+            check_ignores("eth0", prefix)?;
+            check_sysctls("eth0")?;
+            check_sysctls("lo")
         })
     }
 }
 
-/// The bridge and the node's ends of the pods' links.
-fn ours() -> Result<Vec<String>> {
+/// Returns the names of the bridge and of the interfaces that connect pods to the bridge.
+fn rruns_interfaces() -> Result<Vec<String>> {
     let links = ip("-oneline link show")?;
     let names = links.lines().filter_map(|line| line.split(": ").nth(1));
     let names = names.map(|name| name.split('@').next().unwrap_or(name));
-    let ours = names.filter(|name| name.starts_with("rr"));
-    Ok(ours.map(str::to_owned).collect())
+    let rruns_interfaces = names.filter(|name| name.starts_with("rr"));
+    Ok(rruns_interfaces.map(str::to_owned).collect())
 }
 
-fn doubts(interface: &str, prefix: &str) -> Result {
+/// Checks that the interface has no default route from an advertisement, and no address with the
+/// prefix `prefix`.
+fn check_ignores(interface: &str, prefix: &str) -> Result {
     let routes = default_routes(interface)?;
     ensure!(
         !routes.contains("proto ra"),
-        "{interface} believes an advertisement: {routes}"
+        "the interface {interface} has accepted an advertisement; the default routes through this interface: {routes}"
     );
     let addresses = ip(&format!("-6 address show dev {interface}"))?;
     ensure!(
         !addresses.contains(prefix.trim_end_matches("::")),
-        "{interface} has an advertised address: {addresses}"
+        "the interface {interface} has an address with the advertised prefix {prefix}; the output of `ip -6 address`: {addresses}"
     );
     Ok(())
 }
 
-/// The router beyond an uplink advertises this prefix. The node must believe it if `wanted`.
-fn is_believed(beyond: &Beyond, uplink: &str, prefix: &str, wanted: bool) -> Result {
-    let before = heard(uplink)?;
+/// Sends an advertisement of `prefix` to an uplink. The node must accept the advertisement if
+/// `accepted` is true, and must ignore it otherwise.
+fn check_acceptance(beyond: &Beyond, uplink: &str, prefix: &str, accepted: bool) -> Result {
+    let before = received(uplink)?;
     beyond.advertises(uplink, prefix)?;
-    wait_for(&format!("{uplink} to hear the router"), || {
-        Ok((heard(uplink)? > before).then_some(()))
-    })?;
-    if !wanted {
-        return doubts(uplink, prefix);
+    wait_for(
+        &format!("the interface {uplink} to receive the advertisement"),
+        || Ok((received(uplink)? > before).then_some(())),
+    )?;
+    if !accepted {
+        return check_ignores(uplink, prefix);
     }
-    wait_for(&format!("{uplink} to believe the router"), || {
-        Ok(believes(uplink, prefix)?.then_some(()))
-    })
+    wait_for(
+        &format!("the interface {uplink} to accept the advertisement"),
+        || Ok(has_accepted(uplink, prefix)?.then_some(())),
+    )
 }
 
-fn refuses(interface: &str) -> Result {
+/// Checks that the sysctls of `interface` disable advertisements and redirects.
+fn check_sysctls(interface: &str) -> Result {
     for file in [
         "ipv6/conf/NAME/accept_ra",
         "ipv6/conf/NAME/accept_redirects",
         "ipv4/conf/NAME/accept_redirects",
     ] {
         let name = file.replace("NAME", interface);
-        ensure_eq!(sysctl(&name)?, "0", "{name}");
+        ensure_eq!(sysctl(&name)?, "0", "value of the sysctl {name}");
     }
     Ok(())
 }
 
-fn a_pod_that_advertises_itself_becomes_nobodys_router() -> Result {
+fn advertisements_of_a_pod_are_ignored_by_the_node_and_other_pods() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
             let pods = Pods::new(node, json!({}))?;
             pods.advertise(node, "2001:db8:bad::", "rrun0")?;
-            pods.nobody_believes("2001:db8:bad::")?;
-            ensure_eq!(ours()?.len(), 3, "the bridge and two ports ({:?})", ours()?);
+            pods.check_all_ignore("2001:db8:bad::")?;
+            ensure_eq!(
+                rruns_interfaces()?.len(),
+                3,
+                "the number of rrun's interfaces {:?}, which must be a bridge and two ports",
+                rruns_interfaces()?
+            );
 
-            // First rrun-cri makes the bridge again, and then somebody else makes one in its place.
+            // The test deletes the bridge twice. After the first deletion, rrun-cri creates the
+            // bridge again. After the second deletion, another program creates a bridge with the
+            // same name.
             ip("link delete rrun0")?;
             node.asks(&["info"])?;
             pods.advertise(node, "2001:db8:bad:1::", "rrun0")?;
-            pods.nobody_believes("2001:db8:bad:1::")?;
+            pods.check_all_ignore("2001:db8:bad:1::")?;
             ip("link delete rrun0")?;
             ip("link add rrun0 type bridge")?;
             node.asks(&["info"])?;
-            refuses("rrun0")
+            check_sysctls("rrun0")
         })
     })
 }
 
-fn pods_without_ipv6_believe_no_advertisement() -> Result {
+fn advertisements_are_ignored_if_pods_have_no_ipv6() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
-            // The node's default for new interfaces must not matter.
+            // The node's default value of accept_ra for new interfaces must not affect rrun's
+            // interfaces.
             set("ipv6/conf/default/accept_ra", "2")?;
-            // With an MTU below 1280 the bridge has no IPv6; with 1400 it gets IPv6.
+            // With an MTU below 1280, the bridge has no IPv6. With an MTU of 1400, the bridge has
+            // IPv6.
             for mtu in [1200, 1400] {
                 node.terminate_server()?;
                 let text = format!("[network]\nrange6 = \"\"\nmtu = {mtu}\n");
@@ -332,26 +360,32 @@ fn pods_without_ipv6_believe_no_advertisement() -> Result {
                 node.start_server()?;
                 node.asks(&["info"])?;
                 let has = sysctl("ipv6/conf/rrun0/accept_ra").is_ok();
-                ensure_eq!(has, mtu == 1400, "IPv6 of a bridge with an MTU of {mtu}");
+                ensure_eq!(
+                    has,
+                    mtu == 1400,
+                    "whether a bridge with an MTU of {mtu} has IPv6"
+                );
             }
             ensure!(ip("link show rrun0")?.contains(",UP"), "the bridge is down");
             let pods = Pods::new(node, json!({}))?;
             pods.advertise(node, "2001:db8:bad::", "rrun0")?;
-            pods.nobody_believes("2001:db8:bad::")
+            pods.check_all_ignore("2001:db8:bad::")
         })
     })
 }
 
-fn a_pod_that_sends_redirects_diverts_nobody() -> Result {
+fn redirects_of_a_pod_are_ignored_by_other_pods() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
-            // The kernel follows redirects on a host that does not forward, and accepts them from
-            // the moment that this sysctl is written.
+            // By default, the kernel accepts redirects only in a network namespace without
+            // forwarding. Therefore, the pods disable forwarding. Writing 0 to ip_forward also sets
+            // accept_redirects to 1. rrun-cri must set accept_redirects to 0.
             let pods = Pods::new(node, json!({ "net.ipv4.ip_forward": "0" }))?;
-            let [attackers, victims] = [pods.attackers, pods.victims].map(|ip| ip.to_string());
-            let serving = format!("{victims}:5000");
-            wait_for("the victim to serve", || {
-                let asked = pods.attack(node, &["/inside", "net", "ask", &serving]);
+            let addresses = [pods.attackers_address, pods.victims_address];
+            let [attackers, victims] = addresses.map(|ip| ip.to_string());
+            let server = format!("{victims}:5000");
+            wait_for("the victim's server to answer", || {
+                let asked = pods.attack(node, &["/inside", "net", "ask", &server]);
                 Ok(asked.is_ok().then_some(()))
             })?;
             pods.attack(
@@ -368,56 +402,59 @@ fn a_pod_that_sends_redirects_diverts_nobody() -> Result {
                 ],
             )?;
             pods.at_victim(|| {
-                wait_for("the victim to hear the redirect", || {
+                wait_for("the victim to receive the redirect", || {
                     let snmp = fs::read_to_string("/proc/thread-self/net/snmp")?;
                     let mut lines = snmp.lines().filter(|line| line.starts_with("Icmp:"));
                     let names = lines.next().unwrap_or_default().split(' ');
                     let values = lines.next().unwrap_or_default().split(' ');
                     let mut all = names.zip(values);
-                    let heard = all.find(|(name, _)| *name == "InRedirects");
-                    Ok(heard.filter(|(_, value)| *value != "0").map(drop))
+                    let received = all.find(|(name, _)| *name == "InRedirects");
+                    Ok(received.filter(|(_, value)| *value != "0").map(drop))
                 })?;
-                let way = ip(&format!("route get {ELSEWHERE}"))?;
+                let route = ip(&format!("route get {ELSEWHERE}"))?;
                 ensure!(
-                    way.contains("via 10.88.0.1 "),
-                    "the victim follows the pod's redirect: {way}"
+                    route.contains("via 10.88.0.1 "),
+                    "the victim has accepted the attacker's redirect; the victim's route to {ELSEWHERE}: {route}"
                 );
-                refuses("eth0")?;
-                refuses("lo")
+                check_sysctls("eth0")?;
+                check_sysctls("lo")
             })
         })
     })
 }
 
-fn other_interfaces_believe_the_advertisements_that_they_believed() -> Result {
+fn other_interfaces_accept_the_same_advertisements_as_without_rrun() -> Result {
     in_a_new_network(|| {
         let beyond = Beyond::new()?;
         beyond.uplink("forwards", &[("forwarding", "1"), ("accept_ra", "1")])?;
         beyond.uplink("believes", &[("forwarding", "0"), ("accept_ra", "1")])?;
         beyond.uplink("always", &[("forwarding", "1"), ("accept_ra", "2")])?;
         beyond.uplink("refuses", &[("forwarding", "0"), ("accept_ra", "0")])?;
-        is_believed(&beyond, "believes", "2001:db8:1::", true)?;
-        is_believed(&beyond, "always", "2001:db8:2::", true)?;
-        is_believed(&beyond, "forwards", "2001:db8:3::", false)?;
-        is_believed(&beyond, "refuses", "2001:db8:4::", false)?;
+        check_acceptance(&beyond, "believes", "2001:db8:1::", true)?;
+        check_acceptance(&beyond, "always", "2001:db8:2::", true)?;
+        check_acceptance(&beyond, "forwards", "2001:db8:3::", false)?;
+        check_acceptance(&beyond, "refuses", "2001:db8:4::", false)?;
         on_a_node(|node| {
             node.pull(BUSYBOX)?;
             node.runp(&node.pod("first"))?;
             ensure_eq!(sysctl("ipv6/conf/all/forwarding")?, "1", "forwarding");
             for (uplink, prefix) in [("believes", "2001:db8:1::"), ("always", "2001:db8:2::")] {
-                ensure!(believes(uplink, prefix)?, "the route by {uplink} is lost");
+                ensure!(
+                    has_accepted(uplink, prefix)?,
+                    "the advertised route through the interface {uplink} was removed"
+                );
             }
             let still = |server: u8| -> Result {
-                for (uplink, number, wanted) in [
+                for (uplink, number, accepted) in [
                     ("believes", 1, true),
                     ("always", 2, true),
                     ("forwards", 3, false),
                     ("refuses", 4, false),
-                    // This interface appeared when the node forwarded already.
+                    // The interface `late` was created when forwarding was already on.
                     ("late", 5, true),
                 ] {
                     let prefix = format!("2001:db8:{server}{number}::");
-                    is_believed(&beyond, uplink, &prefix, wanted)?;
+                    check_acceptance(&beyond, uplink, &prefix, accepted)?;
                 }
                 Ok(())
             };
@@ -425,10 +462,11 @@ fn other_interfaces_believe_the_advertisements_that_they_believed() -> Result {
             still(1)?;
             for (name, value) in [("all", "1"), ("forwards", "1"), ("refuses", "0")] {
                 let name = format!("ipv6/conf/{name}/accept_ra");
-                ensure_eq!(sysctl(&name)?, value, "{name}");
+                ensure_eq!(sysctl(&name)?, value, "value of the sysctl {name}");
             }
 
-            // Another start of the server and another pod change nothing.
+            // The test changes accept_ra of two interfaces. The next start of the server and the
+            // next pod must not change these values.
             set("ipv6/conf/late/accept_ra", "1")?;
             set("ipv6/conf/always/accept_ra", "0")?;
             node.terminate_server()?;
@@ -436,10 +474,11 @@ fn other_interfaces_believe_the_advertisements_that_they_believed() -> Result {
             node.runp(&node.pod("second"))?;
             for (name, value) in [("late", "1"), ("always", "0")] {
                 let name = format!("ipv6/conf/{name}/accept_ra");
-                ensure_eq!(sysctl(&name)?, value, "{name}");
+                ensure_eq!(sysctl(&name)?, value, "value of the sysctl {name}");
             }
 
-            // A server that has to switch forwarding on again changes nothing, either.
+            // If the server must switch forwarding on again, each interface must accept the same
+            // advertisements as before.
             set("ipv6/conf/all/forwarding", "0")?;
             set("ipv6/conf/refuses/forwarding", "1")?;
             set("ipv6/conf/refuses/accept_ra", "1")?;
@@ -452,14 +491,14 @@ fn other_interfaces_believe_the_advertisements_that_they_believed() -> Result {
                 ("refuses", "1"),
             ] {
                 let name = format!("ipv6/conf/{name}/accept_ra");
-                ensure_eq!(sysctl(&name)?, value, "{name}");
+                ensure_eq!(sysctl(&name)?, value, "value of the sysctl {name}");
             }
             Ok(())
         })
     })
 }
 
-fn a_node_that_refuses_advertisements_goes_on_refusing_them() -> Result {
+fn a_node_that_ignores_advertisements_continues_to_ignore_them() -> Result {
     for (forwarding, accept) in [("0", "0"), ("1", "1")] {
         in_a_new_network(|| {
             let beyond = Beyond::new()?;
@@ -470,11 +509,11 @@ fn a_node_that_refuses_advertisements_goes_on_refusing_them() -> Result {
                 node.runp(&node.pod("first"))?;
                 ensure_eq!(sysctl("ipv6/conf/all/forwarding")?, "1", "forwarding");
                 beyond.uplink("late", &[])?;
-                is_believed(&beyond, "late", "2001:db8:1::", false)?;
+                check_acceptance(&beyond, "late", "2001:db8:1::", false)?;
                 ensure_eq!(
                     sysctl("ipv6/conf/default/accept_ra")?,
                     accept,
-                    "the default"
+                    "the node's default value of accept_ra, which rrun-cri must not change"
                 );
                 Ok(())
             })
@@ -483,12 +522,12 @@ fn a_node_that_refuses_advertisements_goes_on_refusing_them() -> Result {
     Ok(())
 }
 
-fn what_an_earlier_version_let_in_is_closed_at_the_start() -> Result {
+fn the_server_corrects_sysctls_and_routes_from_an_earlier_version_when_it_starts() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
             let pods = Pods::new(node, json!({}))?;
             node.terminate_server()?;
-            let interfaces = ours()?;
+            let interfaces = rruns_interfaces()?;
             for interface in &interfaces {
                 set(&format!("ipv6/conf/{interface}/accept_ra"), "2")?;
                 set(&format!("ipv4/conf/{interface}/accept_redirects"), "1")?;
@@ -500,36 +539,37 @@ fn what_an_earlier_version_let_in_is_closed_at_the_start() -> Result {
                 ] {
                     set(name, "1")?;
                 }
-                // A value that somebody chose.
+                // rrun-cri must not change accept_ra of lo, because another program could have set
+                // this sysctl.
                 set("ipv6/conf/lo/accept_ra", "2")
             })?;
             within(pods.attackers_network.as_fd(), || {
                 Ok(advertise("eth0", "2001:db8:bad::".parse()?)?)
             })?;
-            wait_for("the bridge to believe the pod", || {
-                Ok(believes("rrun0", "2001:db8:bad::")?.then_some(()))
+            wait_for("the bridge to accept the pod's advertisement", || {
+                Ok(has_accepted("rrun0", "2001:db8:bad::")?.then_some(()))
             })?;
 
             node.start_server()?;
             for interface in &interfaces {
-                refuses(interface)?;
+                check_sysctls(interface)?;
             }
-            doubts("rrun0", "2001:db8:bad::")?;
+            check_ignores("rrun0", "2001:db8:bad::")?;
             let routes = ip("-6 route show dev rrun0")?;
             ensure!(
                 !routes.contains("2001:db8:bad"),
-                "a route is left: {routes}"
+                "a route from the pod's advertisement still exists; the routes through rrun0: {routes}"
             );
             ensure!(
                 routes.contains("fd72:7275:6e30::/64"),
-                "the route to the pods is gone: {routes}"
+                "the route to the pods was removed; the remaining routes through rrun0: {routes}"
             );
             pods.at_victim(|| {
-                refuses("eth0")?;
+                check_sysctls("eth0")?;
                 ensure_eq!(
                     sysctl("ipv6/conf/lo/accept_ra")?,
                     "2",
-                    "what somebody chose"
+                    "accept_ra of lo, which rrun-cri must not change"
                 );
                 Ok(())
             })
@@ -537,22 +577,28 @@ fn what_an_earlier_version_let_in_is_closed_at_the_start() -> Result {
     })
 }
 
-fn no_port_of_a_lost_bridge_believes_its_pod() -> Result {
+fn ports_of_a_deleted_bridge_ignore_advertisements() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
             let pods = Pods::new(node, json!({}))?;
             ip("link delete rrun0")?;
-            for (port, prefix) in ours()?.iter().zip(["2001:db8:1::", "2001:db8:2::"]) {
-                // One of the two ports is the attacker's.
+            for (port, prefix) in rruns_interfaces()?
+                .iter()
+                .zip(["2001:db8:1::", "2001:db8:2::"])
+            {
+                // One of the two ports belongs to the attacker's pod, so this port receives the
+                // advertisement.
                 pods.attack(node, &["/inside", "net", "advertise", "eth0", prefix])?;
-                refuses(port)?;
+                check_sysctls(port)?;
             }
-            let ports = ours()?;
-            wait_for("the attacker's port to hear it", || {
-                let heard = ports.iter().map(|port| heard(port));
-                Ok((heard.sum::<Result<u64>>()? > 0).then_some(()))
+            let ports = rruns_interfaces()?;
+            wait_for("the attacker's port to receive the advertisement", || {
+                let received = ports.iter().map(|port| received(port));
+                Ok((received.sum::<Result<u64>>()? > 0).then_some(()))
             })?;
-            ports.iter().try_for_each(|port| doubts(port, "2001:db8:"))
+            ports
+                .iter()
+                .try_for_each(|port| check_ignores(port, "2001:db8:"))
         })
     })
 }

@@ -1,5 +1,6 @@
-//! What is wrong is refused with one sentence that names it, with runc's exit code, and leaves
-//! nothing behind (which is looked at after every test).
+//! Tests with wrong input. The runtime refuses wrong input with one sentence about the error, and
+//! exits with runc's exit code. After each test, the harness checks that the runtime has left
+//! nothing behind.
 
 use std::fs;
 
@@ -16,21 +17,24 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_broken_configuration_is_refused),
     test!(a_missing_root_file_system_is_refused),
     test!(an_illegal_id_is_refused),
-    test!(a_duplicate_id_is_refused_and_the_first_lives_on),
-    test!(a_program_that_is_not_there_is_refused),
+    test!(a_duplicate_id_is_refused_and_the_first_container_keeps_running),
+    test!(a_missing_program_is_refused),
     test!(a_program_that_is_not_executable_is_refused),
-    test!(exec_of_a_bad_program_is_refused),
+    test!(exec_of_a_program_that_can_not_be_executed_is_refused),
     test!(exec_into_a_stopped_container_is_refused),
     test!(delete_of_a_running_container_is_refused),
     test!(start_of_a_started_container_is_refused),
-    test!(commands_on_no_container_are_refused),
+    test!(commands_on_a_missing_container_are_refused),
     test!(an_unknown_signal_is_refused),
     test!(kill_of_a_stopped_container_is_refused),
-    test!(bad_fields_are_refused_by_name),
-    test!(a_failure_at_any_step_leaves_nothing),
-    test!(what_is_not_implemented_is_refused_by_name, Need::Rrun),
-    test!(a_damaged_state_is_told, Need::Rrun),
-    test!(two_creates_of_one_id_have_one_winner),
+    test!(the_error_about_a_bad_field_names_the_field),
+    test!(create_leaves_nothing_behind_if_it_fails_at_any_step),
+    test!(
+        the_error_about_an_unimplemented_field_names_the_field,
+        Need::Rrun
+    ),
+    test!(a_damaged_state_file_is_reported, Need::Rrun),
+    test!(exactly_one_of_two_concurrent_create_commands_with_the_same_id_succeeds),
     test!(a_terminal_without_a_console_socket_is_refused),
 ];
 
@@ -52,10 +56,15 @@ fn a_broken_configuration_is_refused() -> Result {
         "\0\0\0\0",
     ] {
         fs::write(bundle.join("config.json"), text)?;
-        refused(&bundle, &[])
-            .map_err(|failed| format!("{text:?}: {}", failed.message().unwrap_or_default()))?;
+        refused(&bundle, &[]).map_err(|failed| {
+            format!(
+                "the configuration was {text:?}; the failure: {}",
+                failed.message().unwrap_or_default()
+            )
+        })?;
     }
-    // Nested so deep that a parser which recurses would overflow its stack.
+    // The next configuration contains nested arrays with 1,048,576 levels. A recursive parser would
+    // overflow its stack.
     fs::write(bundle.join("config.json"), "[".repeat(1 << 20))?;
     refused(&bundle, &[])?;
     fs::remove_file(bundle.join("config.json"))?;
@@ -80,8 +89,12 @@ fn an_illegal_id_is_refused() -> Result {
         "", ".", "..", "a/b", "../up", "a b", "a\nb", "a$b", "ümlaut", "/",
     ] {
         let output = bundle.runtime(&["run", "--", id]).exits(1)?;
-        complaint(&output, &[])
-            .map_err(|failed| format!("{id:?}: {}", failed.message().unwrap_or_default()))?;
+        complaint(&output, &[]).map_err(|failed| {
+            format!(
+                "the container id was {id:?}; the failure: {}",
+                failed.message().unwrap_or_default()
+            )
+        })?;
     }
     let long = "x".repeat(1025);
     if runtime_program().ends_with("rrun") {
@@ -90,7 +103,7 @@ fn an_illegal_id_is_refused() -> Result {
     Ok(())
 }
 
-fn a_duplicate_id_is_refused_and_the_first_lives_on() -> Result {
+fn a_duplicate_id_is_refused_and_the_first_container_keeps_running() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     for command in ["run", "create"] {
@@ -98,7 +111,7 @@ fn a_duplicate_id_is_refused_and_the_first_lives_on() -> Result {
     }
     ensure!(
         bundle.status()? == "running",
-        "the first one is {}",
+        "the status of the first container is not `running`, but `{}`",
         bundle.status()?
     );
     bundle.exec(&[], &["exit", "0"]).ok()?;
@@ -106,8 +119,8 @@ fn a_duplicate_id_is_refused_and_the_first_lives_on() -> Result {
     Ok(())
 }
 
-/// The words are those by which containerd and podman tell 127 from 126.
-fn a_program_that_is_not_there_is_refused() -> Result {
+/// containerd and podman derive the exit code 127 or 126 from the texts that this test expects.
+fn a_missing_program_is_refused() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle
         .set("/process/args", json!(["nowhere"]))
@@ -128,7 +141,7 @@ fn a_program_that_is_not_executable_is_refused() -> Result {
     Ok(())
 }
 
-fn exec_of_a_bad_program_is_refused() -> Result {
+fn exec_of_a_program_that_can_not_be_executed_is_refused() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     for (program, words) in [
@@ -137,11 +150,16 @@ fn exec_of_a_bad_program_is_refused() -> Result {
         ("/bin/no-program", "ermission denied"),
     ] {
         let output = bundle.runtime(&["exec", bundle.id(), program]).end()?;
-        // runc has 255 for all of them; a shell's codes say more.
-        ensure!([255, 127, 126].contains(&output.code), "{}", output.told());
+        // `runc exec` exits with 255 for each of these programs. The shell's exit codes 126 and 127
+        // are more precise, so the test also accepts them.
+        ensure!(
+            [255, 127, 126].contains(&output.code),
+            "the exit code of `exec` is not 255, 127 or 126:\n{}",
+            output.told()
+        );
         complaint(&output, &[words])?;
     }
-    ensure_eq!(bundle.status()?, "running", "the container");
+    ensure_eq!(bundle.status()?, "running", "the container's status");
     bundle.end()?;
     Ok(())
 }
@@ -163,7 +181,7 @@ fn delete_of_a_running_container_is_refused() -> Result {
         &bundle.call(&["delete"])?.exits(1)?,
         &["not stopped", "running"],
     )?;
-    ensure_eq!(bundle.status()?, "running", "the container");
+    ensure_eq!(bundle.status()?, "running", "the container's status");
     bundle.end()?;
     Ok(())
 }
@@ -176,7 +194,7 @@ fn start_of_a_started_container_is_refused() -> Result {
     Ok(())
 }
 
-fn commands_on_no_container_are_refused() -> Result {
+fn commands_on_a_missing_container_are_refused() -> Result {
     let bundle = Bundle::new(&[])?;
     for (command, code) in [
         ("state", 1),
@@ -200,7 +218,7 @@ fn an_unknown_signal_is_refused() -> Result {
     for signal in ["NOSUCH", "SIG"] {
         complaint(&bundle.call(&["kill"])?.arg(signal).exits(1)?, &[signal])?;
     }
-    ensure_eq!(bundle.status()?, "running", "the container");
+    ensure_eq!(bundle.status()?, "running", "the container's status");
     bundle.end()?;
     Ok(())
 }
@@ -209,7 +227,7 @@ fn kill_of_a_stopped_container_is_refused() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.start()?;
     bundle.wait_status("stopped")?;
-    // These words are what containerd and podman take for "it has gone already".
+    // containerd and podman interpret "not running" as "the container has already exited".
     complaint(
         &bundle.call(&["kill"])?.arg("KILL").exits(1)?,
         &["not running"],
@@ -218,8 +236,8 @@ fn kill_of_a_stopped_container_is_refused() -> Result {
     Ok(())
 }
 
-/// Changes to a good configuration, each of which must be refused, and a word that the complaint
-/// must have.
+/// Returns changes to a valid configuration, each of which the runtime must refuse. Each entry is a
+/// JSON pointer to a field, an invalid value, and a word from the expected error.
 fn bad_fields() -> Vec<(&'static str, Value, &'static str)> {
     vec![
         ("/process/args", json!([]), "args"),
@@ -249,7 +267,7 @@ fn bad_fields() -> Vec<(&'static str, Value, &'static str)> {
     ]
 }
 
-fn bad_fields_are_refused_by_name() -> Result {
+fn the_error_about_a_bad_field_names_the_field() -> Result {
     for (pointer, value, word) in bad_fields() {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         bundle.set(pointer, value.clone()).write_config()?;
@@ -261,7 +279,7 @@ fn bad_fields_are_refused_by_name() -> Result {
         };
         refused(&bundle, words).map_err(|failed| {
             format!(
-                "{pointer} = {value}: {}",
+                "the test set the configuration's field {pointer} to {value}; the failure: {}",
                 failed.message().unwrap_or_default()
             )
         })?;
@@ -269,7 +287,8 @@ fn bad_fields_are_refused_by_name() -> Result {
     Ok(())
 }
 
-/// Failures that only the kernel can tell, from the first step of a container's birth to the last.
+/// Returns changes to a valid configuration that only the kernel rejects. The changes make
+/// different steps of a container's creation fail, from the first step to the last.
 fn late_failures() -> Vec<(&'static str, Value)> {
     vec![
         (
@@ -313,13 +332,13 @@ fn late_failures() -> Vec<(&'static str, Value)> {
     ]
 }
 
-fn a_failure_at_any_step_leaves_nothing() -> Result {
+fn create_leaves_nothing_behind_if_it_fails_at_any_step() -> Result {
     for (pointer, value) in late_failures() {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         bundle.set(pointer, value.clone()).write_config()?;
         refused(&bundle, &[]).map_err(|failed| {
             format!(
-                "{pointer} = {value}: {}",
+                "the test set the configuration's field {pointer} to {value}; the failure: {}",
                 failed.message().unwrap_or_default()
             )
         })?;
@@ -327,8 +346,8 @@ fn a_failure_at_any_step_leaves_nothing() -> Result {
     Ok(())
 }
 
-/// In the specification, but for runtimes of another kind.
-fn what_is_not_implemented_is_refused_by_name() -> Result {
+/// The field `vm` is part of the specification, but only for runtimes that start virtual machines.
+fn the_error_about_an_unimplemented_field_names_the_field() -> Result {
     for (pointer, value, word) in [(
         "/vm",
         json!({ "kernel": { "path": "/boot/vmlinuz" } }),
@@ -339,7 +358,7 @@ fn what_is_not_implemented_is_refused_by_name() -> Result {
         let output = bundle.runtime(&["run", bundle.id()]).end()?;
         if output.code == 0 {
             note(format!(
-                "{word} is no longer refused: test its effect instead"
+                "the runtime no longer refuses the configuration's field {word}, so this test should check the field's effect"
             ));
             continue;
         }
@@ -349,7 +368,7 @@ fn what_is_not_implemented_is_refused_by_name() -> Result {
     Ok(())
 }
 
-fn a_damaged_state_is_told() -> Result {
+fn a_damaged_state_file_is_reported() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let pid = bundle.pid()?;
@@ -361,22 +380,29 @@ fn a_damaged_state_is_told() -> Result {
             damaged += 1;
         }
     }
-    ensure!(damaged > 0, "no state file in {}", directory.display());
+    ensure!(
+        damaged > 0,
+        "there is no state file in the directory {}",
+        directory.display()
+    );
     for command in ["state", "start", "kill", "delete"] {
         let output = bundle.runtime(&[command, bundle.id()]).exits(1)?;
         complaint(&output, &[bundle.id()])?;
     }
-    // Where its cgroup was is lost with the state; whoever damaged it has to see to that.
+    // The damaged state was the only record of the container's cgroup, so the runtime cannot find
+    // the cgroup. The test itself must remove the cgroup.
     fs::remove_dir_all(&directory)?;
     let group = bundle.cgroup();
     fs::write(group.join("cgroup.kill"), "1")?;
-    wait_for("the cgroup to be empty", || Ok(fs::remove_dir(&group).ok()))?;
-    wait_for("its process to go", || {
+    wait_for("the container's cgroup to become empty", || {
+        Ok(fs::remove_dir(&group).ok())
+    })?;
+    wait_for("the container's process to exit", || {
         Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
     })
 }
 
-fn two_creates_of_one_id_have_one_winner() -> Result {
+fn exactly_one_of_two_concurrent_create_commands_with_the_same_id_succeeds() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     for _ in 0..5 {
         let both = [
@@ -388,10 +414,13 @@ fn two_creates_of_one_id_have_one_winner() -> Result {
             codes.push(one.end()?.code);
         }
         codes.sort_unstable();
-        ensure!(codes == [0, 1], "exit codes of the two are {codes:?}");
+        ensure!(
+            codes == [0, 1],
+            "the exit codes of the two `create` calls are not 0 and 1, but {codes:?}"
+        );
         ensure!(
             bundle.status()? == "created",
-            "the winner is {}",
+            "after the successful `create`, the container's status is not `created`, but `{}`",
             bundle.status()?
         );
         bundle.end()?;

@@ -1,5 +1,6 @@
-//! Where the configuration is good and what is around it is not: refused with one sentence that
-//! names it, with runc's exit code, and nothing is left behind.
+//! Tests with a valid configuration that the runtime cannot apply, for example on a full disk. The
+//! runtime prints one sentence about the error, exits with runc's exit code, and leaves nothing
+//! behind.
 
 use std::fs;
 use std::os::unix::net::UnixListener;
@@ -14,26 +15,30 @@ use crate::support::refusals::{complaint, nothing_made, refused};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_bundle_that_is_not_there_is_refused),
-    test!(an_unsupported_version_is_refused, Need::Rrun),
+    test!(a_missing_bundle_is_refused),
+    test!(an_unsupported_oci_version_is_refused, Need::Rrun),
     test!(a_huge_configuration_is_refused, Need::Rrun),
-    test!(a_deep_configuration_is_refused_or_run),
+    test!(a_deeply_nested_configuration_does_not_crash_the_runtime),
     test!(fields_that_contradict_each_other_are_refused),
     test!(a_root_file_system_behind_a_link_is_refused),
-    test!(a_missing_controller_is_told),
-    test!(who_has_no_permission_is_told, Need::Program("setpriv")),
-    test!(a_full_disk_is_told),
-    test!(a_log_that_can_not_be_written_is_told),
-    test!(a_pid_file_that_can_not_be_written_is_told),
-    test!(a_console_socket_that_nobody_serves_is_told),
+    test!(a_missing_cgroup_controller_is_reported),
+    test!(
+        missing_permissions_of_the_caller_are_reported,
+        Need::Program("setpriv")
+    ),
+    test!(a_full_disk_is_reported),
+    test!(a_log_that_can_not_be_written_is_reported),
+    test!(a_pid_file_that_can_not_be_written_is_reported),
+    test!(a_console_socket_without_a_server_is_reported),
     test!(exec_into_a_paused_container_is_refused),
-    test!(exec_into_a_created_container_goes),
-    test!(what_a_stopped_container_can_not_do_is_refused),
-    test!(what_a_running_container_can_not_do_is_refused),
-    test!(a_cgroup_of_another_container_is_left_alone),
+    test!(exec_works_in_a_container_that_waits_for_start),
+    test!(commands_that_a_stopped_container_does_not_support_are_refused),
+    test!(commands_that_a_running_container_does_not_support_are_refused),
+    test!(a_container_can_not_use_the_cgroup_of_another_container),
 ];
 
-/// These words, or any where the runtime is not rrun.
+/// Returns `words` if the runtime under test is rrun. For another runtime, returns an empty list.
+/// The test then accepts any error message.
 fn ours<'a>(words: &'a [&'a str]) -> &'a [&'a str] {
     if runtime_program().ends_with("rrun") {
         words
@@ -42,7 +47,7 @@ fn ours<'a>(words: &'a [&'a str]) -> &'a [&'a str] {
     }
 }
 
-fn a_bundle_that_is_not_there_is_refused() -> Result {
+fn a_missing_bundle_is_refused() -> Result {
     let bundle = Bundle::new(&[])?;
     for path in ["/nowhere/at/all", "/etc/passwd"] {
         for verb in ["run", "create"] {
@@ -56,7 +61,7 @@ fn a_bundle_that_is_not_there_is_refused() -> Result {
     Ok(())
 }
 
-fn an_unsupported_version_is_refused() -> Result {
+fn an_unsupported_oci_version_is_refused() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     for version in ["", "2.0.0", "0.9.0", "1", "one", "1.0.x", "-1.0.0"] {
         bundle.set("/ociVersion", json!(version)).write_config()?;
@@ -74,8 +79,10 @@ fn a_huge_configuration_is_refused() -> Result {
     refused(&bundle, &["larger than 16 MB"])
 }
 
-/// What a runtime does not know may be as deep as it likes, but must not overflow a stack.
-fn a_deep_configuration_is_refused_or_run() -> Result {
+/// The configuration contains an unknown field. The value is an array with 100,000 levels. A
+/// recursive parser would overflow its stack. The runtime is allowed to ignore or to refuse the
+/// field, but must not crash.
+fn a_deeply_nested_configuration_does_not_crash_the_runtime() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     let text = serde_json::to_string(&bundle.config)?;
     let deep = format!("{}{}", "[".repeat(100_000), "]".repeat(100_000));
@@ -87,7 +94,11 @@ fn a_deep_configuration_is_refused_or_run() -> Result {
         ),
     )?;
     let output = bundle.runtime(&["run", bundle.id()]).end()?;
-    ensure!(output.code == 0 || output.code == 1, "{}", output.told());
+    ensure!(
+        output.code == 0 || output.code == 1,
+        "the runtime neither ran the container nor refused its configuration:\n{}",
+        output.told()
+    );
     nothing_made(&bundle, &output)
 }
 
@@ -110,7 +121,8 @@ fn fields_that_contradict_each_other_are_refused() -> Result {
         ("mount", "/linux/maskedPaths", json!(["/proc/kcore"])),
     ];
     for (without, pointer, value) in rows {
-        // runc makes do without the namespace here.
+        // Without a user namespace, runc ignores id mappings. Therefore, the test skips this case
+        // for runc.
         if without == "user" && !runtime_program().ends_with("rrun") {
             continue;
         }
@@ -123,8 +135,12 @@ fn fields_that_contradict_each_other_are_refused() -> Result {
         } else {
             &*field
         };
-        refused(&bundle, ours(&[field]))
-            .map_err(|failed| format!("{pointer}: {}", failed.message().unwrap_or_default()))?;
+        refused(&bundle, ours(&[field])).map_err(|failed| {
+            format!(
+                "the test set the configuration's field {pointer} (removed namespace: {without}); the failure: {}",
+                failed.message().unwrap_or_default()
+            )
+        })?;
     }
     Ok(())
 }
@@ -136,8 +152,8 @@ fn a_root_file_system_behind_a_link_is_refused() -> Result {
     refused(&bundle, &["symlink", "symbolic link"])
 }
 
-fn a_missing_controller_is_told() -> Result {
-    let there = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
+fn a_missing_cgroup_controller_is_reported() -> Result {
+    let available = fs::read_to_string("/sys/fs/cgroup/cgroup.controllers")?;
     let rows = [
         (
             "memory",
@@ -163,22 +179,29 @@ fn a_missing_controller_is_told() -> Result {
     ];
     let mut tried = 0;
     for (name, pointer, value) in rows {
-        if there.split_whitespace().any(|it| it == name) {
+        if available.split_whitespace().any(|it| it == name) {
             continue;
         }
         let mut bundle = Bundle::new(&["exit", "0"])?;
         bundle.set(pointer, value).write_config()?;
-        refused(&bundle, ours(&[name]))
-            .map_err(|failed| format!("{name}: {}", failed.message().unwrap_or_default()))?;
+        refused(&bundle, ours(&[name])).map_err(|failed| {
+            format!(
+                "the configuration has a limit that requires the missing cgroup controller {name}; the failure: {}",
+                failed.message().unwrap_or_default()
+            )
+        })?;
         tried += 1;
     }
     if tried == 0 {
-        note("no cgroup controller is missing here".to_owned());
+        note(
+            "the refusal was not tested, because this machine has all cgroup controllers of the test"
+                .to_owned(),
+        );
     }
     Ok(())
 }
 
-fn who_has_no_permission_is_told() -> Result {
+fn missing_permissions_of_the_caller_are_reported() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.write_config()?;
     fs::create_dir(bundle.root())?;
@@ -197,7 +220,8 @@ fn who_has_no_permission_is_told() -> Result {
     nothing_made(&bundle, &output)
 }
 
-/// A tiny file system for `--root`; unmounted when dropped.
+/// A tiny, full file system for the state directory (`--root`). Dropping the value unmounts the
+/// file system.
 struct Full(Directory);
 
 impl Full {
@@ -210,7 +234,7 @@ impl Full {
             MsFlags::empty(),
             Some("size=4k"),
         )
-        .map_err(|errno| format!("mount a tmpfs on {}: {errno}", dir.path().display()))?;
+        .map_err(|errno| format!("cannot mount a tmpfs on {}: {errno}", dir.path().display()))?;
         fs::write(dir.join("filling"), [0; 4096])?;
         Ok(Full(dir))
     }
@@ -222,7 +246,7 @@ impl Drop for Full {
     }
 }
 
-fn a_full_disk_is_told() -> Result {
+fn a_full_disk_is_reported() -> Result {
     let full = Full::new()?;
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.write_config()?;
@@ -237,7 +261,7 @@ fn a_full_disk_is_told() -> Result {
         nothing_made(&bundle, &output)?;
         ensure!(
             !full.0.join(bundle.id()).exists(),
-            "its state is left:\n{}",
+            "the container's state directory still exists on the full disk:\n{}",
             output.told()
         );
     }
@@ -255,20 +279,30 @@ fn with_flags(bundle: &Bundle, flags: &[&str]) -> Result<Output> {
         .end()
 }
 
-fn a_log_that_can_not_be_written_is_told() -> Result {
+fn a_log_that_can_not_be_written_is_reported() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     for (path, word) in [("/nowhere/log", "/nowhere/log"), ("/", "/")] {
         let output = with_flags(&bundle, &["--log", path])?;
-        ensure_eq!(output.code, 1, "{}", output.told());
+        ensure_eq!(
+            output.code,
+            1,
+            "the exit code of `run` with the log file {path} ({})",
+            output.told()
+        );
         complaint(&output, &[word])?;
         nothing_made(&bundle, &output)?;
     }
     let output = with_flags(&bundle, &["--log-format", "nosuch"])?;
-    ensure_eq!(output.code, 1, "{}", output.told());
+    ensure_eq!(
+        output.code,
+        1,
+        "the exit code of `run` with an unknown log format ({})",
+        output.told()
+    );
     complaint(&output, &["nosuch"])
 }
 
-fn a_pid_file_that_can_not_be_written_is_told() -> Result {
+fn a_pid_file_that_can_not_be_written_is_reported() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     for verb in ["create", "run"] {
         let path = "/nowhere/at/all/pid";
@@ -285,10 +319,10 @@ fn a_pid_file_that_can_not_be_written_is_told() -> Result {
     Ok(())
 }
 
-fn a_console_socket_that_nobody_serves_is_told() -> Result {
+fn a_console_socket_without_a_server_is_reported() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     bundle.set("/process/terminal", json!(true));
-    // What remains of a server that has died.
+    // `dead` is the socket file of a server that no longer exists.
     drop(UnixListener::bind(bundle.join("dead"))?);
     fs::write(bundle.join("file"), "no socket")?;
     for name in ["dead", "file", "missing"] {
@@ -318,7 +352,7 @@ fn exec_into_a_paused_container_is_refused() -> Result {
     Ok(())
 }
 
-fn exec_into_a_created_container_goes() -> Result {
+fn exec_works_in_a_container_that_waits_for_start() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.call(&["create"])?.ok()?;
     bundle.exec(&[], &["exit", "0"]).ok()?;
@@ -326,7 +360,7 @@ fn exec_into_a_created_container_goes() -> Result {
     Ok(())
 }
 
-fn what_a_stopped_container_can_not_do_is_refused() -> Result {
+fn commands_that_a_stopped_container_does_not_support_are_refused() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.start()?;
     bundle.wait_status("stopped")?;
@@ -347,7 +381,7 @@ fn what_a_stopped_container_can_not_do_is_refused() -> Result {
     Ok(())
 }
 
-fn what_a_running_container_can_not_do_is_refused() -> Result {
+fn commands_that_a_running_container_does_not_support_are_refused() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     for verb in ["start", "resume", "delete"] {
@@ -357,13 +391,13 @@ fn what_a_running_container_can_not_do_is_refused() -> Result {
         let output = bundle.exec(&["--user", user], &["exit", "0"]).exits(255)?;
         complaint(&output, &[])?;
     }
-    ensure_eq!(bundle.status()?, "running", "status");
+    ensure_eq!(bundle.status()?, "running", "the container's status");
     bundle.end()?;
     Ok(())
 }
 
-/// runc refuses a cgroup in which somebody else's processes are.
-fn a_cgroup_of_another_container_is_left_alone() -> Result {
+/// Like runc, rrun refuses a cgroup that contains the processes of another container.
+fn a_container_can_not_use_the_cgroup_of_another_container() -> Result {
     let first = Bundle::new(&["sleep", "600"])?;
     first.start()?;
     let mut second = Bundle::new(&["exit", "0"])?;
@@ -377,7 +411,11 @@ fn a_cgroup_of_another_container_is_left_alone() -> Result {
         let output = second.runtime(&[verb, second.id()]).exits(1)?;
         complaint(&output, &[])?;
     }
-    ensure_eq!(first.status()?, "running", "status of the first");
+    ensure_eq!(
+        first.status()?,
+        "running",
+        "the status of the first container"
+    );
     first.exec(&[], &["exit", "0"]).ok()?;
     first.end()?;
     Ok(())

@@ -1,10 +1,11 @@
-//! containerd, by ctr: its shim drives the runtime with an event loop of its own.
+//! Tests with containerd. The tests control containerd with ctr. containerd starts a shim process,
+//! which calls the runtime.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::support::bundle::runtime_program;
-use crate::support::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings};
+use crate::support::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leftovers};
 use crate::support::critest::{CRITEST, CRITEST_TIMEOUT};
 use crate::support::leak_check::PEERS;
 use crate::support::machine::{
@@ -18,10 +19,20 @@ const CTR: Need = Need::Program("ctr");
 const CONTAINERD: Need = Need::Program("containerd");
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(containerd_runs_what_it_is_asked_to, CTR, CONTAINERD, IMAGE),
-    test!(containerd_lives_with_a_container, CTR, CONTAINERD, IMAGE),
     test!(
-        containerd_limits_hold_and_are_counted,
+        containerd_applies_the_options_of_ctr_run,
+        CTR,
+        CONTAINERD,
+        IMAGE
+    ),
+    test!(
+        containerd_controls_a_container_from_start_to_removal,
+        CTR,
+        CONTAINERD,
+        IMAGE
+    ),
+    test!(
+        containerd_enforces_limits_and_reports_usage,
         CTR,
         CONTAINERD,
         IMAGE,
@@ -29,7 +40,7 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Controller("pids")
     ),
     test!(
-        containerd_keeps_pods_as_a_cri_server,
+        containerd_runs_pods_as_a_cri_server,
         CONTAINERD,
         CRICTL,
         REGISTRY,
@@ -46,22 +57,24 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// Tests of the CRI that containerd passes with runc.
-const OF_THE_CRI: &[&str] = &[
-    "cri::crictl::a_web_server_from_the_registry_to_its_removal",
-    "cri::containers::a_container_gets_what_its_configuration_says",
-    "cri::containers::exec_gives_output_exit_code_and_ends_in_time",
-    "cri::containers::stop_gives_the_grace_period_and_then_kills",
+/// The CRI tests that containerd must pass with rrun. containerd passes these tests with runc.
+const CRI_TESTS: &[&str] = &[
+    "cri::crictl::crictl_controls_a_web_server_from_pull_to_removal",
+    "cri::containers::a_container_gets_its_configured_settings",
+    "cri::containers::exec_returns_the_output_and_the_exit_code_and_obeys_its_timeout",
+    "cri::containers::stop_waits_for_the_grace_period_and_then_kills_the_container",
 ];
 
 struct Containerd {
     server: Option<Running>,
-    _leavings: Leavings,
+    _leftovers: Leftovers,
     directory: Directory,
     runtime: PathBuf,
 }
 
-/// Shims keep their sockets at a place of their own; ctr's namespace is a cgroup.
+/// The paths that containerd uses outside its own directory. Shims create their sockets at fixed
+/// paths, and containers in containerd's namespace `default` have cgroups below the cgroup
+/// `default`.
 const SHARED: &[&str] = &[
     "/run/containerd",
     "/var/lib/containerd",
@@ -70,7 +83,8 @@ const SHARED: &[&str] = &[
 
 impl Containerd {
     fn start() -> Result<Containerd> {
-        let runtime = program_path(&runtime_program()).ok_or("no runtime to test")?;
+        let runtime =
+            program_path(&runtime_program()).ok_or("the runtime under test is not in PATH")?;
         let directory = Directory::new("containerd")?;
         let at = |name: &str| directory.join(name).display().to_string();
         std::fs::write(
@@ -83,15 +97,15 @@ impl Containerd {
                 at("socket"),
             ),
         )?;
-        let leavings = Leavings::of(directory.path(), SHARED);
+        let leftovers = Leftovers::of(directory.path(), SHARED);
         let server = command("containerd", ["--config", &at("config.toml")]).start()?;
         let containerd = Containerd {
             server: Some(server),
-            _leavings: leavings,
+            _leftovers: leftovers,
             directory,
             runtime,
         };
-        wait_for("containerd's answer", || {
+        wait_for("containerd to respond to `ctr version`", || {
             let output = containerd.call(&["version"]).end()?;
             Ok((output.code == 0).then_some(()))
         })?;
@@ -116,7 +130,7 @@ impl Containerd {
 
     fn remove(&self, id: &str) -> Result {
         self.call(&["task", "kill", "-s", "KILL", id]).end()?;
-        wait_for("the task's end", || {
+        wait_for("the container's task to stop", || {
             Ok((self.status(id)? == "STOPPED").then_some(()))
         })?;
         self.call(&["task", "delete", id]).end()?;
@@ -145,21 +159,25 @@ impl Drop for Containerd {
     }
 }
 
-fn containerd_runs_what_it_is_asked_to() -> Result {
+fn containerd_applies_the_options_of_ctr_run() -> Result {
     let containerd = Containerd::start()?;
     containerd.prints(&[], &["echo", "hello"], "hello")?;
     containerd.run(&[], &["sh", "-c", "exit 3"]).exits(3)?;
     let missing = containerd.run(&[], &["no-such-program"]).exits(1)?;
     ensure!(
         missing.stderr.contains("no-such-program") && missing.stderr.contains("not found"),
-        "{}",
+        "the error of `ctr run` does not report the missing program:\n{}",
         missing.told()
     );
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
     containerd.prints(&["--seccomp"], &status("Seccomp:"), "Seccomp:\t2")?;
     let all = containerd.run(&["--privileged"], &status("CapEff")).ok()?;
     let own = std::fs::read_to_string("/proc/self/status")?;
-    ensure!(own.contains(all.text()), "privileged: {}", all.told());
+    ensure!(
+        own.contains(all.text()),
+        "a privileged container does not have all capabilities:\n{}",
+        all.told()
+    );
     containerd
         .run(&["--read-only"], &["touch", "/x"])
         .exits(1)?;
@@ -206,12 +224,16 @@ fn containerd_runs_what_it_is_asked_to() -> Result {
     Ok(())
 }
 
-fn containerd_lives_with_a_container() -> Result {
+fn containerd_controls_a_container_from_start_to_removal() -> Result {
     let containerd = Containerd::start()?;
     containerd
         .start_container(&["-d"], "life", &["sleep", "600"])
         .ok()?;
-    ensure_eq!(containerd.status("life")?, "RUNNING", "after run -d");
+    ensure_eq!(
+        containerd.status("life")?,
+        "RUNNING",
+        "the container's status after `ctr run -d`"
+    );
     let exec = |args: &[&str]| {
         containerd
             .call(&["task", "exec", "--exec-id", "further"])
@@ -220,7 +242,11 @@ fn containerd_lives_with_a_container() -> Result {
     exec(&["life", "ps"]).ok()?.says("sleep 600")?;
     exec(&["life", "sh", "-c", "exit 5"]).exits(5)?;
     let missing = exec(&["life", "no-such-program"]).exits(1)?;
-    ensure!(missing.stderr.contains("not found"), "{}", missing.told());
+    ensure!(
+        missing.stderr.contains("not found"),
+        "the error of `ctr task exec` does not report the missing program:\n{}",
+        missing.told()
+    );
     exec(&[
         "--user",
         "1000:1000",
@@ -236,17 +262,29 @@ fn containerd_lives_with_a_container() -> Result {
     containerd.call(&["task", "ps", "life"]).ok()?;
     containerd.call(&["task", "metrics", "life"]).ok()?;
     containerd.call(&["task", "pause", "life"]).ok()?;
-    ensure_eq!(containerd.status("life")?, "PAUSED", "after pause");
+    ensure_eq!(
+        containerd.status("life")?,
+        "PAUSED",
+        "the container's status after `ctr task pause`"
+    );
     containerd.call(&["task", "resume", "life"]).ok()?;
-    ensure_eq!(containerd.status("life")?, "RUNNING", "after resume");
+    ensure_eq!(
+        containerd.status("life")?,
+        "RUNNING",
+        "the container's status after `ctr task resume`"
+    );
     if Need::Rrun.lacking().is_none() {
         let refused = containerd.call(&["task", "checkpoint", "life"]).exits(1)?;
         ensure!(
-            refused.stderr.contains("rrun does not checkpoint"),
-            "{}",
+            refused.stderr.contains("rrun does not support checkpoints"),
+            "the error of `ctr task checkpoint` does not report that rrun does not support checkpoints:\n{}",
             refused.told()
         );
-        ensure_eq!(containerd.status("life")?, "RUNNING", "after the refusal");
+        ensure_eq!(
+            containerd.status("life")?,
+            "RUNNING",
+            "the container's status after the refused checkpoint"
+        );
     }
     containerd.remove("life")?;
     containerd
@@ -258,7 +296,7 @@ fn containerd_lives_with_a_container() -> Result {
     containerd.remove("all")
 }
 
-fn containerd_limits_hold_and_are_counted() -> Result {
+fn containerd_enforces_limits_and_reports_usage() -> Result {
     let containerd = Containerd::start()?;
     containerd
         .run(
@@ -280,28 +318,31 @@ fn containerd_limits_hold_and_are_counted() -> Result {
     let metrics = metrics.json()?;
     ensure!(
         metrics.pointer("/pids/current").and_then(|n| n.as_u64()) == Some(1),
-        "pids.current in {metrics}"
+        "the field pids.current is not 1 in the metrics that `ctr` prints: {metrics}"
     );
     ensure!(
         metrics.pointer("/memory/usage").and_then(|n| n.as_u64()) > Some(0),
-        "memory.usage in {metrics}"
+        "the field memory.usage is not greater than 0 in the metrics that `ctr` prints: {metrics}"
     );
     ensure!(
         Path::new("/sys/fs/cgroup/default/counted").exists(),
-        "its cgroup"
+        "the container's cgroup does not exist"
     );
     containerd.remove("counted")
 }
 
-/// In a directory that is there already.
+/// The directory in which the CNI plugins store their results. If this directory exists before the
+/// test, the test does not remove it.
 const CNI_RESULTS: &[&str] = &["/var/lib/cni/results"];
 
-/// These tests of the CRI, by a process that has containerd in rrun-cri's place and the runtime
-/// under test in runc's. It looks for what they leave behind, too, but for containerd's own.
+/// Runs the CRI tests `tests` in a separate process. containerd replaces rrun-cri as the CRI
+/// server, and calls the runtime under test. The separate process also checks that the tests leave
+/// only containerd's own files behind.
 fn passes(tests: &[&str], within: Duration) -> Result {
     let directory = Directory::new("containerd")?;
-    let _leavings = Leavings::of(directory.path(), &[PEERS, CNI_RESULTS].concat());
-    let runtime = program_path(&runtime_program()).ok_or("no runtime to test")?;
+    let _leftovers = Leftovers::of(directory.path(), &[PEERS, CNI_RESULTS].concat());
+    let runtime =
+        program_path(&runtime_program()).ok_or("the runtime under test is not in PATH")?;
     let own = std::env::current_exe()?;
     let output = command(
         "env",
@@ -315,17 +356,21 @@ fn passes(tests: &[&str], within: Duration) -> Result {
     .within(within)
     .ok()?;
     let all = format!("{} passed; 0 failed; 0 ignored", tests.len());
-    ensure!(output.stdout.contains(&all), "{}", output.told());
+    ensure!(
+        output.stdout.contains(&all),
+        "not all CRI tests passed with containerd:\n{}",
+        output.told()
+    );
     Ok(())
 }
 
-fn containerd_keeps_pods_as_a_cri_server() -> Result {
-    passes(OF_THE_CRI, 10 * deadline())
+fn containerd_runs_pods_as_a_cri_server() -> Result {
+    passes(CRI_TESTS, 10 * deadline())
 }
 
 fn containerd_passes_critest() -> Result {
     passes(
-        &["cri::critest::every_test_passes_on_a_bridge_of_cni_plugins"],
+        &["cri::critest::every_critest_test_passes_on_a_bridge_of_cni_plugins"],
         CRITEST_TIMEOUT,
     )
 }

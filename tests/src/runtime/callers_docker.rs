@@ -1,10 +1,11 @@
-//! docker: dockerd with the runtime added, as one line of its configuration does.
+//! Tests with docker, whose daemon dockerd calls the runtime under test. One line in dockerd's
+//! configuration adds the runtime.
 
 use std::fs;
 
 use crate::support::bundle::runtime_program;
 use crate::support::caller::{
-    ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of, lives, shapes,
+    ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leftovers, cgroup_of, check_life_cycle, check_options,
 };
 use crate::support::cgroup_use::held_to;
 use crate::support::machine::{Directory, Result, Run, Running, command, program_path, wait_for};
@@ -15,10 +16,20 @@ const DOCKER: Need = Need::Program("docker");
 const DOCKERD: Need = Need::Program("dockerd");
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(docker_runs_what_it_is_asked_to, DOCKER, DOCKERD, IMAGE),
-    test!(docker_lives_with_a_container, DOCKER, DOCKERD, IMAGE),
     test!(
-        docker_limits_hold_and_are_updated,
+        docker_applies_the_options_of_docker_run,
+        DOCKER,
+        DOCKERD,
+        IMAGE
+    ),
+    test!(
+        docker_controls_a_container_from_start_to_removal,
+        DOCKER,
+        DOCKERD,
+        IMAGE
+    ),
+    test!(
+        docker_enforces_and_updates_limits,
         DOCKER,
         DOCKERD,
         IMAGE,
@@ -30,7 +41,7 @@ pub(crate) const TESTS: &[Test] = &[
 
 struct Docker {
     server: Option<Running>,
-    _leavings: Leavings,
+    _leftovers: Leftovers,
     directory: Directory,
 }
 
@@ -46,7 +57,8 @@ const SHARED: &[&str] = &[
 
 impl Docker {
     fn start() -> Result<Docker> {
-        let runtime = program_path(&runtime_program()).ok_or("no runtime to test")?;
+        let runtime =
+            program_path(&runtime_program()).ok_or("the runtime under test is not in PATH")?;
         let directory = Directory::new("docker")?;
         let at = |name: &str| directory.join(name).display().to_string();
         let systemd = Need::Systemd.lacking().is_none();
@@ -63,14 +75,14 @@ impl Docker {
             "--iptables=false".to_owned(),
             "--ip6tables=false".to_owned(),
         ];
-        let leavings = Leavings::of(directory.path(), SHARED);
+        let leftovers = Leftovers::of(directory.path(), SHARED);
         let server = command("dockerd", arguments).start()?;
         let mut docker = Docker {
             server: Some(server),
-            _leavings: leavings,
+            _leftovers: leftovers,
             directory,
         };
-        let answered = wait_for("dockerd's answer", || {
+        let answered = wait_for("dockerd to respond to `docker version`", || {
             let output = docker.call(&["version"]).end()?;
             Ok((output.code == 0).then_some(()))
         });
@@ -126,12 +138,16 @@ impl Drop for Docker {
     }
 }
 
-fn docker_runs_what_it_is_asked_to() -> Result {
+fn docker_applies_the_options_of_docker_run() -> Result {
     let docker = Docker::start()?;
     docker.prints(&[], &["echo", "hello"], "hello")?;
     docker.run(&[], &["sh", "-c", "exit 42"]).exits(42)?;
     let missing = docker.run(&[], &["no-such-program"]).exits(127)?;
-    ensure!(missing.stderr.contains("not found"), "{}", missing.told());
+    ensure!(
+        missing.stderr.contains("not found"),
+        "the error of `docker run` does not report the missing program:\n{}",
+        missing.told()
+    );
     docker.run(&[], &["/etc"]).exits(126)?;
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
     docker.prints(
@@ -141,7 +157,11 @@ fn docker_runs_what_it_is_asked_to() -> Result {
     )?;
     let all = docker.run(&["--privileged"], &status("CapEff")).ok()?;
     let own = fs::read_to_string("/proc/self/status")?;
-    ensure!(own.contains(all.text()), "privileged: {}", all.told());
+    ensure!(
+        own.contains(all.text()),
+        "a privileged container does not have all capabilities:\n{}",
+        all.told()
+    );
     let refused = docker
         .run(
             &["--read-only", "--tmpfs", "/x:size=1m"],
@@ -150,7 +170,7 @@ fn docker_runs_what_it_is_asked_to() -> Result {
         .exits(1)?;
     ensure!(
         refused.stderr.contains("/y: Read-only"),
-        "{}",
+        "the write to the read-only root file system does not fail with `Read-only file system`:\n{}",
         refused.told()
     );
     let volume = docker.directory.join("volume");
@@ -159,7 +179,7 @@ fn docker_runs_what_it_is_asked_to() -> Result {
     let option = format!("{}:/v:ro", volume.display());
     docker.prints(&["-v", &option], &["cat", "/v/file"], "of the host")?;
     docker.prints(&["--init"], &["cat", "/proc/1/comm"], "docker-init")?;
-    shapes(&docker)?;
+    check_options(&docker)?;
     docker
         .at_terminal(&format!(
             "run --rm --network none -it {IMAGE_NAME} sh -c 'tty && [ -t 0 ]'"
@@ -168,14 +188,14 @@ fn docker_runs_what_it_is_asked_to() -> Result {
     Ok(())
 }
 
-fn docker_lives_with_a_container() -> Result {
+fn docker_controls_a_container_from_start_to_removal() -> Result {
     let docker = Docker::start()?;
     docker.start_container("life", &[], &["sh", "-c", "echo begun; exec sleep 600"])?;
-    lives(&docker, "life")?;
+    check_life_cycle(&docker, "life")?;
     Ok(())
 }
 
-fn docker_limits_hold_and_are_updated() -> Result {
+fn docker_enforces_and_updates_limits() -> Result {
     let docker = Docker::start()?;
     docker
         .run(
@@ -196,7 +216,7 @@ fn docker_limits_hold_and_are_updated() -> Result {
         .end()?;
     ensure!(
         output.stderr.contains("can't fork"),
-        "twelve processes where six are allowed: {}",
+        "the container can start twelve processes despite a pids limit of six:\n{}",
         output.told()
     );
     docker.start_container(
@@ -228,7 +248,11 @@ fn docker_limits_hold_and_are_updated() -> Result {
         ("cpu.max", "20000 100000"),
     ] {
         let text = fs::read_to_string(cgroup.join(file))?;
-        ensure_eq!(text.trim(), value, "{file} after an update");
+        ensure_eq!(
+            text.trim(),
+            value,
+            "the content of the cgroup file {file} after `docker update`"
+        );
     }
     docker
         .call(&["update", "--memory-swap", "-1", "half"])

@@ -1,12 +1,12 @@
-//! podman, which drives the runtime through conmon: as a person uses it. Whatever these print as
-//! an error is the runtime's to mend.
+//! Tests with podman, which calls the runtime through conmon. The tests use podman's command line
+//! as a user does. If podman prints an error in a test, the runtime has a bug.
 
 use std::fs;
 use std::path::Path;
 
 use crate::support::bundle::runtime_program;
 use crate::support::caller::{
-    ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leavings, cgroup_of, lives, shapes,
+    ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leftovers, cgroup_of, check_life_cycle, check_options,
 };
 use crate::support::cgroup_use::held_to;
 use crate::support::machine::{Directory, Output, Result, Run, command, program_path, wait_for};
@@ -16,19 +16,27 @@ use crate::{ensure, ensure_eq, test};
 const PODMAN: Need = Need::Program("podman");
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(podman_runs_what_it_is_asked_to, PODMAN, IMAGE),
-    test!(podman_shapes_a_containers_world, PODMAN, IMAGE),
-    test!(podman_lives_with_a_container, PODMAN, IMAGE),
-    test!(podman_maps_users, PODMAN, IMAGE),
-    test!(podman_pods_share_their_namespaces, PODMAN, IMAGE),
+    test!(podman_runs_containers, PODMAN, IMAGE),
+    test!(podman_applies_the_options_of_podman_run, PODMAN, IMAGE),
     test!(
-        podman_hears_that_a_service_is_ready,
+        podman_controls_a_container_from_start_to_removal,
+        PODMAN,
+        IMAGE
+    ),
+    test!(podman_runs_containers_with_id_mappings, PODMAN, IMAGE),
+    test!(
+        the_containers_of_a_podman_pod_share_namespaces,
+        PODMAN,
+        IMAGE
+    ),
+    test!(
+        podman_forwards_the_readiness_notification_of_a_container,
         PODMAN,
         IMAGE,
         Need::Program("socat")
     ),
     test!(
-        podman_limits_hold,
+        podman_enforces_limits,
         PODMAN,
         IMAGE,
         Need::Controller("cpu"),
@@ -37,13 +45,14 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// A podman of its own: storage, state and configuration in one directory.
+/// A podman instance with a separate directory for its storage, state and configuration.
 pub(crate) struct Podman {
-    _leavings: Leavings,
+    _leftovers: Leftovers,
     directory: Directory,
 }
 
-/// What all podmans of the machine share, and what their runtimes keep by default.
+/// The paths that all podman instances on a machine share, and the default state directories of
+/// rrun and runc.
 const SHARED: &[&str] = &[
     "/dev/shm/libpod_lock",
     "/run/containers",
@@ -62,11 +71,12 @@ const SHARED: &[&str] = &[
 impl Podman {
     fn new() -> Result<Podman> {
         let runtime = runtime_program();
-        let runtime = program_path(&runtime).ok_or("no runtime to test")?;
+        let runtime = program_path(&runtime).ok_or("the runtime under test is not in PATH")?;
         let directory = Directory::new("podman")?;
         let systemd = Need::Systemd.lacking().is_none();
         let manager = if systemd { "systemd" } else { "cgroupfs" };
-        // podman's own limit would need the controller everywhere.
+        // By default, podman sets a pids limit, which fails on a machine without the pids
+        // controller. On such a machine, the test disables this limit.
         let limit = match Need::Controller("pids").lacking() {
             Some(_) => "pids_limit = 0",
             None => "",
@@ -81,7 +91,7 @@ impl Podman {
             ),
         )?;
         let podman = Podman {
-            _leavings: Leavings::of(directory.path(), SHARED),
+            _leftovers: Leftovers::of(directory.path(), SHARED),
             directory,
         };
         podman.call(&["load", "-q", "-i", ARCHIVE]).ok()?;
@@ -130,15 +140,16 @@ impl Drop for Podman {
     }
 }
 
-fn podman_runs_what_it_is_asked_to() -> Result {
+fn podman_runs_containers() -> Result {
     let podman = Podman::new()?;
     podman.prints(&[], &["echo", "hello"], "hello")?;
     podman.run(&[], &["sh", "-c", "exit 42"]).exits(42)?;
-    // Its own words for both, which it takes from the runtime's message.
+    // podman derives its exit code and its message from the runtime's message. The exit code is 127
+    // for a missing program, and 126 for a program that is not executable.
     let missing = podman.run(&[], &["no-such-program"]).exits(127)?;
     ensure!(
         missing.stderr.contains("no-such-program") && missing.stderr.contains("not found"),
-        "{}",
+        "the error of `podman run` does not report the missing program:\n{}",
         missing.told()
     );
     podman.run(&[], &["/etc"]).exits(126)?;
@@ -155,7 +166,7 @@ fn podman_runs_what_it_is_asked_to() -> Result {
         if Path::new("/usr/bin/tini-static").exists() {
             "podman-init"
         } else {
-            return Err("no /usr/bin/tini-static here".into());
+            return Err("/usr/bin/tini-static does not exist on this machine".into());
         },
     )?;
     podman
@@ -166,10 +177,10 @@ fn podman_runs_what_it_is_asked_to() -> Result {
     podman.end()
 }
 
-fn podman_shapes_a_containers_world() -> Result {
+fn podman_applies_the_options_of_podman_run() -> Result {
     let podman = Podman::new()?;
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
-    shapes(&podman)?;
+    check_options(&podman)?;
     podman.prints(
         &["--cap-drop", "all", "--cap-add", "SYS_ADMIN,CHOWN"],
         &status("CapEff"),
@@ -177,13 +188,21 @@ fn podman_shapes_a_containers_world() -> Result {
     )?;
     let all = podman.run(&["--privileged"], &status("CapEff")).ok()?;
     let own = fs::read_to_string("/proc/self/status")?;
-    ensure!(own.contains(all.text()), "privileged: {}", all.told());
+    ensure!(
+        own.contains(all.text()),
+        "a privileged container does not have all capabilities:\n{}",
+        all.told()
+    );
     podman
         .run(&["--privileged"], &["mount", "-t", "tmpfs", "x", "/tmp"])
         .ok()?;
 
     let refused = podman.run(&["--read-only"], &["touch", "/x"]).exits(1)?;
-    ensure!(refused.stderr.contains("Read-only"), "{}", refused.told());
+    ensure!(
+        refused.stderr.contains("Read-only"),
+        "the write to the read-only root file system does not fail with `Read-only file system`:\n{}",
+        refused.told()
+    );
     podman
         .run(
             &["--read-only", "--tmpfs", "/x:size=1m"],
@@ -234,7 +253,7 @@ fn podman_shapes_a_containers_world() -> Result {
     podman.end()
 }
 
-fn podman_lives_with_a_container() -> Result {
+fn podman_controls_a_container_from_start_to_removal() -> Result {
     let podman = Podman::new()?;
     podman.start("life", &[], &["sh", "-c", "echo begun; exec sleep 600"])?;
     let exec = |args: &[&str]| podman.call(&["exec"]).args(args);
@@ -242,7 +261,7 @@ fn podman_lives_with_a_container() -> Result {
     podman.call(&["pause", "life"]).ok()?;
     exec(&["life", "true"]).exits(255)?;
     podman.call(&["unpause", "life"]).ok()?;
-    lives(&podman, "life")?;
+    check_life_cycle(&podman, "life")?;
 
     podman.start(
         "healthy",
@@ -260,7 +279,7 @@ fn podman_lives_with_a_container() -> Result {
     podman.end()
 }
 
-fn podman_maps_users() -> Result {
+fn podman_runs_containers_with_id_mappings() -> Result {
     let podman = Podman::new()?;
     let output = podman
         .run(
@@ -276,7 +295,7 @@ fn podman_maps_users() -> Result {
     ensure_eq!(
         words,
         ["0", "0", "100000", "65536", "0", "200000", "65536", "0"],
-        "ids with --uidmap"
+        "the ids in a container with --uidmap and --gidmap"
     );
     let volume = podman.directory.join("volume");
     fs::create_dir(&volume)?;
@@ -288,7 +307,11 @@ fn podman_maps_users() -> Result {
         )
         .ok()?;
     let owner = std::os::unix::fs::MetadataExt::uid(&fs::metadata(volume.join("x"))?);
-    ensure_eq!(owner, 100_000, "owner of what was made in the volume");
+    ensure_eq!(
+        owner,
+        100_000,
+        "the owner on the host of the file that the container created in the volume"
+    );
     podman.start("mapped", &["--uidmap", "0:100000:65536"], &["sleep", "600"])?;
     podman
         .call(&["exec", "mapped", "id", "-u"])
@@ -297,7 +320,7 @@ fn podman_maps_users() -> Result {
     podman.end()
 }
 
-fn podman_pods_share_their_namespaces() -> Result {
+fn the_containers_of_a_podman_pod_share_namespaces() -> Result {
     let podman = Podman::new()?;
     podman
         .call(&[
@@ -325,8 +348,15 @@ fn podman_pods_share_their_namespaces() -> Result {
         Ok(output.text().to_owned())
     };
     let (one, two) = (seen("one")?, seen("two")?);
-    ensure_eq!(one, two, "namespaces of two containers of a pod");
-    ensure!(one.ends_with("of-the-pod"), "host name: {one}");
+    ensure_eq!(
+        one,
+        two,
+        "the namespaces and host name of one container, which must equal those of the other container of the pod"
+    );
+    ensure!(
+        one.ends_with("of-the-pod"),
+        "the containers do not have the pod's host name; the namespaces and host name of a container: {one}"
+    );
     podman.call(&["pod", "pause", "pod"]).ok()?;
     podman.call(&["pod", "unpause", "pod"]).ok()?;
     podman.call(&["pod", "stop", "-t", "0", "pod"]).ok()?;
@@ -334,19 +364,23 @@ fn podman_pods_share_their_namespaces() -> Result {
     podman.end()
 }
 
-/// What starts podman as a service hears READY=1 from inside the container.
-fn podman_hears_that_a_service_is_ready() -> Result {
+/// The service manager that starts podman receives the notification READY=1 from the container.
+fn podman_forwards_the_readiness_notification_of_a_container() -> Result {
     let podman = Podman::new()?;
     let socket = podman.directory.join("notify");
     let listener = std::os::unix::net::UnixDatagram::bind(&socket)?;
     listener.set_nonblocking(true)?;
     let mut words = vec![format!("NOTIFY_SOCKET={}", socket.display())];
     words.extend(podman.program());
-    // Nothing in the image writes to datagram sockets, so the host's socat is lent to it.
-    let lent = ["/usr", "/lib", "/lib64", "/bin"];
+    // The image contains no program that writes to datagram sockets. So the test mounts the host's
+    // directories that contain socat and its libraries.
+    let host_directories = ["/usr", "/lib", "/lib64", "/bin"];
     let mut run = command("env", words).args(["run", "-d", "--network", "none", "--name", "ready"]);
     run = run.args(["--sdnotify", "container"]);
-    for directory in lent.into_iter().filter(|path| Path::new(path).exists()) {
+    for directory in host_directories
+        .into_iter()
+        .filter(|path| Path::new(path).exists())
+    {
         run = run.args(["-v", &format!("{directory}:/host{directory}:ro")]);
     }
     let loader = "/host/lib64/ld-linux-x86-64.so.2";
@@ -355,7 +389,7 @@ fn podman_hears_that_a_service_is_ready() -> Result {
          /host/usr/bin/socat - UNIX-SENDTO:$NOTIFY_SOCKET && exec sleep 600"
     );
     run.args([IMAGE_NAME, "sh", "-c", &script]).ok()?;
-    let heard = wait_for("READY=1", || {
+    let received = wait_for("podman to forward READY=1", || {
         let mut buffer = [0u8; 4096];
         match listener.recv(&mut buffer) {
             Ok(length) => {
@@ -365,13 +399,16 @@ fn podman_hears_that_a_service_is_ready() -> Result {
             Err(_) => Ok(None),
         }
     })?;
-    ensure!(heard.contains("READY=1"), "heard {heard}");
+    ensure!(
+        received.contains("READY=1"),
+        "podman did not forward READY=1, but {received:?}"
+    );
     podman.end()
 }
 
-fn podman_limits_hold() -> Result {
+fn podman_enforces_limits() -> Result {
     let podman = Podman::new()?;
-    // 64 MB of a file system in memory are more than 32.
+    // The program writes 64 MB to a tmpfs, which exceeds the memory limit of 32 MB.
     podman
         .run(
             &[
@@ -391,7 +428,7 @@ fn podman_limits_hold() -> Result {
         .end()?;
     ensure!(
         output.stderr.contains("can't fork"),
-        "twelve processes where six are allowed: {}",
+        "the container can start twelve processes despite a pids limit of six:\n{}",
         output.told()
     );
     podman.start(
@@ -408,7 +445,11 @@ fn podman_limits_hold() -> Result {
         .call(&["update", "--memory", "64m", "--pids-limit", "50", "half"])
         .ok()?;
     let limit = fs::read_to_string(cgroup.join("pids.max"))?;
-    ensure_eq!(limit.trim(), "50", "pids.max after an update");
+    ensure_eq!(
+        limit.trim(),
+        "50",
+        "the content of pids.max after `podman update`"
+    );
     podman
         .call(&["stats", "--no-stream", "half"])
         .ok()?

@@ -1,4 +1,5 @@
-//! Limits whose effect shows only beside a neighbour, over time, or on a device.
+//! Tests of limits whose effect is hard to observe. Each test needs a second container, a device,
+//! or several seconds of measurement.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -16,32 +17,43 @@ const CPU: Need = Need::Controller("cpu");
 const MEMORY: Need = Need::Controller("memory");
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(no_limit_needs_no_controller, Need::Rrun),
+    test!(unlimited_resources_require_no_cgroup_controller, Need::Rrun),
     test!(
-        an_idle_container_runs_when_nothing_else_does,
+        a_container_with_cpu_idle_yields_the_cpu_to_other_containers,
         CPU,
         Need::Controller("cpuset")
     ),
-    test!(what_was_not_used_of_a_quota_can_be_used_later, CPU),
-    test!(a_reservation_keeps_the_page_cache, MEMORY),
-    test!(writes_to_a_disk_are_slowed, MEMORY, Need::Controller("io")),
-    test!(huge_pages_are_limited, MEMORY, Need::Controller("hugetlb")),
-    test!(a_pause_stops_all_that_run, CPU),
+    test!(a_cpu_burst_uses_the_unused_part_of_earlier_quotas, CPU),
     test!(
-        a_limit_on_swap_alone_counts_from_the_one_on_memory,
+        a_memory_reservation_protects_the_containers_page_cache,
+        MEMORY
+    ),
+    test!(
+        writes_to_a_disk_are_throttled,
+        MEMORY,
+        Need::Controller("io")
+    ),
+    test!(
+        the_number_of_huge_pages_is_limited,
+        MEMORY,
+        Need::Controller("hugetlb")
+    ),
+    test!(pause_stops_all_processes_of_the_container, CPU),
+    test!(
+        an_update_of_the_swap_limit_alone_keeps_the_memory_limit,
         MEMORY,
         Need::Rrun
     ),
 ];
 
-fn no_limit_needs_no_controller() -> Result {
+fn unlimited_resources_require_no_cgroup_controller() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
-    let none = json!({
+    let unlimited = json!({
         "memory": { "limit": -1, "swap": -1, "reservation": -1 },
         "cpu": { "quota": -1, "period": 100_000, "shares": 1024 },
         "pids": { "limit": -1 }, "blockIO": {}, "unified": { "memory.high": "max" },
     });
-    bundle.set("/linux/resources", none.clone());
+    bundle.set("/linux/resources", unlimited.clone());
     bundle.start()?;
     for (controller, file) in [("pids", "pids.max"), ("memory", "memory.max")] {
         if Need::Controller(controller).lacking().is_none() {
@@ -57,34 +69,43 @@ fn no_limit_needs_no_controller() -> Result {
                 .ok()?;
             bundle
                 .runtime(&["update", "-r", "-", bundle.id()])
-                .stdin(none.to_string())
+                .stdin(unlimited.to_string())
                 .ok()?;
-            ensure_eq!(bundle.cgroup_file(file)?, "max", "{file}");
+            ensure_eq!(
+                bundle.cgroup_file(file)?,
+                "max",
+                "the content of the cgroup file {file} after `update` removed the limits"
+            );
         }
     }
     bundle.end()?;
     Ok(())
 }
 
-fn an_idle_container_runs_when_nothing_else_does() -> Result {
+fn a_container_with_cpu_idle_yields_the_cpu_to_other_containers() -> Result {
     let part = split_of_a_cpu(json!({ "cpu": {} }), json!({ "cpu": { "idle": 1 } }))?;
     note(format!(
-        "beside an idle one: {:.1} % of the CPU",
+        "while a container with cpu.idle ran, another container got {:.1} % of the CPU",
         part * 100.0
     ));
-    ensure!(part > 0.9, "it got {:.1} % only", part * 100.0);
+    ensure!(
+        part > 0.9,
+        "while a container with cpu.idle ran, another container got only {:.1} % of the CPU",
+        part * 100.0
+    );
     Ok(())
 }
 
-fn what_was_not_used_of_a_quota_can_be_used_later() -> Result {
+fn a_cpu_burst_uses_the_unused_part_of_earlier_quotas() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set(
         "/linux/resources/cpu",
         json!({ "quota": 50_000, "period": 100_000, "burst": 50_000 }),
     );
     bundle.start()?;
-    // A busy machine may not give it enough of a CPU to need more than its quota at once.
-    wait_for("what was saved up to be used", || {
+    // The program `spin` uses the CPU without pause. On a busy machine, a single `spin` can get too
+    // little CPU time to exceed the quota. Therefore, the test repeats `spin`.
+    wait_for("the container to use its CPU burst", || {
         std::thread::sleep(Duration::from_millis(500));
         bundle.exec(&[], &["spin", "0.3"]).ok()?;
         Ok((bundle.cgroup_count("cpu.stat", "nr_bursts")? > 0).then_some(()))
@@ -93,7 +114,8 @@ fn what_was_not_used_of_a_quota_can_be_used_later() -> Result {
     Ok(())
 }
 
-/// A directory on a disk, not in memory.
+/// A directory whose files are on a disk, and not on a tmpfs. Dropping the value removes the
+/// directory.
 struct OnDisk(PathBuf);
 
 impl OnDisk {
@@ -116,9 +138,10 @@ impl Drop for OnDisk {
     }
 }
 
-/// Which part of a container's page cache is left after its neighbour has read much more than
-/// both may have together.
-fn kept_beside_a_reader(memory: Value) -> Result<f64> {
+/// Runs two containers that share a memory limit. The second container reads much more data than
+/// this limit. Returns the fraction of the first container's page cache that then remains. `memory`
+/// is the memory configuration of the first container.
+fn remaining_fraction_of_the_page_cache(memory: Value) -> Result<f64> {
     let disk = OnDisk::new()?;
     for (name, megabytes) in [("own", 40u64), ("others", 400)] {
         fs::File::create(disk.0.join(name))?.set_len(megabytes << 20)?;
@@ -141,11 +164,14 @@ fn kept_beside_a_reader(memory: Value) -> Result<f64> {
         let cached = || -> Result<f64> {
             let stat = fs::read_to_string(parent.join("one/memory.stat"))?;
             let line = stat.lines().find_map(|line| line.strip_prefix("file "));
-            Ok(line.ok_or("memory.stat has no file")?.parse()?)
+            Ok(line.ok_or("memory.stat has no line `file`")?.parse()?)
         };
         one.exec(&[], &["read", "/data/own"]).ok()?;
         let before = cached()?;
-        ensure!(before > 30e6, "only {before} bytes of 40 MB are cached");
+        ensure!(
+            before > 30e6,
+            "the page cache contains only {before} bytes of the container's file of 40 MB"
+        );
         other.exec(&[], &["read", "/data/others"]).ok()?;
         let kept = cached()? / before;
         one.end()?;
@@ -156,32 +182,33 @@ fn kept_beside_a_reader(memory: Value) -> Result<f64> {
     result
 }
 
-fn a_reservation_keeps_the_page_cache() -> Result {
-    let without = kept_beside_a_reader(json!({}))?;
-    let with = kept_beside_a_reader(json!({ "reservation": 64 << 20 }))?;
+fn a_memory_reservation_protects_the_containers_page_cache() -> Result {
+    let without = remaining_fraction_of_the_page_cache(json!({}))?;
+    let with = remaining_fraction_of_the_page_cache(json!({ "reservation": 64 << 20 }))?;
     note(format!(
-        "page cache kept beside a reader: {:.0} % with a reservation, {:.0} % without",
+        "while another container reads, a container keeps {:.0} % of its page cache \
+         with a memory reservation, and {:.0} % without one",
         with * 100.0,
         without * 100.0
     ));
     ensure!(
         with > 0.9,
-        "with a reservation, {:.0} % are kept",
+        "with a memory reservation, the container keeps only {:.0} % of its page cache",
         with * 100.0
     );
     ensure!(
         without < 0.9,
-        "there was no pressure: {:.0} % are kept",
+        "the other container caused no memory pressure: without a memory reservation, the container keeps {:.0} % of its page cache",
         without * 100.0
     );
     Ok(())
 }
 
-fn writes_to_a_disk_are_slowed() -> Result {
+fn writes_to_a_disk_are_throttled() -> Result {
     let disk = OnDisk::new()?;
     let device = std::os::unix::fs::MetadataExt::dev(&fs::metadata(&disk.0)?);
     let (major, minor) = (nix::sys::stat::major(device), nix::sys::stat::minor(device));
-    ensure!(major != 0, "/var/tmp is on no block device");
+    ensure!(major != 0, "/var/tmp is not on a block device");
     let mut bundle = Bundle::new(&["fill", "/data/file", "8"])?;
     disk.mount_in(&mut bundle);
     bundle.set(
@@ -191,22 +218,26 @@ fn writes_to_a_disk_are_slowed() -> Result {
     let started = Instant::now();
     bundle.run()?;
     let took = started.elapsed();
-    note(format!("8 MB at 2 MB/s took {took:.1?}"));
-    // Four seconds; what the kernel lets through at once is less than half of it.
+    note(format!(
+        "writing 8 MB with a limit of 2 MB/s took {took:.1?}"
+    ));
+    // At 2 MB/s, the write takes about four seconds. But the kernel writes up to half of the data
+    // without a delay, so the test requires only two seconds.
     ensure!(
         took > Duration::from_secs(2),
-        "8 MB at 2 MB/s took {took:?}"
+        "the limit of 2 MB/s has no effect; writing 8 MB took only {took:?}"
     );
     Ok(())
 }
 
-/// Gives the machine so many huge pages for as long as it lives.
+/// A reservation of huge pages on the machine. Dropping the value restores the previous number of
+/// huge pages.
 struct HugePages(String);
 
 const HUGE_PAGES: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
 
 impl HugePages {
-    fn have(number: &str) -> Result<HugePages> {
+    fn new(number: &str) -> Result<HugePages> {
         let before = fs::read_to_string(HUGE_PAGES)?;
         fs::write(HUGE_PAGES, number)?;
         Ok(HugePages(before))
@@ -219,8 +250,8 @@ impl Drop for HugePages {
     }
 }
 
-fn huge_pages_are_limited() -> Result {
-    let _pages = HugePages::have("8")?;
+fn the_number_of_huge_pages_is_limited() -> Result {
+    let _pages = HugePages::new("8")?;
     let mut bundle = Bundle::new(&["huge", "2"])?;
     bundle.set(
         "/linux/resources/hugepageLimits",
@@ -228,33 +259,41 @@ fn huge_pages_are_limited() -> Result {
     );
     bundle.run()?.says("2 huge pages")?;
     bundle.args(&["huge", "3"]);
-    // SIGBUS: the third is not to be had.
+    // The limit allows two huge pages, so the access to the third huge page fails with SIGBUS.
     bundle.call(&["run"])?.exits(128 + 7)?;
     Ok(())
 }
 
-fn a_pause_stops_all_that_run() -> Result {
+fn pause_stops_all_processes_of_the_container() -> Result {
     let bundle = Bundle::new(&["spin", "600"])?;
     bundle.start()?;
     let others = (0..4)
         .map(|_| bundle.exec(&["--detach"], &["spin", "600"]).ok())
         .collect::<Result<Vec<_>>>()?;
-    ensure_eq!(others.len(), 4, "others");
+    ensure_eq!(
+        others.len(),
+        4,
+        "the number of processes that `exec --detach` started"
+    );
     let used = || bundle.cgroup_count("cpu.stat", "usage_usec");
     bundle.runtime(&["pause", bundle.id()]).ok()?;
-    ensure_eq!(bundle.status()?, "paused", "status");
+    ensure_eq!(bundle.status()?, "paused", "the container's status");
     let before = used()?;
     std::thread::sleep(Duration::from_secs(1));
-    ensure_eq!(used()?, before, "CPU time of a paused container");
+    ensure_eq!(
+        used()?,
+        before,
+        "the total CPU time of the paused container"
+    );
     bundle.runtime(&["resume", bundle.id()]).ok()?;
-    wait_for("CPU time after the pause", || {
+    wait_for("the container to use CPU time after `resume`", || {
         Ok((used()? > before).then_some(()))
     })?;
     bundle.end()?;
     Ok(())
 }
 
-fn a_limit_on_swap_alone_counts_from_the_one_on_memory() -> Result {
+fn an_update_of_the_swap_limit_alone_keeps_the_memory_limit() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set("/linux/resources/memory", json!({ "limit": 64 << 20 }));
     bundle.start()?;
@@ -262,12 +301,20 @@ fn a_limit_on_swap_alone_counts_from_the_one_on_memory() -> Result {
         .runtime(&["update", "--memory-swap", "96m", bundle.id()])
         .ok()?;
     for (file, value) in [("memory.max", 64 << 20), ("memory.swap.max", 32 << 20)] {
-        ensure_eq!(bundle.cgroup_file(file)?, value.to_string(), "{file}");
+        ensure_eq!(
+            bundle.cgroup_file(file)?,
+            value.to_string(),
+            "the content of the cgroup file {file} after `update --memory-swap 96m`"
+        );
     }
     let less = bundle
         .runtime(&["update", "--memory-swap", "32m", bundle.id()])
         .exits(1)?;
-    ensure!(less.stderr.contains("memory.swap"), "{}", less.told());
+    ensure!(
+        less.stderr.contains("memory.swap"),
+        "the error of `update` does not name memory.swap:\n{}",
+        less.told()
+    );
     bundle.end()?;
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! Published ways out of a container by what stands in its /dev, and by special files anywhere. Each
-//! as it was published, and its failure.
+//! Tests of published container escapes through files in the container's /dev, or through special
+//! files at other paths. Each test runs a published attack without changes, and checks that the
+//! attack fails.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -16,22 +17,26 @@ use crate::support::refusals::refused;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(cve_2025_31133_masked_paths_are_masked_by_the_true_null),
+    test!(cve_2025_31133_masked_paths_are_masked_with_the_real_null_device),
     test!(
-        cve_2025_52565_the_console_is_the_terminal_that_was_opened,
+        cve_2025_52565_dev_console_is_the_terminal_that_the_runtime_opened,
         Need::Rrun
     ),
     test!(cve_2025_52565_a_false_devpts_is_refused, Need::Rrun),
-    test!(special_files_neither_hang_nor_fool),
-    test!(a_configuration_and_a_namespace_are_files, Need::Rrun),
+    test!(special_files_neither_block_nor_deceive_the_runtime),
     test!(
-        no_device_of_a_root_file_system_is_opened,
+        a_special_file_is_refused_as_configuration_and_as_namespace,
+        Need::Rrun
+    ),
+    test!(
+        the_runtime_opens_no_device_file_in_a_root_file_system,
         Need::Rrun,
         Need::Program("strace")
     ),
 ];
 
-/// A volume for /dev with the usual nodes, and what an attacker adds.
+/// Creates a volume for /dev with the usual device nodes. Each test adds the attacker's files to
+/// the volume.
 fn dev_volume() -> Result<Directory> {
     let dir = Directory::new("dev")?;
     for (name, minor) in [
@@ -63,8 +68,9 @@ fn replace_dev(bundle: &mut Bundle, source: &Path) {
     );
 }
 
-/// Nothing is mounted at /dev, and what the runtime makes there it makes in the image.
-fn with_the_images_dev(bundle: &mut Bundle) {
+/// Removes the mounts at and below /dev. The runtime then creates the device files in the image's
+/// /dev.
+fn remove_dev_mounts(bundle: &mut Bundle) {
     if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
         all.retain(|mount| {
             !mount["destination"]
@@ -78,16 +84,21 @@ fn with_the_images_dev(bundle: &mut Bundle) {
 
 const CORE_PATTERN: &str = "/proc/sys/kernel/core_pattern";
 
-fn cve_2025_31133_masked_paths_are_masked_by_the_true_null() -> Result {
+fn cve_2025_31133_masked_paths_are_masked_with_the_real_null_device() -> Result {
     let before = fs::read_to_string(CORE_PATTERN)?;
-    // /dev/null of the image's leads to a file that root of the host's may write.
+    // The image's /dev/null is a link to core_pattern, which the host's root can write.
     let mut bundle = Bundle::new(&["write", "/proc/keys", "|/evil"])?;
     symlink(CORE_PATTERN, bundle.join("rootfs/dev/null"))?;
-    with_the_images_dev(&mut bundle);
+    remove_dev_mounts(&mut bundle);
     bundle.call(&["run"])?.end()?;
-    ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+    ensure_eq!(
+        fs::read_to_string(CORE_PATTERN)?,
+        before,
+        "the content of the host's core_pattern"
+    );
 
-    // And by a rename at the right moment, in a volume that another container shares.
+    // The second attack exchanges the null device and the link while the runtime creates the
+    // container. An attacker in another container that shares the volume can make this exchange.
     let volume = dev_volume()?;
     symlink(CORE_PATTERN, volume.join("link"))?;
     let mut bundle = Bundle::new(&["stat", "/proc/keys"])?;
@@ -102,20 +113,35 @@ fn cve_2025_31133_masked_paths_are_masked_by_the_true_null() -> Result {
         }
         made += 1;
         let stat = output.json()?;
-        ensure_eq!(stat["kind"], "character device", "/proc/keys");
-        ensure_eq!(stat["device"], json!([1, 3]), "/proc/keys");
+        ensure_eq!(
+            stat["kind"],
+            "character device",
+            "the file type of the masked /proc/keys"
+        );
+        ensure_eq!(
+            stat["device"],
+            json!([1, 3]),
+            "the device numbers of the masked /proc/keys"
+        );
     }
-    ensure!(made > 0, "no container was made at all");
-    ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+    ensure!(
+        made > 0,
+        "no container was created at all, so the race was not tested"
+    );
+    ensure_eq!(
+        fs::read_to_string(CORE_PATTERN)?,
+        before,
+        "the content of the host's core_pattern"
+    );
     note(format!(
-        "CVE-2025-31133: {made} of {} made, {} exchanges",
+        "CVE-2025-31133: the runtime created {made} of {} containers, while the attacker exchanged two files {} times",
         rounds(),
         race.times()
     ));
     Ok(())
 }
 
-fn cve_2025_52565_the_console_is_the_terminal_that_was_opened() -> Result {
+fn cve_2025_52565_dev_console_is_the_terminal_that_the_runtime_opened() -> Result {
     let before = fs::read_to_string(CORE_PATTERN)?;
     let volume = dev_volume()?;
     symlink(CORE_PATTERN, volume.join("link"))?;
@@ -130,11 +156,18 @@ fn cve_2025_52565_the_console_is_the_terminal_that_was_opened() -> Result {
     for _ in 0..rounds() {
         let output = bundle.runtime(&["run", bundle.id()]).end()?;
         made += usize::from(output.code == 0);
-        ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+        ensure_eq!(
+            fs::read_to_string(CORE_PATTERN)?,
+            before,
+            "the content of the host's core_pattern"
+        );
     }
-    ensure!(made > 0, "no container was made at all");
+    ensure!(
+        made > 0,
+        "no container was created at all, so the race was not tested"
+    );
     note(format!(
-        "CVE-2025-52565: {made} of {} made, {} exchanges",
+        "CVE-2025-52565: the runtime created {made} of {} containers, while the attacker exchanged two files {} times",
         rounds(),
         race.times()
     ));
@@ -161,12 +194,16 @@ fn cve_2025_52565_a_false_devpts_is_refused() -> Result {
         }
         bundle.set("/process/terminal", json!(true));
         bundle.call(&["run"])?.exits(1)?;
-        ensure_eq!(fs::read_to_string(CORE_PATTERN)?, before, "core_pattern");
+        ensure_eq!(
+            fs::read_to_string(CORE_PATTERN)?,
+            before,
+            "the content of the host's core_pattern"
+        );
     }
     Ok(())
 }
 
-fn special_files_neither_hang_nor_fool() -> Result {
+fn special_files_neither_block_nor_deceive_the_runtime() -> Result {
     let fifo = |path: PathBuf| {
         let _ = fs::remove_file(&path);
         nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o666))
@@ -179,13 +216,18 @@ fn special_files_neither_hang_nor_fool() -> Result {
             "options": ["bind"],
         })
     };
-    // A FIFO where a file is mounted, and where users are looked up.
+    // The mount point /etc/hosts is a FIFO. /etc/passwd, in which the runtime looks up users, is
+    // also a FIFO.
     let mut bundle = Bundle::new(&["cat", "/etc/hosts"])?;
     fifo(bundle.join("rootfs/etc/hosts"))?;
     fifo(bundle.join("rootfs/etc/passwd"))?;
     bundle.add("/mounts", bind("/etc/hosts"));
-    ensure_eq!(bundle.run()?.stdout, "text", "the file mounted on a FIFO");
-    // A device, and a link to one.
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "text",
+        "the content of the file mounted on a FIFO"
+    );
+    // The mount point /etc/hosts is a block device.
     let mut bundle = Bundle::new(&["cat", "/etc/hosts"])?;
     let node = bundle.join("rootfs/etc/hosts");
     mknod(
@@ -195,9 +237,14 @@ fn special_files_neither_hang_nor_fool() -> Result {
         makedev(8, 0),
     )?;
     bundle.add("/mounts", bind("/etc/hosts"));
-    ensure_eq!(bundle.run()?.stdout, "text", "the file mounted on a device");
-    // As the program, the working directory, a device of the default ones, the root.
-    for (pointer, value, name) in [
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "text",
+        "the content of the file mounted on a device"
+    );
+    // The runtime must refuse a FIFO in each of these roles: program, working directory, mount
+    // point of a tmpfs, root file system.
+    for (pointer, value, role) in [
         ("/process/args", json!(["/etc/fifo"]), "program"),
         ("/process/cwd", json!("/etc/fifo"), "working directory"),
         (
@@ -205,22 +252,26 @@ fn special_files_neither_hang_nor_fool() -> Result {
             json!("/etc/fifo"),
             "mount point of a tmpfs",
         ),
-        ("/root/path", json!("rootfs/etc/fifo"), "root"),
+        ("/root/path", json!("rootfs/etc/fifo"), "root file system"),
     ] {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         fifo(bundle.join("rootfs/etc/fifo"))?;
         bundle.set(pointer, value);
         let output = bundle.call(&["run"])?.end()?;
-        ensure!(output.code == 1, "a FIFO as {name}: {}", output.told());
+        ensure!(
+            output.code == 1,
+            "the runtime accepts a FIFO as the {role}:\n{}",
+            output.told()
+        );
     }
     let mut bundle = Bundle::new(&["exit", "0"])?;
-    with_the_images_dev(&mut bundle);
+    remove_dev_mounts(&mut bundle);
     fifo(bundle.join("rootfs/dev/null"))?;
     bundle.call(&["run"])?.end()?;
     Ok(())
 }
 
-fn a_configuration_and_a_namespace_are_files() -> Result {
+fn a_special_file_is_refused_as_configuration_and_as_namespace() -> Result {
     let mode = Mode::from_bits_truncate(0o600);
     type Make = fn(&Path, Mode) -> nix::Result<()>;
     let places: [(&str, Make); 2] = [
@@ -249,7 +300,7 @@ fn a_configuration_and_a_namespace_are_files() -> Result {
     Ok(())
 }
 
-fn no_device_of_a_root_file_system_is_opened() -> Result {
+fn the_runtime_opens_no_device_file_in_a_root_file_system() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     bundle.set("/process/env", json!(["PATH=/bin"]));
     bundle.add(
@@ -271,13 +322,18 @@ fn no_device_of_a_root_file_system_is_opened() -> Result {
         "root:x:0:0::/from/passwd:/bin/sh\n",
     )?;
     let report = bundle.report()?;
-    ensure_eq!(report["env"]["HOME"], "/from/passwd", "HOME ({report})");
+    ensure_eq!(
+        report["env"]["HOME"],
+        "/from/passwd",
+        "the variable HOME, which the runtime must read from the image's /etc/passwd (the container's report: {report})"
+    );
 
     for path in ["etc/passwd", "data/node"] {
         let path = bundle.join("rootfs").join(path);
         let _ = fs::remove_file(&path);
         let mode = Mode::from_bits_truncate(0o666);
-        // A device that can always be opened: the trace shows the path of what is open.
+        // This device is /dev/zero, which can always be opened. So if the runtime opened the
+        // device, the open would succeed and the trace would contain its path.
         mknod(&path, SFlag::S_IFCHR, mode, makedev(1, 5))?;
     }
     let traces = bundle.join("traces");
@@ -288,10 +344,14 @@ fn no_device_of_a_root_file_system_is_opened() -> Result {
         .dir(bundle.path())
         .ok()?;
     let report: Value = serde_json::from_str(output.text())?;
-    ensure_eq!(report["env"]["HOME"], "/", "HOME ({report})");
-    // The node is copied, which needs no look at it by an open.
+    ensure_eq!(
+        report["env"]["HOME"],
+        "/",
+        "the variable HOME in a container whose /etc/passwd is a device (the container's report: {report})"
+    );
+    // The runtime copies the device node without opening it.
     only_looked_up(&traces, "node")?;
     let looked_up = only_looked_up(&traces, "etc/passwd")?;
-    ensure!(looked_up, "/etc/passwd was not looked up");
+    ensure!(looked_up, "the runtime did not look up /etc/passwd");
     Ok(())
 }

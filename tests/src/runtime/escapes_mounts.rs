@@ -1,5 +1,6 @@
-//! Published ways out of a container by the places at which it is mounted: links, renames at the right
-//! moment, a false /proc. Each as it was published, and its failure.
+//! Tests of published container escapes through mount points. The attacks use links, renames while
+//! the runtime creates the container, and a false /proc. Each test runs a published attack without
+//! changes, and checks that the attack fails.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -15,18 +16,22 @@ use crate::support::secret::{SECRET, Secret};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(cve_2025_52881_nothing_is_written_to_a_false_proc),
-    test!(cve_2025_52881_nothing_but_proc_is_mounted_on_proc),
+    test!(cve_2025_52881_the_runtime_writes_nothing_to_a_false_proc),
+    test!(cve_2025_52881_only_procfs_can_be_mounted_on_proc),
     test!(
-        cve_2019_19921_proc_is_protected_wherever_a_rename_takes_it,
+        cve_2019_19921_proc_is_protected_even_if_it_is_renamed,
         Need::Rrun
     ),
-    test!(cve_2021_30465_a_mount_lands_in_the_container, Need::Rrun),
-    test!(cve_2024_45310_nothing_is_made_on_the_host),
-    test!(cve_2023_27561_and_28642_proc_and_sys_are_no_links),
+    test!(
+        cve_2021_30465_a_mount_is_always_inside_the_container,
+        Need::Rrun
+    ),
+    test!(cve_2024_45310_the_runtime_creates_nothing_on_the_host),
+    test!(cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys),
 ];
 
-/// A directory that looks like /proc, where each file that a runtime writes leads to the secret.
+/// Fills `dir` with files and directories that have the names of those in /proc. The directories
+/// are real, but each file is a link to the secret file. A runtime writes to some of these files.
 fn false_proc(dir: &Path, secret: &Secret) -> Result {
     for parent in [
         "self/attr",
@@ -49,21 +54,22 @@ fn false_proc(dir: &Path, secret: &Secret) -> Result {
         "sysrq-trigger",
     ] {
         symlink(secret.path(), dir.join(file))?;
-        // Where an absolute link ends in the container.
+        // The links are absolute. If a process in the container follows a link, the link leads to a
+        // path below the container's root.
     }
     Ok(())
 }
 
-fn cve_2025_52881_nothing_is_written_to_a_false_proc() -> Result {
+fn cve_2025_52881_the_runtime_writes_nothing_to_a_false_proc() -> Result {
     let secret = Secret::new()?;
-    // No /proc is asked for, and the image brings its own.
+    // The configuration contains no mount for /proc, and the image contains a false /proc.
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
         all.retain(|mount| mount["destination"] != "/proc");
     }
     false_proc(&bundle.join("rootfs/proc"), &secret)?;
     let inside = bundle.rootfs().join(secret.path().strip_prefix("/")?);
-    fs::create_dir_all(inside.parent().ok_or("no parent")?)?;
+    fs::create_dir_all(inside.parent().ok_or("the secret's path has no parent")?)?;
     fs::write(&inside, SECRET)?;
     bundle
         .set("/root/readonly", json!(false))
@@ -78,10 +84,11 @@ fn cve_2025_52881_nothing_is_written_to_a_false_proc() -> Result {
     ensure_eq!(
         fs::read_to_string(&inside)?,
         SECRET,
-        "the file that the false /proc leads to"
+        "the content of the file to which the links of the false /proc lead"
     );
 
-    // A rename puts it there at the right moment.
+    // The second attack exchanges /proc and the false /proc while the runtime creates the
+    // container.
     let mut bundle = Bundle::new(&["cat", "/proc/sys/net/ipv4/ip_default_ttl"])?;
     bundle
         .set("/linux/sysctl", json!({ "net.ipv4.ip_default_ttl": "77" }))
@@ -98,7 +105,7 @@ fn cve_2025_52881_nothing_is_written_to_a_false_proc() -> Result {
     Ok(())
 }
 
-fn cve_2025_52881_nothing_but_proc_is_mounted_on_proc() -> Result {
+fn cve_2025_52881_only_procfs_can_be_mounted_on_proc() -> Result {
     let volume = Directory::new("false-proc")?;
     for (destination, typ) in [
         ("/proc", "bind"),
@@ -125,8 +132,8 @@ fn cve_2025_52881_nothing_but_proc_is_mounted_on_proc() -> Result {
     Ok(())
 }
 
-/// The mounts that a container's first process sees, from the host's side: mount point, options,
-/// file system, options of the file system.
+/// Returns the mounts in the mount namespace of the process `pid`. An entry consists of the mount
+/// point, its mount options, the file system type, and the file system's options.
 fn mounts_of(pid: i32) -> Result<Vec<[String; 4]>> {
     let text = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
     Ok(text
@@ -140,7 +147,7 @@ fn mounts_of(pid: i32) -> Result<Vec<[String; 4]>> {
         .collect())
 }
 
-fn cve_2019_19921_proc_is_protected_wherever_a_rename_takes_it() -> Result {
+fn cve_2019_19921_proc_is_protected_even_if_it_is_renamed() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.write_config()?;
     symlink("/data", bundle.join("rootfs/link"))?;
@@ -162,26 +169,27 @@ fn cve_2019_19921_proc_is_protected_wherever_a_rename_takes_it() -> Result {
             if !Path::new("/proc").join(name).exists() {
                 continue;
             }
-            // Whatever its directory is called at the moment.
-            let there = mounts.iter().find(|[point, ..]| {
+            // The attacker may have exchanged the names /proc and /link, so the mount can be below
+            // either name.
+            let mount = mounts.iter().find(|[point, ..]| {
                 ["/proc", "/link"]
                     .iter()
                     .any(|place| *point == format!("{place}/{name}"))
             });
             ensure!(
-                there.is_some_and(|[_, options, ..]| options.starts_with(protection)),
-                "/proc/{name} is not protected: {mounts:#?}"
+                mount.is_some_and(|[_, options, ..]| options.starts_with(protection)),
+                "no mount protects /proc/{name}; the container's mounts: {mounts:#?}"
             );
         }
         bundle.end()?;
     }
     note(format!(
-        "CVE-2019-19921: {made} of {} made, {} exchanges",
+        "CVE-2019-19921: the runtime created {made} of {} containers, while the attacker exchanged two paths {} times",
         rounds(),
         race.times()
     ));
     drop(race);
-    // The link as the image brings it, with a volume below.
+    // In the second attack, the image itself contains a link at /proc.
     bundle = Bundle::new(&["exit", "0"])?;
     fs::remove_dir(bundle.join("rootfs/proc"))?;
     symlink("data/level1/level2", bundle.join("rootfs/proc"))?;
@@ -190,7 +198,9 @@ fn cve_2019_19921_proc_is_protected_wherever_a_rename_takes_it() -> Result {
     Ok(())
 }
 
-/// A volume in which a directory and a link to the host's are exchanged, and mounts at it.
+/// Creates a volume, and adds a mount of the volume at /data to the configuration. The volume
+/// contains the directory `dir`, and a link to the host's directory `host`. The attacker exchanges
+/// the directory and the link.
 fn racing_volume(bundle: &mut Bundle, host: &Path) -> Result<Directory> {
     let volume = Directory::new("shared")?;
     fs::create_dir(volume.join("dir"))?;
@@ -202,7 +212,7 @@ fn racing_volume(bundle: &mut Bundle, host: &Path) -> Result<Directory> {
     Ok(volume)
 }
 
-fn cve_2021_30465_a_mount_lands_in_the_container() -> Result {
+fn cve_2021_30465_a_mount_is_always_inside_the_container() -> Result {
     let secret = Secret::new()?;
     let before = fs::read_to_string("/proc/self/mountinfo")?.lines().count();
     let mut bundle = Bundle::new(&["sleep", "600"])?;
@@ -222,29 +232,30 @@ fn cve_2021_30465_a_mount_lands_in_the_container() -> Result {
         }
         made += 1;
         let mounts = mounts_of(bundle.pid()?)?;
-        // What has landed on the host's is not in the container's list.
+        // A successful attack would create a mount on the host. This mount would be missing in the
+        // container's list of mounts.
         let ours = mounts
             .iter()
             .filter(|mount| mount[3].contains("size=1236k"));
         ensure_eq!(
             ours.count(),
             2,
-            "mounts that the container sees in {mounts:#?}"
+            "the number of the test's mounts in the container's mount namespace (all mounts: {mounts:#?})"
         );
         bundle.end()?;
         secret.unchanged()?;
         let now = fs::read_to_string("/proc/self/mountinfo")?.lines().count();
-        ensure_eq!(now, before, "mounts of the host");
+        ensure_eq!(now, before, "the number of mounts on the host");
     }
     note(format!(
-        "CVE-2021-30465: {made} of {} made, {} exchanges",
+        "CVE-2021-30465: the runtime created {made} of {} containers, while the attacker exchanged two paths {} times",
         rounds(),
         race.times()
     ));
     Ok(())
 }
 
-fn cve_2024_45310_nothing_is_made_on_the_host() -> Result {
+fn cve_2024_45310_the_runtime_creates_nothing_on_the_host() -> Result {
     let secret = Secret::new()?;
     let file = Directory::new("source")?;
     fs::write(file.join("file"), "text")?;
@@ -266,7 +277,8 @@ fn cve_2024_45310_nothing_is_made_on_the_host() -> Result {
     for _ in 0..rounds() {
         made += usize::from(bundle.runtime(&["run", bundle.id()]).end()?.code == 0);
         secret.unchanged()?;
-        // So that there is something to make each time.
+        // The test removes the directories and files of this round. In the next round, the runtime
+        // must create them again.
         for path in [volume.path(), &bundle.rootfs()] {
             for name in ["dir", "link"] {
                 for made in ["a", "c"] {
@@ -278,14 +290,14 @@ fn cve_2024_45310_nothing_is_made_on_the_host() -> Result {
         secret.unchanged()?;
     }
     note(format!(
-        "CVE-2024-45310: {made} of {} made, {} exchanges",
+        "CVE-2024-45310: the runtime created {made} of {} containers, while the attacker exchanged two paths {} times",
         rounds(),
         race.times()
     ));
     Ok(())
 }
 
-fn cve_2023_27561_and_28642_proc_and_sys_are_no_links() -> Result {
+fn cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys() -> Result {
     for (name, to) in [
         ("proc", "data"),
         ("proc", "/data"),

@@ -1,5 +1,6 @@
-//! Published ways out of a container by the process that the runtime brings into it: what it holds
-//! open, executes, may do. Each as it was published, and its failure.
+//! Tests of published container escapes through the processes that the runtime starts in a
+//! container. The attacks use the open files, the executable or the privileges of these processes.
+//! Each test runs a published attack without changes, and checks that the attack fails.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,27 +14,37 @@ use crate::support::secret::Secret;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(cve_2024_21626_a_leaked_descriptor_is_no_working_directory),
-    test!(cve_2024_21626_no_descriptor_of_the_callers_leaks),
-    test!(a_leaked_directory_is_neither_written_to_nor_executed_from),
-    test!(a_leaked_directory_does_nothing_for_exec),
-    test!(a_users_home_is_not_read_from_a_leaked_file, Need::Rrun),
+    test!(cve_2024_21626_a_leaked_descriptor_is_refused_as_working_directory),
+    test!(cve_2024_21626_the_container_inherits_no_descriptor_of_the_runtimes_caller),
+    test!(the_runtime_neither_writes_to_nor_executes_from_a_leaked_directory),
+    test!(exec_does_not_use_a_leaked_directory),
     test!(
-        a_working_directory_is_not_made_through_a_process,
+        the_runtime_does_not_read_a_users_home_from_a_leaked_file,
         Need::Rrun
     ),
-    test!(a_preserved_descriptor_reaches_the_program_alone, Need::Rrun),
-    test!(a_created_process_holds_no_file_of_the_hosts, Need::Rrun),
-    test!(hooks_get_no_descriptor_of_the_callers, Need::Rrun),
     test!(
-        cve_2019_5736_the_runtimes_file_is_not_overwritten,
+        the_runtime_creates_no_working_directory_through_a_descriptor_or_process,
         Need::Rrun
     ),
-    test!(cve_2016_9962_a_process_on_its_way_in_is_closed_to_the_container),
+    test!(only_the_program_receives_a_preserved_descriptor, Need::Rrun),
+    test!(
+        a_process_that_waits_for_start_has_no_host_file_open,
+        Need::Rrun
+    ),
+    test!(
+        hooks_inherit_no_descriptor_of_the_runtimes_caller,
+        Need::Rrun
+    ),
+    test!(
+        cve_2019_5736_a_container_can_not_overwrite_the_runtimes_executable,
+        Need::Rrun
+    ),
+    test!(cve_2016_9962_a_container_can_not_inspect_a_process_that_enters_it),
     test!(cve_2022_29162_no_capability_is_inheritable),
 ];
 
-/// `bundle.runtime`, by a caller that has left / open as descriptor 9.
+/// Returns a call of the runtime, as `bundle.runtime` does. In this call, the runtime inherits
+/// descriptor 9, which refers to the host's directory `/`.
 fn leaking(bundle: &Bundle, args: &[&str]) -> Run {
     let program = runtime_program();
     command(
@@ -45,7 +56,7 @@ fn leaking(bundle: &Bundle, args: &[&str]) -> Run {
     .dir(bundle.path())
 }
 
-fn cve_2024_21626_a_leaked_descriptor_is_no_working_directory() -> Result {
+fn cve_2024_21626_a_leaked_descriptor_is_refused_as_working_directory() -> Result {
     let secret = Secret::new()?;
     let mut bundle = Bundle::new(&["cat", &secret.upwards()])?;
     symlink("/proc/self/fd/9", bundle.join("rootfs/tmp/nine"))?;
@@ -56,7 +67,11 @@ fn cve_2024_21626_a_leaked_descriptor_is_no_working_directory() -> Result {
         bundle.set("/process/cwd", json!(place)).write_config()?;
         let output = leaking(&bundle, &["run", bundle.id()]).end()?;
         secret.unseen(&output)?;
-        ensure!(output.code != 0, "cwd {place}: {}", output.told());
+        ensure!(
+            output.code != 0,
+            "`run` accepts {place} as the working directory:\n{}",
+            output.told()
+        );
     }
 
     let bundle = Bundle::new(&["sleep", "600"])?;
@@ -74,13 +89,17 @@ fn cve_2024_21626_a_leaked_descriptor_is_no_working_directory() -> Result {
         ];
         let output = leaking(&bundle, &args).end()?;
         secret.unseen(&output)?;
-        ensure!(output.code != 0, "exec --cwd {place}: {}", output.told());
+        ensure!(
+            output.code != 0,
+            "`exec` accepts {place} as the working directory:\n{}",
+            output.told()
+        );
     }
     bundle.end()?;
     Ok(())
 }
 
-fn cve_2024_21626_no_descriptor_of_the_callers_leaks() -> Result {
+fn cve_2024_21626_the_container_inherits_no_descriptor_of_the_runtimes_caller() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     bundle.write_config()?;
     let report = leaking(&bundle, &["run", bundle.id()]).ok()?.json()?;
@@ -89,7 +108,11 @@ fn cve_2024_21626_no_descriptor_of_the_callers_leaks() -> Result {
             .as_object()
             .map(|all| all.keys().cloned().collect())
             .unwrap_or_default();
-        ensure_eq!(all, ["0", "1", "2"], "descriptors");
+        ensure_eq!(
+            all,
+            ["0", "1", "2"],
+            "the open descriptors of the container's process"
+        );
         Ok(())
     };
     only_standard(&report)?;
@@ -100,7 +123,7 @@ fn cve_2024_21626_no_descriptor_of_the_callers_leaks() -> Result {
     Ok(())
 }
 
-/// A directory of the host, with a copy of the tests' program in it.
+/// A directory on the host that contains a copy of the program `inside`.
 struct HostDirectory(Directory);
 
 impl HostDirectory {
@@ -115,7 +138,9 @@ impl HostDirectory {
         Ok(HostDirectory(directory))
     }
 
-    /// As `bundle.runtime`, but the caller has these redirections. `DIR` stands for the directory.
+    /// Returns a call of the runtime, as `bundle.runtime` does. In this call, the runtime inherits
+    /// the descriptors that the shell redirections in `redirections` open. The function replaces
+    /// `DIR` in a redirection with the path of the host directory.
     fn open_in_caller(&self, redirections: &str, bundle: &Bundle, args: &[&str]) -> Run {
         let directory = self.0.path().to_string_lossy();
         let line = format!(
@@ -133,18 +158,23 @@ impl HostDirectory {
         self.open_in_caller("8<DIR 40<DIR", bundle, args)
     }
 
-    fn unchanged(&self, case: &str) -> Result {
+    fn unchanged(&self, attack: &str) -> Result {
         let mut names = Vec::new();
         for entry in fs::read_dir(self.0.path())? {
             names.push(entry?.file_name().to_string_lossy().into_owned());
         }
         names.sort();
-        ensure_eq!(names, ["bin", "passwd"], "the host's directory, {case}");
+        ensure_eq!(
+            names,
+            ["bin", "passwd"],
+            "the file names in the leaked directory of the host after the attack with {attack}"
+        );
         Ok(())
     }
 }
 
-/// Paths in the container that lead to a leaked descriptor, after [`link_to_leaks`].
+/// Paths in the container that lead to a leaked descriptor. The paths in /tmp use the links that
+/// [`link_to_leaks`] creates.
 const LEAKED: [&str; 8] = [
     "/proc/self/fd/8",
     "/proc/self/fd/40",
@@ -167,7 +197,7 @@ fn link_to_leaks(bundle: &Bundle) -> Result {
     Ok(())
 }
 
-fn a_leaked_directory_is_neither_written_to_nor_executed_from() -> Result {
+fn the_runtime_neither_writes_to_nor_executes_from_a_leaked_directory() -> Result {
     let mut bundle = Bundle::new(&["echo", "executed"])?;
     let host = HostDirectory::new(&bundle)?;
     link_to_leaks(&bundle)?;
@@ -188,22 +218,30 @@ fn a_leaked_directory_is_neither_written_to_nor_executed_from() -> Result {
             .set("/process/args/0", json!("inside"))
             .set("/process/env", json!([format!("PATH={place}/bin")]));
         cases.push((
-            "PATH",
+            "variable PATH",
             std::mem::replace(&mut bundle.config, original.clone()),
         ));
-        for (what, config) in cases {
+        for (field, config) in cases {
             bundle.config = config;
             bundle.write_config()?;
-            let case = format!("{what} in {place}");
+            let case = format!("a {field} in the leaked directory {place}");
             let output = host.leaked(&bundle, &["run", bundle.id()]).end()?;
-            ensure!(output.code != 0, "run, {case}: {}", output.told());
-            ensure_eq!(output.stdout, "", "output of run, {case}");
-            // crun looks for the program only in `start`.
+            ensure!(output.code != 0, "`run` accepts {case}:\n{}", output.told());
+            ensure_eq!(
+                output.stdout,
+                "",
+                "the standard output of `run` with {case}"
+            );
+            // crun searches for the program only in `start`, so `create` can succeed.
             let mut output = host.leaked(&bundle, &["create", bundle.id()]).end()?;
             if output.code == 0 {
                 output = bundle.runtime(&["start", bundle.id()]).end()?;
             }
-            ensure!(output.code != 0, "create, {case}: {}", output.told());
+            ensure!(
+                output.code != 0,
+                "`create` and `start` accept {case}:\n{}",
+                output.told()
+            );
             bundle.end()?;
             host.unchanged(&case)?;
         }
@@ -215,11 +253,15 @@ fn a_leaked_directory_is_neither_written_to_nor_executed_from() -> Result {
     );
     bundle.write_config()?;
     let output = host.leaked(&bundle, &["run", bundle.id()]).end()?;
-    ensure!(output.code != 0, "mount source: {}", output.told());
+    ensure!(
+        output.code != 0,
+        "`run` accepts a leaked descriptor as the source of a mount:\n{}",
+        output.told()
+    );
     Ok(())
 }
 
-fn a_leaked_directory_does_nothing_for_exec() -> Result {
+fn exec_does_not_use_a_leaked_directory() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     let host = HostDirectory::new(&bundle)?;
     link_to_leaks(&bundle)?;
@@ -249,16 +291,24 @@ fn a_leaked_directory_does_nothing_for_exec() -> Result {
         for case in cases {
             let args = [&["exec"], case].concat();
             let output = host.leaked(&bundle, &args).end()?;
-            ensure!(output.code != 0, "{args:?}: {}", output.told());
-            ensure_eq!(output.stdout, "", "output of {args:?}");
-            host.unchanged(&format!("{args:?}"))?;
+            ensure!(
+                output.code != 0,
+                "the call of the runtime with the arguments {args:?} does not fail:\n{}",
+                output.told()
+            );
+            ensure_eq!(
+                output.stdout,
+                "",
+                "the standard output of the runtime with the arguments {args:?}"
+            );
+            host.unchanged(&format!("the arguments {args:?}"))?;
         }
     }
     bundle.end()?;
     Ok(())
 }
 
-fn a_users_home_is_not_read_from_a_leaked_file() -> Result {
+fn the_runtime_does_not_read_a_users_home_from_a_leaked_file() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     let host = HostDirectory::new(&bundle)?;
     symlink("/proc/self/fd/8/passwd", bundle.join("rootfs/etc/passwd"))?;
@@ -266,18 +316,27 @@ fn a_users_home_is_not_read_from_a_leaked_file() -> Result {
         .set("/process/env", json!(["PATH=/bin"]))
         .write_config()?;
     let report = host.leaked(&bundle, &["run", bundle.id()]).ok()?.json()?;
-    ensure_eq!(report["env"]["HOME"], "/", "HOME");
+    ensure_eq!(
+        report["env"]["HOME"],
+        "/",
+        "the variable HOME of the first process"
+    );
     bundle.args(&["sleep", "600"]).start()?;
     let args = ["exec", bundle.id(), "/bin/inside", "report"];
     let report = host.leaked(&bundle, &args).ok()?.json()?;
-    ensure_eq!(report["env"]["HOME"], "/", "HOME of exec");
+    ensure_eq!(
+        report["env"]["HOME"],
+        "/",
+        "the variable HOME of the process that `exec` starts"
+    );
     bundle.end()?;
     Ok(())
 }
 
-/// The container may have these descriptors and see these processes. But rrun has more rights than
-/// the program, and must not make directories through them.
-fn a_working_directory_is_not_made_through_a_process() -> Result {
+/// In this test, the runtime's caller allows the container to inherit descriptors and to see the
+/// host's processes. But rrun has more privileges than the container's program. Therefore, rrun
+/// must not create the working directory through a descriptor or through a process in /proc.
+fn the_runtime_creates_no_working_directory_through_a_descriptor_or_process() -> Result {
     let mut bundle = Bundle::new(&["echo", "executed"])?;
     let host = HostDirectory::new(&bundle)?;
     let directory = host.0.path().to_string_lossy().into_owned();
@@ -301,10 +360,15 @@ fn a_working_directory_is_not_made_through_a_process() -> Result {
         bundle.set("/process/cwd", json!(cwd)).write_config()?;
         let args = [&["run"], flags, &[bundle.id()]].concat();
         let output = host.open_in_caller(redirections, &bundle, &args).end()?;
-        ensure!(output.code != 0, "{cwd}: {}", output.told());
+        ensure!(
+            output.code != 0,
+            "`run` accepts {cwd} as the working directory:\n{}",
+            output.told()
+        );
         host.unchanged(&cwd)?;
     }
-    // A directory that is missing in the image is still made, also through links of the image.
+    // The runtime still creates a missing working directory. The path can contain symbolic links in
+    // the image.
     symlink("../made", bundle.join("rootfs/tmp/link"))?;
     bundle
         .args(&["report"])
@@ -313,12 +377,12 @@ fn a_working_directory_is_not_made_through_a_process() -> Result {
     ensure_eq!(
         bundle.run()?.json()?["cwd"],
         "/made/b/c",
-        "working directory"
+        "the working directory that the runtime created"
     );
     Ok(())
 }
 
-fn a_preserved_descriptor_reaches_the_program_alone() -> Result {
+fn only_the_program_receives_a_preserved_descriptor() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     let host = HostDirectory::new(&bundle)?;
     let numbers = |report: &Value| -> Vec<String> {
@@ -331,7 +395,11 @@ fn a_preserved_descriptor_reaches_the_program_alone() -> Result {
     bundle.write_config()?;
     let args = ["run", flags[0], flags[1], bundle.id()];
     let report = host.open_in_caller(redirections, &bundle, &args).ok()?;
-    ensure_eq!(numbers(&report.json()?), ["0", "1", "2", "3", "4"], "run");
+    ensure_eq!(
+        numbers(&report.json()?),
+        ["0", "1", "2", "3", "4"],
+        "the open descriptors of the process that `run` starts"
+    );
     bundle.args(&["sleep", "600"]).start()?;
     let args = [
         "exec",
@@ -342,30 +410,34 @@ fn a_preserved_descriptor_reaches_the_program_alone() -> Result {
         "report",
     ];
     let report = host.open_in_caller(redirections, &bundle, &args).ok()?;
-    ensure_eq!(numbers(&report.json()?), ["0", "1", "2", "3", "4"], "exec");
+    ensure_eq!(
+        numbers(&report.json()?),
+        ["0", "1", "2", "3", "4"],
+        "the open descriptors of the process that `exec` starts"
+    );
     let output = host.open_in_caller("4<DIR", &bundle, &args).end()?;
     ensure!(
         output.stderr.contains("descriptor 3") && output.stderr.contains("not open"),
-        "{}",
+        "the error of `exec` does not report that descriptor 3 is not open:\n{}",
         output.told()
     );
     bundle.end()?;
     Ok(())
 }
 
-/// The targets of the links in /proc/PID/fd, without the standard three.
-fn held_by(pid: i32) -> Result<Vec<String>> {
-    let mut held = Vec::new();
+/// Returns the targets of the links in /proc/PID/fd, except those of stdin, stdout and stderr.
+fn open_files_of(pid: i32) -> Result<Vec<String>> {
+    let mut files = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         let entry = entry?;
         if !matches!(entry.file_name().to_str(), Some("0" | "1" | "2")) {
-            held.push(fs::read_link(entry.path())?.to_string_lossy().into_owned());
+            files.push(fs::read_link(entry.path())?.to_string_lossy().into_owned());
         }
     }
-    Ok(held)
+    Ok(files)
 }
 
-fn a_created_process_holds_no_file_of_the_hosts() -> Result {
+fn a_process_that_waits_for_start_has_no_host_file_open() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     let host = HostDirectory::new(&bundle)?;
     bundle
@@ -382,11 +454,14 @@ fn a_created_process_holds_no_file_of_the_hosts() -> Result {
     let log = bundle.join("rrun.log").to_string_lossy().into_owned();
     let args = ["--debug", "--log", &log, "create", bundle.id()];
     host.leaked(&bundle, &args).ok()?;
-    // The process may hold a socket whose other end is closed, the socket to which `start` will
-    // connect, and the shared page for reports.
-    for link in held_by(bundle.pid()?)? {
+    // The process can have three files open. These files are the socket for `start`, another socket
+    // without a peer, and the shared memory page for the process's reports.
+    for link in open_files_of(bundle.pid()?)? {
         let own = link.starts_with("socket:") || link.starts_with("/memfd:rrun ");
-        ensure!(own, "the process holds {link}");
+        ensure!(
+            own,
+            "the process that waits for `start` has the file {link} open"
+        );
     }
     bundle.runtime(&["start", bundle.id()]).ok()?;
     bundle.wait_status("stopped")?;
@@ -394,7 +469,7 @@ fn a_created_process_holds_no_file_of_the_hosts() -> Result {
     Ok(())
 }
 
-fn hooks_get_no_descriptor_of_the_callers() -> Result {
+fn hooks_inherit_no_descriptor_of_the_runtimes_caller() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     let host = HostDirectory::new(&bundle)?;
     let list = bundle.join("list");
@@ -419,21 +494,23 @@ fn hooks_get_no_descriptor_of_the_callers() -> Result {
     ensure_eq!(
         lists.matches("total").count(),
         kinds.len(),
-        "hooks: {lists}"
+        "the number of hooks that wrote a list of their descriptors (all lists: {lists})"
     );
     let directory = host.0.path().to_string_lossy();
     ensure!(
         !lists.contains(&*directory),
-        "a hook was given {directory}:\n{lists}"
+        "a hook has inherited the directory {directory} that the runtime's caller had open; the hooks' lists of descriptors:\n{lists}"
     );
     Ok(())
 }
 
-fn cve_2019_5736_the_runtimes_file_is_not_overwritten() -> Result {
-    // A copy, in case it does not hold.
+fn cve_2019_5736_a_container_can_not_overwrite_the_runtimes_executable() -> Result {
+    // The attack targets a copy of the runtime. Therefore, a successful attack does not destroy the
+    // installed runtime.
     let copies = Directory::new("runtime")?;
     let copy = copies.join("rrun");
-    let original = program_path(&runtime_program()).ok_or("no runtime in PATH")?;
+    let original =
+        program_path(&runtime_program()).ok_or("the runtime under test is not in PATH")?;
     fs::copy(&original, &copy)?;
     let copy = copy.to_string_lossy().into_owned();
 
@@ -443,38 +520,48 @@ fn cve_2019_5736_the_runtimes_file_is_not_overwritten() -> Result {
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o755);
     fs::set_permissions(bundle.join("rootfs/bin/script"), mode)?;
     symlink("/proc/self/exe", bundle.join("rootfs/bin/link"))?;
-    let mut attacker = bundle.run_beside()?;
-    wait_for("the attacker", || {
+    let mut attacker = bundle.run_in_background()?;
+    wait_for("the attacker to start", || {
         Ok(attacker.stdout().contains("ready").then_some(()))
     })?;
     for program in ["/bin/script", "/bin/link", "/proc/self/exe"] {
         for _ in 0..10 {
-            // rrun, executed in the container, with whatever it makes of its arguments.
+            // `exec` tries to execute rrun itself in the container. The result of `exec` does not
+            // matter.
             let root = bundle.root();
             let root = root.to_string_lossy();
             let args = ["--root", &*root, "exec", bundle.id(), program, "list"];
             command(&copy, args).end()?;
         }
-        // Nor do the attempts keep others from executing it: where the container holds the
-        // file's own inode, each counts as a writer for a moment, and one of fifty of these
-        // fails with ETXTBSY.
+        // The attack must not prevent other programs from executing the runtime. If the container
+        // could open the executable's inode, each attempt to write would briefly make the
+        // executable busy. About one in fifty executions of the runtime would then fail with
+        // ETXTBSY.
         for _ in 0..100 {
             command(&copy, ["--version"]).ok()?;
         }
     }
     let output = attacker.end()?;
-    ensure!(!output.stdout.contains("overwrote"), "{}", output.told());
-    ensure!(output.stdout.contains("done"), "{}", output.told());
+    ensure!(
+        !output.stdout.contains("overwrote"),
+        "the attack overwrote the runtime's executable:\n{}",
+        output.told()
+    );
+    ensure!(
+        output.stdout.contains("done"),
+        "the attacker exited before the attack was complete:\n{}",
+        output.told()
+    );
     ensure!(
         fs::read(&copy)? == fs::read(&original)?,
-        "the runtime's file has changed"
+        "the runtime's executable has changed"
     );
     note(format!(
-        "CVE-2019-5736: {}",
+        "CVE-2019-5736: the output of the attacker: {}",
         output.stdout.replace('\n', "; ")
     ));
 
-    // And as the container's own first process.
+    // The test repeats the attack with the runtime as the container's first process.
     for program in ["/bin/script", "/bin/link"] {
         bundle
             .set("/process/args", json!([program, "list"]))
@@ -486,38 +573,57 @@ fn cve_2019_5736_the_runtimes_file_is_not_overwritten() -> Result {
             .end()?;
         ensure!(
             fs::read(&copy)? == fs::read(&original)?,
-            "the runtime's file has changed"
+            "the runtime's executable has changed"
         );
     }
     Ok(())
 }
 
-fn cve_2016_9962_a_process_on_its_way_in_is_closed_to_the_container() -> Result {
+fn cve_2016_9962_a_container_can_not_inspect_a_process_that_enters_it() -> Result {
     let bundle = Bundle::new(&["attack", "pry", "4"])?;
-    let mut attacker = bundle.run_beside()?;
-    wait_for("the attacker", || {
+    let mut attacker = bundle.run_in_background()?;
+    wait_for("the attacker to start", || {
         Ok(attacker.stdout().contains("ready").then_some(()))
     })?;
     bundle.exec(&[], &["exit", "0"]).ok()?;
-    // Until it ends, and nobody can come in any more.
+    // The test repeats `exec` until the container exits. The last `exec` then fails.
     while bundle.exec(&[], &["exit", "0"]).end()?.code == 0 {}
     let output = attacker.end()?;
-    ensure!(output.stdout.contains("done"), "{}", output.told());
-    for word in ["looked into", "opened the memory"] {
-        ensure!(!output.stdout.contains(word), "{}", output.told());
+    ensure!(
+        output.stdout.contains("done"),
+        "the attacker exited before the attack was complete:\n{}",
+        output.told()
+    );
+    for (line, object) in [
+        ("followed the link to the executable", "the executable"),
+        ("opened the memory", "the memory"),
+    ] {
+        ensure!(
+            !output.stdout.contains(line),
+            "the attacker accessed {object} of a process that entered the container:\n{}",
+            output.told()
+        );
     }
     Ok(())
 }
 
 fn cve_2022_29162_no_capability_is_inheritable() -> Result {
     let mut bundle = Bundle::new(&[])?;
-    let none = "0000000000000000";
-    ensure_eq!(bundle.report()?["status"]["CapInh"], none, "run");
+    let empty = "0000000000000000";
+    ensure_eq!(
+        bundle.report()?["status"]["CapInh"],
+        empty,
+        "the inheritable capabilities of the process that `run` starts"
+    );
     bundle.args(&["sleep", "600"]).start()?;
     let cases: [&[&str]; 3] = [&[], &["--cap", "CAP_NET_ADMIN"], &["--user", "1000"]];
     for options in cases {
         let report = bundle.exec(options, &["report"]).ok()?.json()?;
-        ensure_eq!(report["status"]["CapInh"], none, "exec {options:?}");
+        ensure_eq!(
+            report["status"]["CapInh"],
+            empty,
+            "the inheritable capabilities of the process that `exec` starts with the options {options:?}"
+        );
     }
     bundle.end()?;
     Ok(())

@@ -1,4 +1,5 @@
-//! Hooks: programs that the configuration has run at certain points of a container's life.
+//! Tests of hooks. A hook is a program that the runtime runs at a certain point of a container's
+//! life cycle.
 
 use std::fs;
 
@@ -10,22 +11,23 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    // runc has poststart run by create; crun, by start, as the specification says.
-    test!(hooks_run_in_the_specifications_order, Need::Rrun),
-    test!(hooks_get_the_containers_state, Need::Rrun),
-    test!(a_start_container_hook_is_the_containers_own_program),
-    test!(a_start_container_hook_is_confined_as_the_process_is),
-    test!(a_failing_hook_undoes_the_container),
-    test!(a_failing_hook_is_told_with_what_it_said),
-    test!(a_hook_may_leave_a_large_state_unread, Need::Rrun),
+    // runc runs poststart hooks in `create`. rrun and crun run poststart hooks in `start`, as the
+    // specification requires.
+    test!(hooks_run_in_the_order_of_the_specification, Need::Rrun),
+    test!(hooks_receive_the_containers_state, Need::Rrun),
+    test!(a_start_container_hook_runs_in_the_container),
+    test!(a_start_container_hook_is_confined_like_the_process),
+    test!(a_failing_hook_makes_create_remove_the_container),
+    test!(the_error_about_a_failing_hook_contains_the_hooks_output),
+    test!(a_hook_does_not_need_to_read_a_large_state, Need::Rrun),
 ];
 
-/// A hook that runs this shell line on the host.
+/// Returns a hook that runs the shell command `line` on the host.
 fn shell(line: &str) -> Value {
     json!([{ "path": "/bin/sh", "args": ["sh", "-c", line] }])
 }
 
-fn hooks_run_in_the_specifications_order() -> Result {
+fn hooks_run_in_the_order_of_the_specification() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     let log = bundle.join("hooks.log");
     let kinds = [
@@ -40,29 +42,29 @@ fn hooks_run_in_the_specifications_order() -> Result {
         bundle.set(&format!("/hooks/{kind}"), shell(&line));
     }
     bundle.call(&["create"])?.ok()?;
-    let heard = || fs::read_to_string(&log).unwrap_or_default();
+    let logged_hooks = || fs::read_to_string(&log).unwrap_or_default();
     ensure_eq!(
-        heard(),
+        logged_hooks(),
         "prestart\ncreateRuntime\ncreateContainer\n",
-        "hooks of create"
+        "the hooks that `create` runs"
     );
     bundle.call(&["start"])?.ok()?;
     ensure!(
-        heard().ends_with("\npoststart\n"),
-        "hooks after start: {:?}",
-        heard()
+        logged_hooks().ends_with("\npoststart\n"),
+        "the hook poststart did not run after `start` (the hooks that ran: {:?})",
+        logged_hooks()
     );
     bundle.wait_status("stopped")?;
     bundle.delete()?;
     ensure!(
-        heard().ends_with("\npoststart\npoststop\n"),
-        "hooks after delete: {:?}",
-        heard()
+        logged_hooks().ends_with("\npoststart\npoststop\n"),
+        "the hook poststop did not run after `delete` (the hooks that ran: {:?})",
+        logged_hooks()
     );
     Ok(())
 }
 
-fn hooks_get_the_containers_state() -> Result {
+fn hooks_receive_the_containers_state() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     for kind in ["createRuntime", "poststart", "poststop"] {
         let line = format!("cat > {}", bundle.join(kind).display());
@@ -77,29 +79,49 @@ fn hooks_get_the_containers_state() -> Result {
         ("poststop", &["stopped"]),
     ] {
         let state: Value = serde_json::from_slice(&fs::read(bundle.join(kind))?)?;
-        ensure_eq!(state["id"], json!(bundle.id()), "id for {kind}");
-        ensure_eq!(state["bundle"], json!(bundle.path()), "bundle for {kind}");
+        ensure_eq!(
+            state["id"],
+            json!(bundle.id()),
+            "the container's id in the state that the hook {kind} received"
+        );
+        ensure_eq!(
+            state["bundle"],
+            json!(bundle.path()),
+            "the bundle's path in the state that the hook {kind} received"
+        );
         let status = state["status"].as_str().unwrap_or_default();
-        ensure!(statuses.contains(&status), "status for {kind}: {state}");
+        ensure!(
+            statuses.contains(&status),
+            "the hook {kind} received a state whose `status` is not one of {statuses:?}; the state: {state}"
+        );
         if kind != "poststop" {
-            ensure_eq!(state["pid"], json!(pid), "pid for {kind}");
+            ensure_eq!(
+                state["pid"],
+                json!(pid),
+                "the process id in the state that the hook {kind} received"
+            );
         }
     }
     Ok(())
 }
 
-fn a_start_container_hook_is_the_containers_own_program() -> Result {
+fn a_start_container_hook_runs_in_the_container() -> Result {
     let mut bundle = Bundle::new(&["cat", "/data/hooked"])?;
     bundle.set("/root/readonly", json!(false)).set(
         "/hooks/startContainer",
         json!([{ "path": "/bin/inside", "args": ["inside", "write", "/data/hooked", "before"] }]),
     );
-    ensure_eq!(bundle.run()?.stdout, "before", "what the hook wrote");
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "before",
+        "the content of the file that the hook wrote"
+    );
     Ok(())
 }
 
-/// By the filter of the process, and it has its environment, unless it says something of one.
-fn a_start_container_hook_is_confined_as_the_process_is() -> Result {
+/// The seccomp filter of the container's process also applies to a startContainer hook. The hook
+/// has the environment of the process, unless the hook specifies its own environment.
+fn a_start_container_hook_is_confined_like_the_process() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     let hook = json!([{ "path": "/bin/inside", "args": ["inside", "mkdir", "/data/hooked"] }]);
     bundle
@@ -118,15 +140,20 @@ fn a_start_container_hook_is_confined_as_the_process_is() -> Result {
         }),
     );
     let output = bundle.call(&["run"])?.end()?;
-    ensure!(output.code != 0, "{}", output.told());
+    ensure!(
+        output.code != 0,
+        "the hook succeeds despite the seccomp filter:\n{}",
+        output.told()
+    );
     ensure!(
         output.stderr.contains("No space left on device"),
-        "{}",
+        "the error of `run` does not contain the text of ENOSPC, which is the errno that the seccomp filter returns to the hook:\n{}",
         output.told()
     );
     bundle.without("/linux/seccomp");
     for (env, expected) in [(None, true), (Some(json!(["A=b"])), false)] {
-        // It fails, for its output to be told.
+        // The hook fails, because the file /not-there does not exist. The runtime's error about a
+        // failed hook contains the hook's output, which includes the hook's environment.
         let args = json!(["inside", "cat", "/proc/self/environ", "/not-there"]);
         let mut hook = json!({ "path": "/bin/inside", "args": args });
         if let Some(env) = env {
@@ -136,19 +163,23 @@ fn a_start_container_hook_is_confined_as_the_process_is() -> Result {
             .set("/process/env", json!(["ONE=two"]))
             .set("/hooks/startContainer", json!([hook]));
         let output = bundle.call(&["run"])?.end()?;
-        ensure!(output.code != 0, "{}", output.told());
+        ensure!(
+            output.code != 0,
+            "the container starts although its hook fails:\n{}",
+            output.told()
+        );
         ensure_eq!(
             output.stderr.contains("ONE=two"),
             expected,
-            "the process's variables: {}",
+            "whether the environment of the hook contains a variable of the container's process ({})",
             output.told()
         );
     }
     Ok(())
 }
 
-/// The end of it, from both its outputs.
-fn a_failing_hook_is_told_with_what_it_said() -> Result {
+/// The runtime's error contains the end of the output that the hook wrote to stdout and stderr.
+fn the_error_about_a_failing_hook_contains_the_hooks_output() -> Result {
     for kind in ["createRuntime", "createContainer"] {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         let line =
@@ -156,15 +187,20 @@ fn a_failing_hook_is_told_with_what_it_said() -> Result {
         bundle.set(&format!("/hooks/{kind}"), shell(line));
         let output = bundle.call(&["create"])?.exits(1)?;
         for words in ["no such device", "alas"] {
-            ensure!(output.stderr.contains(words), "{}", output.told());
+            ensure!(
+                output.stderr.contains(words),
+                "the error of `create` does not contain {words:?} from the output of the hook {kind}:\n{}",
+                output.told()
+            );
         }
     }
     Ok(())
 }
 
-/// The state may be larger than a pipe holds: one hook reads it all, late, one never does and has
-/// its time, and one ends without having read it.
-fn a_hook_may_leave_a_large_state_unread() -> Result {
+/// A container's state can be larger than a pipe's buffer. One hook of this test reads the whole
+/// state, but only after a second. Another hook never reads the state, and is killed after its
+/// timeout. A third hook exits without reading the state.
+fn a_hook_does_not_need_to_read_a_large_state() -> Result {
     let large = "x".repeat(300_000);
     let mut bundle = Bundle::new(&["exit", "0"])?;
     bundle.set("/annotations", json!({ "large": large }));
@@ -172,14 +208,19 @@ fn a_hook_may_leave_a_large_state_unread() -> Result {
     bundle.set(
         "/hooks/createRuntime",
         json!([
-            // Longer than the clock lasts.
+            // The current time plus this timeout exceeds the largest time that the clock can
+            // represent.
             { "path": "/bin/true", "timeout": i64::MAX },
             { "path": "/bin/sh", "args": ["sh", "-c", format!("sleep 1; cat >{}", copy.display())] },
         ]),
     );
     bundle.call(&["create"])?.ok()?;
-    let told: Value = serde_json::from_str(&fs::read_to_string(&copy)?)?;
-    ensure_eq!(told["annotations"]["large"], large, "what the hook read");
+    let state: Value = serde_json::from_str(&fs::read_to_string(&copy)?)?;
+    ensure_eq!(
+        state["annotations"]["large"],
+        large,
+        "the annotation that the hook read"
+    );
     bundle.runtime(&["delete", "--force", bundle.id()]).ok()?;
     bundle.set(
         "/hooks/createRuntime",
@@ -187,23 +228,30 @@ fn a_hook_may_leave_a_large_state_unread() -> Result {
     );
     let output = bundle.call(&["create"])?.exits(1)?;
     ensure!(
-        output.stderr.contains("did not end within 1 s"),
-        "{}",
+        output.stderr.contains("did not exit within 1 s"),
+        "the error of `create` does not report the hook's timeout:\n{}",
         output.told()
     );
     Ok(())
 }
 
-fn a_failing_hook_undoes_the_container() -> Result {
+fn a_failing_hook_makes_create_remove_the_container() -> Result {
     for kind in ["prestart", "createRuntime", "createContainer"] {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         bundle.set(&format!("/hooks/{kind}"), shell("exit 3"));
         let output = bundle.call(&["create"])?.exits(1)?;
-        ensure!(output.stderr.contains("hook"), "{}", output.told());
-        ensure!(!bundle.cgroup().exists(), "its cgroup is left after {kind}");
+        ensure!(
+            output.stderr.contains("hook"),
+            "the error of `create` does not mention the failing hook {kind}:\n{}",
+            output.told()
+        );
+        ensure!(
+            !bundle.cgroup().exists(),
+            "the container's cgroup still exists after the hook {kind} failed"
+        );
         ensure!(
             !bundle.root().join(bundle.id()).exists(),
-            "its state is left after {kind}"
+            "the container's state directory still exists after the hook {kind} failed"
         );
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! Bind mounts whose ids are mapped: the host's files in a container as another user's.
+//! Tests of bind mounts with id mappings. In such a mount, the container and the host see different
+//! owners for the same file.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
@@ -13,14 +14,14 @@ use crate::support::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(ids_are_mapped_without_a_user_namespace),
-    test!(ids_are_mapped_as_in_the_containers_user_namespace),
-    test!(ids_are_mapped_as_the_mount_says_in_a_user_namespace),
-    test!(ids_are_mapped_as_in_a_joined_user_namespace),
-    test!(ridmap_maps_mounts_below_and_idmap_does_not),
-    test!(two_mounts_have_two_mappings),
-    test!(a_mapped_mount_keeps_its_other_options),
-    test!(mappings_that_can_not_be_are_refused),
+    test!(a_mount_maps_ids_without_a_user_namespace),
+    test!(the_mappings_of_the_containers_user_namespace_apply_to_a_mount),
+    test!(the_id_mappings_of_a_mount_apply_in_a_user_namespace),
+    test!(the_mappings_of_a_joined_user_namespace_apply_to_a_mount),
+    test!(ridmap_maps_ids_in_nested_mounts_but_idmap_does_not),
+    test!(two_mounts_can_have_different_id_mappings),
+    test!(an_idmapped_mount_also_has_its_other_options),
+    test!(invalid_id_mappings_are_refused),
 ];
 
 fn maps(host: u32, size: u32) -> Value {
@@ -38,7 +39,7 @@ fn in_user_namespace(bundle: &mut Bundle) -> Result {
     Ok(())
 }
 
-/// A volume with a file of root's and one of user 5's.
+/// Creates a volume with two files. Root owns the file `root`, and user 5 owns the file `five`.
 fn volume() -> Result<Directory> {
     let source = Directory::new("volume")?;
     for (name, id) in [("root", 0), ("five", 5)] {
@@ -65,56 +66,98 @@ fn owner(bundle: &mut Bundle, path: &str) -> Result<(u64, u64)> {
     Ok((id("uid"), id("gid")))
 }
 
-fn ids_are_mapped_without_a_user_namespace() -> Result {
+fn a_mount_maps_ids_without_a_user_namespace() -> Result {
     let source = volume()?;
     let mut bundle = Bundle::new(&[])?;
     let both = Some((maps(1000, 10), maps(2000, 10)));
     bind(&mut bundle, source.path(), &["bind", "idmap"], both);
-    ensure_eq!(owner(&mut bundle, "/data/root")?, (1000, 2000), "root's");
-    ensure_eq!(owner(&mut bundle, "/data/five")?, (1005, 2005), "user 5's");
-    // On the disk nothing has changed, and what user 1000 makes is root's there.
-    ensure_eq!(fs::metadata(source.join("root"))?.uid(), 0, "on the disk");
+    ensure_eq!(
+        owner(&mut bundle, "/data/root")?,
+        (1000, 2000),
+        "the owner that the container sees for the file of the host's root"
+    );
+    ensure_eq!(
+        owner(&mut bundle, "/data/five")?,
+        (1005, 2005),
+        "the owner that the container sees for the file of the host's user 5"
+    );
+    // The id mappings of the mount do not change the owner of a file on the disk. If user 1000
+    // creates a file in the mount, root owns this file on the disk.
+    ensure_eq!(
+        fs::metadata(source.join("root"))?.uid(),
+        0,
+        "the owner of root's file on the disk"
+    );
     bundle.set("/process/user", json!({ "uid": 1000, "gid": 2000 }));
     chown(source.path(), Some(0), Some(0))?;
     bundle.args(&["write", "/data/made", "text"]).run()?;
     let made = fs::metadata(source.join("made"))?;
-    ensure_eq!((made.uid(), made.gid()), (0, 0), "owner of what it made");
+    ensure_eq!(
+        (made.uid(), made.gid()),
+        (0, 0),
+        "the owner on the disk of the file that the container created"
+    );
     Ok(())
 }
 
-fn ids_are_mapped_as_in_the_containers_user_namespace() -> Result {
+fn the_mappings_of_the_containers_user_namespace_apply_to_a_mount() -> Result {
     let source = volume()?;
     let mut bundle = Bundle::new(&[])?;
     in_user_namespace(&mut bundle)?;
     bind(&mut bundle, source.path(), &["rbind", "idmap"], None);
-    ensure_eq!(owner(&mut bundle, "/data/root")?, (0, 0), "root's");
-    ensure_eq!(owner(&mut bundle, "/data/five")?, (5, 5), "user 5's");
+    ensure_eq!(
+        owner(&mut bundle, "/data/root")?,
+        (0, 0),
+        "the owner that the container sees for the file of the host's root"
+    );
+    ensure_eq!(
+        owner(&mut bundle, "/data/five")?,
+        (5, 5),
+        "the owner that the container sees for the file of the host's user 5"
+    );
     bundle.args(&["write", "/data/made", "text"]).run()?;
-    ensure_eq!(fs::metadata(source.join("made"))?.uid(), 0, "on the disk");
+    ensure_eq!(
+        fs::metadata(source.join("made"))?.uid(),
+        0,
+        "the owner on the disk of the file that the container created"
+    );
 
     let mut without = Bundle::new(&[])?;
     in_user_namespace(&mut without)?;
     bind(&mut without, source.path(), &["rbind"], None);
     let nobody = (65_534, 65_534);
-    ensure_eq!(owner(&mut without, "/data/root")?, nobody, "without idmap");
+    ensure_eq!(
+        owner(&mut without, "/data/root")?,
+        nobody,
+        "the owner that a container without the mount option idmap sees for the file of the host's root"
+    );
     Ok(())
 }
 
-fn ids_are_mapped_as_the_mount_says_in_a_user_namespace() -> Result {
+fn the_id_mappings_of_a_mount_apply_in_a_user_namespace() -> Result {
     let source = volume()?;
-    // As kubelet asks for it: the mappings of the pod, with and without the option.
+    // kubelet passes the pod's id mappings with each volume. The mappings must apply with and
+    // without the option `idmap` or `ridmap`.
     for options in [&["bind", "idmap"][..], &["rbind", "ridmap"], &["bind"]] {
         let mut bundle = Bundle::new(&[])?;
         in_user_namespace(&mut bundle)?;
         let both = Some((maps(100_007, 100), maps(200_008, 100)));
         bind(&mut bundle, source.path(), options, both);
-        ensure_eq!(owner(&mut bundle, "/data/root")?, (7, 8), "{options:?}");
-        ensure_eq!(owner(&mut bundle, "/data/five")?, (12, 13), "{options:?}");
+        ensure_eq!(
+            owner(&mut bundle, "/data/root")?,
+            (7, 8),
+            "the owner that a container with the mount options {options:?} sees for the file of the host's root"
+        );
+        ensure_eq!(
+            owner(&mut bundle, "/data/five")?,
+            (12, 13),
+            "the owner that a container with the mount options {options:?} sees for the file of the host's user 5"
+        );
     }
     Ok(())
 }
 
-fn ids_are_mapped_as_in_a_joined_user_namespace() -> Result {
+fn the_mappings_of_a_joined_user_namespace_apply_to_a_mount() -> Result {
     let source = volume()?;
     let mut first = Bundle::new(&["sleep", "600"])?;
     in_user_namespace(&mut first)?;
@@ -128,12 +171,16 @@ fn ids_are_mapped_as_in_a_joined_user_namespace() -> Result {
         .without("/linux/uidMappings")
         .without("/linux/gidMappings");
     bind(&mut second, source.path(), &["bind", "idmap"], None);
-    ensure_eq!(owner(&mut second, "/data/five")?, (5, 5), "user 5's");
+    ensure_eq!(
+        owner(&mut second, "/data/five")?,
+        (5, 5),
+        "the owner that the container sees for the file of the host's user 5"
+    );
     first.end()?;
     Ok(())
 }
 
-/// A tmpfs at DIR/below, with a file of root's in it.
+/// A volume with a tmpfs mounted at `below`. The tmpfs contains a file that root owns.
 struct Below(Directory);
 
 impl Below {
@@ -154,20 +201,28 @@ impl Drop for Below {
     }
 }
 
-fn ridmap_maps_mounts_below_and_idmap_does_not() -> Result {
+fn ridmap_maps_ids_in_nested_mounts_but_idmap_does_not() -> Result {
     let source = Below::new()?;
     for (option, below) in [("idmap", (0, 0)), ("ridmap", (1000, 2000))] {
         let mut bundle = Bundle::new(&[])?;
         let both = Some((maps(1000, 10), maps(2000, 10)));
         bind(&mut bundle, source.0.path(), &["rbind", option], both);
-        ensure_eq!(owner(&mut bundle, "/data/root")?, (1000, 2000), "{option}");
+        ensure_eq!(
+            owner(&mut bundle, "/data/root")?,
+            (1000, 2000),
+            "the owner that a container with the mount option {option} sees for the file of the host's root"
+        );
         let file = owner(&mut bundle, "/data/below/file")?;
-        ensure_eq!(file, below, "owner in the mount below with {option}");
+        ensure_eq!(
+            file,
+            below,
+            "the owner that a container with the mount option {option} sees for a file in the nested tmpfs"
+        );
     }
     Ok(())
 }
 
-fn two_mounts_have_two_mappings() -> Result {
+fn two_mounts_can_have_different_id_mappings() -> Result {
     let source = volume()?;
     let mut bundle = Bundle::new(&[])?;
     for (destination, id) in [("/data", 1000), ("/tmp", 3000), ("/etc", 1000)] {
@@ -185,12 +240,16 @@ fn two_mounts_have_two_mappings() -> Result {
         ("/tmp/root", 3000),
         ("/etc/root", 1000),
     ] {
-        ensure_eq!(owner(&mut bundle, path)?, (id, id), "{path}");
+        ensure_eq!(
+            owner(&mut bundle, path)?,
+            (id, id),
+            "the owner that the container sees for the file {path}"
+        );
     }
     Ok(())
 }
 
-fn a_mapped_mount_keeps_its_other_options() -> Result {
+fn an_idmapped_mount_also_has_its_other_options() -> Result {
     let source = volume()?;
     let mut bundle = Bundle::new(&[])?;
     let both = Some((maps(1000, 10), maps(2000, 10)));
@@ -207,12 +266,15 @@ fn a_mapped_mount_keeps_its_other_options() -> Result {
         .to_owned();
     for option in ["ro", "nosuid", "noexec"] {
         let own = line.split(' ').nth(5).unwrap_or_default();
-        ensure!(own.split(',').any(|there| there == option), "{line}");
+        ensure!(
+            own.split(',').any(|set| set == option),
+            "the mount on /data does not have the option {option}; its line in mountinfo: {line}"
+        );
     }
     Ok(())
 }
 
-fn mappings_that_can_not_be_are_refused() -> Result {
+fn invalid_id_mappings_are_refused() -> Result {
     let source = volume()?;
     let bind = |options: &[&str]| {
         json!({
@@ -249,7 +311,7 @@ fn mappings_that_can_not_be_are_refused() -> Result {
         let output = bundle.call(&["run"])?.exits(1)?;
         ensure!(
             !is_rrun || output.stderr.contains(word),
-            "{mount} does not say {word}:\n{}",
+            "the error about the mount {mount} does not contain {word:?}:\n{}",
             output.told()
         );
     }

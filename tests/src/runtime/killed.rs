@@ -1,7 +1,9 @@
-//! Commands that are killed on their way: at the entry of each of their system calls, and of each
-//! of those of the processes that they make. Whatever was made by then goes with `delete --force`.
+//! Tests that kill a command, or a child of the command. Each run kills the process at the entry of
+//! a different system call. After each kill, `delete --force` must remove everything that the
+//! command has created.
 //!
-//! A sample of the calls, all of them if RRUN_TEST_FULL is set.
+//! If RRUN_TEST_FULL is set, the tests try every system call. Without RRUN_TEST_FULL, the tests try
+//! only a sample of the system calls.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -22,37 +24,50 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_create_killed_at_any_step_leaves_nothing, Need::Rrun),
     test!(
-        a_create_of_everything_killed_at_any_step_leaves_nothing,
+        delete_removes_everything_if_create_is_killed_at_any_step,
         Need::Rrun
     ),
-    test!(a_run_killed_at_any_step_leaves_nothing, Need::Rrun),
-    test!(a_start_killed_at_any_step_leaves_nothing, Need::Rrun),
     test!(
-        an_exec_killed_at_any_step_leaves_the_container_alone,
+        delete_removes_everything_if_a_create_with_hooks_is_killed_at_any_step,
         Need::Rrun
     ),
-    test!(a_delete_killed_at_any_step_can_be_repeated, Need::Rrun),
+    test!(
+        delete_removes_everything_if_run_is_killed_at_any_step,
+        Need::Rrun
+    ),
+    test!(
+        delete_removes_everything_if_start_is_killed_at_any_step,
+        Need::Rrun
+    ),
+    test!(
+        the_container_keeps_running_if_exec_is_killed_at_any_step,
+        Need::Rrun
+    ),
+    test!(
+        delete_can_be_repeated_if_it_is_killed_at_any_step,
+        Need::Rrun
+    ),
 ];
 
-/// Who is killed: the command itself, or a process that it made and that has not become another
-/// program yet.
+/// The process that the test kills: the command itself, or a child of the command. The test does
+/// not kill a child after it has executed another program.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Victim {
     Command,
-    Made,
+    Child,
 }
 
-/// What came of a command that was to be killed.
+/// The result of a traced command.
 struct Traced {
-    /// System calls that the victim came to.
+    /// The number of system calls that the victim entered.
     calls: usize,
-    /// The command's exit code, if it was not the one killed.
+    /// The command's exit code, or `None` if the command itself was killed.
     code: Option<i32>,
 }
 
-/// Runs the command and kills the victim when it is about to make its call number `at`.
+/// Runs the runtime with the arguments `args`, and kills the victim at the entry of its `at`-th
+/// system call.
 fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<Traced> {
     let mut command = Command::new(runtime_program());
     command
@@ -62,29 +77,32 @@ fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<
         .current_dir(bundle.path())
         .stdin(Stdio::null())
         .stdout(Stdio::null())
-        .stderr(File::create(bundle.join("said"))?);
-    // A thread of its own: at its end the kernel lets go of everything that it traced.
+        .stderr(File::create(bundle.join("stderr"))?);
+    // A separate thread traces the command. When this thread exits, the kernel detaches it from all
+    // traced processes that still run.
     let thread = std::thread::spawn(move || traced(command, victim, at));
     match thread.join() {
-        Ok(outcome) => Ok(outcome.map_err(|error| format!("trace {args:?}: {error}"))?),
-        Err(_) => Err("the tracer panicked".into()),
+        Ok(outcome) => Ok(outcome.map_err(|error| {
+            format!("cannot trace the runtime with the arguments {args:?}: {error}")
+        })?),
+        Err(_) => Err("the thread that traced the command panicked".into()),
     }
 }
 
 fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Result<Traced, String> {
-    // SAFETY: between fork and exec, only a system call is made.
+    // SAFETY: between fork and exec, the closure only makes a system call.
     unsafe { command.pre_exec(|| Ok(ptrace::traceme()?)) };
     let child = command.spawn().map_err(|error| error.to_string())?;
     let main = Pid::from_raw(i32::try_from(child.id()).unwrap_or(-1));
-    let said = |errno: Errno| errno.to_string();
-    waitpid(main, None).map_err(said)?;
+    let text = |errno: Errno| errno.to_string();
+    waitpid(main, None).map_err(text)?;
     let options = Options::PTRACE_O_TRACESYSGOOD
         | Options::PTRACE_O_TRACEFORK
         | Options::PTRACE_O_TRACEVFORK
         | Options::PTRACE_O_TRACECLONE
         | Options::PTRACE_O_TRACEEXEC;
-    ptrace::setoptions(main, options).map_err(said)?;
-    ptrace::syscall(main, None).map_err(said)?;
+    ptrace::setoptions(main, options).map_err(text)?;
+    ptrace::syscall(main, None).map_err(text)?;
 
     let mut outcome = Traced {
         calls: 0,
@@ -99,17 +117,21 @@ fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Resul
         let status = match waitpid(None, Some(flags)) {
             Ok(status) => status,
             Err(Errno::ECHILD) => return Ok(outcome),
-            Err(errno) => return Err(said(errno)),
+            Err(errno) => return Err(text(errno)),
         };
         match status {
             WaitStatus::StillAlive => {
-                // What is left over gets some time to come to its own end.
+                // After the command has exited, the thread waits five milliseconds for the exit of
+                // the command's child processes.
                 if ended.is_some_and(|ended| ended.elapsed() > Duration::from_millis(5)) {
                     return Ok(outcome);
                 }
                 if started.elapsed() > deadline() {
                     let _ = kill(main, Signal::SIGKILL);
-                    return Err(format!("did not end after its call {}", outcome.calls));
+                    return Err(format!(
+                        "the command did not exit before the deadline; the number of system calls that the victim had entered: {}",
+                        outcome.calls
+                    ));
                 }
                 std::thread::sleep(Duration::from_micros(20));
             }
@@ -132,14 +154,16 @@ fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Resul
                 }
                 go_on(pid, None, killed);
             }
-            // What has become another program is no longer the runtime.
+            // After the execution of another program, a child can no longer be the victim.
+            // Therefore, the thread detaches from the child.
             WaitStatus::PtraceEvent(pid, _, event)
                 if event == Event::PTRACE_EVENT_EXEC as i32 && pid != main =>
             {
                 let _ = ptrace::detach(pid, None);
             }
             WaitStatus::PtraceEvent(pid, ..) => go_on(pid, None, killed),
-            // A new process begins with one, and it is not meant for it.
+            // ptrace(2) stops a new process with SIGSTOP or SIGTRAP. The tracing thread must not
+            // deliver this signal to the process.
             WaitStatus::Stopped(pid, Signal::SIGSTOP | Signal::SIGTRAP) => go_on(pid, None, killed),
             WaitStatus::Stopped(pid, signal) => go_on(pid, Some(signal), killed),
             _ => {}
@@ -148,7 +172,8 @@ fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Resul
 }
 
 fn go_on(pid: Pid, signal: Option<Signal>, untraced: bool) {
-    // Who was killed meanwhile needs neither.
+    // If another process has already killed this process, ptrace(2) fails. The test ignores this
+    // error.
     let _ = if untraced {
         ptrace::detach(pid, signal)
     } else {
@@ -156,9 +181,11 @@ fn go_on(pid: Pid, signal: Option<Signal>, untraced: bool) {
     };
 }
 
-/// The numbers of the calls at which to kill, of so many.
+/// Returns the numbers of the system calls at which the test kills the victim. The victim's first
+/// system call has the number 1.
 fn steps(calls: usize) -> impl Iterator<Item = usize> {
-    // Not always the same ones: what is left over shows in some run, and is told with its number.
+    // The sample differs between runs, so repeated runs test every system call. The failure message
+    // contains the number of the system call.
     let step = if full() { 1 } else { (calls / 12).max(1) };
     let first = std::process::id() as usize % step;
     (1 + first..=calls).step_by(step)
@@ -168,31 +195,44 @@ fn mounts() -> Result<usize> {
     Ok(fs::read_to_string("/proc/self/mountinfo")?.lines().count())
 }
 
-/// After `delete --force`, which must succeed: no directory, cgroup, mount or process.
+/// Runs `delete --force`, and checks that it succeeds. Then checks that no directory, cgroup, mount
+/// or process of the container is left.
 fn nothing_is_left(bundle: &Bundle, mounts_before: usize) -> Result {
     bundle.end()?;
-    ensure!(!bundle.cgroup().exists(), "its cgroup is left");
+    ensure!(
+        !bundle.cgroup().exists(),
+        "the container's cgroup still exists"
+    );
     let left: Vec<_> = fs::read_dir(bundle.root())
         .into_iter()
         .flatten()
         .flatten()
         .map(|entry| entry.file_name())
         .collect();
-    ensure!(left.is_empty(), "left in --root: {left:?}");
-    ensure_eq!(mounts()?, mounts_before, "number of mounts");
-    wait_for("its processes to go", || {
+    ensure!(
+        left.is_empty(),
+        "the state directory is not empty, but contains {left:?}"
+    );
+    ensure_eq!(mounts()?, mounts_before, "the number of mounts on the host");
+    wait_for("the container's processes to exit", || {
         let left = fs::read_dir("/proc")?.flatten().find(|entry| {
             fs::read(entry.path().join("cmdline"))
                 .is_ok_and(|line| String::from_utf8_lossy(&line).contains(bundle.id()))
         });
         match left {
-            Some(entry) => Err(format!("process {:?} is left", entry.file_name()).into()),
+            Some(entry) => Err(format!(
+                "the container's process with the id {:?} still exists",
+                entry.file_name()
+            )
+            .into()),
             None => Ok(Some(())),
         }
     })
 }
 
-/// Kills `args` at each of the sampled steps, `before` each of them and `after`.
+/// Runs the runtime with the arguments `args` once for each sampled system call. Each run kills the
+/// victim at one of these system calls. `before` is called before each run, and `after` after each
+/// run.
 fn each_step(
     bundle: &Bundle,
     args: &[&str],
@@ -204,11 +244,11 @@ fn each_step(
     let mounts_before = mounts()?;
     before()?;
     let whole = kill_at(bundle, args, victim, usize::MAX)?;
-    let said = fs::read_to_string(bundle.join("said"))?;
+    let stderr = fs::read_to_string(bundle.join("stderr"))?;
     ensure_eq!(
         whole.code,
         Some(0),
-        "exit code of {args:?}, not killed; {said}"
+        "the exit code of the runtime with the arguments {args:?} if the test kills no process (standard error: {stderr})"
     );
     nothing_is_left(bundle, mounts_before)?;
     let mut killed = 0;
@@ -216,7 +256,7 @@ fn each_step(
         let context = |failed: Failed| {
             let why = failed.message().unwrap_or_default().to_owned();
             format!(
-                "{victim:?} of {args:?} killed at system call {at} of {}: {why}",
+                "the test ran the runtime with the arguments {args:?} and killed its process ({victim:?}) at system call {at} of {}; the failure: {why}",
                 whole.calls
             )
         };
@@ -227,7 +267,7 @@ fn each_step(
         killed += 1;
     }
     note(format!(
-        "{} {victim:?}: killed at {killed} of {} system calls",
+        "the test killed `{}` {killed} times; the killed process ({victim:?}) makes {} system calls",
         args[0], whole.calls
     ));
     Ok(())
@@ -238,23 +278,34 @@ fn create_killed(bundle: &Bundle) -> Result {
     let args = ["create", "--pid-file", "pid", id];
     let nothing = || Ok(());
     each_step(bundle, &args, Victim::Command, nothing, |_| Ok(()))?;
-    each_step(bundle, &args, Victim::Made, nothing, |outcome| {
-        // The command lives and unmakes what it made; or it was done with it.
+    each_step(bundle, &args, Victim::Child, nothing, |outcome| {
+        // If its child is killed, `create` must fail and remove what it has created. But if the
+        // test kills the child late, `create` may have succeeded already.
         if outcome.code != Some(0) {
-            ensure_eq!(outcome.code, Some(1), "exit code");
-            ensure!(!bundle.root().join(id).exists(), "its directory is left");
-            ensure!(!bundle.cgroup().exists(), "its cgroup is left");
+            ensure_eq!(
+                outcome.code,
+                Some(1),
+                "the exit code of `create` after its child was killed"
+            );
+            ensure!(
+                !bundle.root().join(id).exists(),
+                "the container's directory still exists"
+            );
+            ensure!(
+                !bundle.cgroup().exists(),
+                "the container's cgroup still exists"
+            );
         }
         Ok(())
     })
 }
 
-fn a_create_killed_at_any_step_leaves_nothing() -> Result {
+fn delete_removes_everything_if_create_is_killed_at_any_step() -> Result {
     create_killed(&Bundle::new(&["sleep", "600"])?)
 }
 
-/// With helpers, hooks and namespaces to join.
-fn a_create_of_everything_killed_at_any_step_leaves_nothing() -> Result {
+/// The `create` of this test starts helper processes, runs hooks and joins namespaces.
+fn delete_removes_everything_if_a_create_with_hooks_is_killed_at_any_step() -> Result {
     let mut first = Bundle::new(&["sleep", "600"])?;
     let maps = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
     first
@@ -288,15 +339,15 @@ fn a_create_of_everything_killed_at_any_step_leaves_nothing() -> Result {
     Ok(())
 }
 
-fn a_run_killed_at_any_step_leaves_nothing() -> Result {
+fn delete_removes_everything_if_run_is_killed_at_any_step() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     let args = ["run", bundle.id()];
     let nothing = || Ok(());
     each_step(&bundle, &args, Victim::Command, nothing, |_| Ok(()))?;
-    each_step(&bundle, &args, Victim::Made, nothing, |_| Ok(()))
+    each_step(&bundle, &args, Victim::Child, nothing, |_| Ok(()))
 }
 
-fn a_start_killed_at_any_step_leaves_nothing() -> Result {
+fn delete_removes_everything_if_start_is_killed_at_any_step() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     let created = || bundle.call(&["create"])?.ok().map(drop);
     each_step(
@@ -305,39 +356,47 @@ fn a_start_killed_at_any_step_leaves_nothing() -> Result {
         Victim::Command,
         created,
         |_| {
-            // Started or not: it is known, and a second start does not hang.
+            // If the container's process already executes `sleep`, the status must be `running`.
+            // Otherwise, the status can be `created` or `running`. A second `start` must not hang.
             let command = std::fs::read_to_string(format!("/proc/{}/cmdline", bundle.pid()?))?;
-            let begun = command.contains("sleep");
+            let started = command.contains("sleep");
             let status = bundle.status()?;
-            let known = if begun {
+            let expected = if started {
                 &["running"][..]
             } else {
                 &["created", "running"]
             };
-            ensure!(known.contains(&&*status), "it is {status}: {command:?}");
+            ensure!(
+                expected.contains(&&*status),
+                "the container's status is `{status}`, although the container's process executes the command line {command:?}"
+            );
             bundle.runtime(&["start", bundle.id()]).end().map(drop)
         },
     )
 }
 
-fn an_exec_killed_at_any_step_leaves_the_container_alone() -> Result {
+fn the_container_keeps_running_if_exec_is_killed_at_any_step() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     let started = || bundle.start().map(drop);
     let args = ["exec", bundle.id(), "/bin/inside", "exit", "0"];
-    for victim in [Victim::Command, Victim::Made] {
+    for victim in [Victim::Command, Victim::Child] {
         each_step(&bundle, &args, victim, started, |outcome| {
             ensure!(
-                outcome.code != Some(0) || victim == Victim::Made,
-                "it succeeded"
+                outcome.code != Some(0) || victim == Victim::Child,
+                "`exec` succeeded although the test killed it"
             );
-            ensure_eq!(bundle.status()?, "running", "status");
+            ensure_eq!(
+                bundle.status()?,
+                "running",
+                "the container's status after the test killed `exec` or its child"
+            );
             bundle.exec(&[], &["exit", "0"]).ok().map(drop)
         })?;
     }
     Ok(())
 }
 
-fn a_delete_killed_at_any_step_can_be_repeated() -> Result {
+fn delete_can_be_repeated_if_it_is_killed_at_any_step() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     let started = || bundle.start().map(drop);
     let args = ["delete", "--force", bundle.id()];

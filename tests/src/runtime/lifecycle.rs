@@ -1,4 +1,4 @@
-//! A container's life by the runtime's command line.
+//! Tests of a container's life cycle, which the runtime's commands control.
 
 use std::fs;
 use std::io::Write as _;
@@ -13,52 +13,60 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(run_gives_the_programs_output_and_exit_code),
-    test!(run_passes_standard_input_on),
-    test!(run_gives_128_and_the_number_for_a_signal),
-    test!(run_passes_sigterm_on_to_the_program),
+    test!(run_returns_the_programs_output_and_exit_code),
+    test!(run_passes_standard_input_to_the_program),
+    test!(run_exits_with_128_plus_the_number_of_the_fatal_signal),
+    test!(run_forwards_sigterm_to_the_program),
     test!(a_created_container_waits_for_start),
-    test!(create_after_waits_for_the_bundle_to_be_written, Need::Rrun),
+    test!(
+        create_waits_for_the_bundle_if_the_caller_sets_the_option_after,
+        Need::Rrun
+    ),
     test!(a_created_container_can_be_deleted),
     test!(
-        a_start_that_died_late_does_not_hide_that_the_program_runs,
+        the_status_is_running_even_if_the_start_socket_is_left_behind,
         Need::Rrun
     ),
     test!(a_stopped_container_keeps_its_state_until_delete),
-    test!(a_detached_run_leaves_the_container_running),
-    test!(pid_file_has_the_first_processs_id),
-    test!(kill_knows_signals_by_name_and_number),
-    test!(kill_all_reaches_every_process),
-    test!(kill_ends_what_the_first_process_left_behind),
-    // crun's deaf first process lives on.
+    test!(the_container_keeps_running_after_run_with_detach),
+    test!(the_pid_file_contains_the_id_of_the_containers_first_process),
+    test!(kill_accepts_signals_by_name_and_by_number),
+    test!(kill_with_the_option_all_sends_the_signal_to_every_process),
+    test!(kill_kills_processes_that_the_first_process_left_behind),
+    // crun fails this test. Before `start`, the first process of a crun container ignores the
+    // test's signals.
     test!(signals_end_a_container_that_waits_for_start),
-    test!(delete_force_ends_a_running_container),
-    test!(delete_force_of_nothing_is_no_error),
-    test!(delete_leaves_no_orphan_behind),
-    test!(exec_gives_the_programs_output_and_exit_code),
-    test!(exec_has_the_containers_namespaces_and_environment),
-    test!(exec_takes_user_directory_and_environment),
-    test!(exec_takes_a_process_from_a_file),
-    test!(exec_detached_writes_the_pid_file),
-    test!(exec_into_a_created_container_works),
-    test!(two_containers_live_side_by_side),
-    test!(a_bundle_elsewhere_is_found_by_its_option),
+    test!(delete_with_force_kills_a_running_container),
+    test!(delete_with_force_succeeds_for_a_missing_container),
+    test!(delete_leaves_no_orphaned_process_behind),
+    test!(exec_returns_the_programs_output_and_exit_code),
+    test!(exec_uses_the_containers_namespaces_and_environment),
+    test!(exec_applies_the_options_user_and_cwd_and_env),
+    test!(exec_reads_the_process_configuration_from_a_file),
+    test!(exec_with_detach_writes_the_pid_file),
+    test!(exec_works_in_a_created_container),
+    test!(two_containers_run_independently),
+    test!(run_uses_the_bundle_that_the_option_bundle_specifies),
 ];
 
-fn run_gives_the_programs_output_and_exit_code() -> Result {
+fn run_returns_the_programs_output_and_exit_code() -> Result {
     let mut bundle = Bundle::new(&["echo", "hello", "world"])?;
-    ensure_eq!(bundle.run()?.stdout, "hello world\n", "standard output");
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "hello world\n",
+        "the standard output of `run`"
+    );
     let output = bundle.args(&["stderr", "alas"]).run()?;
     ensure!(
         output.stderr.contains("alas"),
-        "standard error:\n{}",
+        "the standard error of `run` does not contain `alas`:\n{}",
         output.told()
     );
     bundle.args(&["exit", "42"]).call(&["run"])?.exits(42)?;
     Ok(())
 }
 
-fn run_passes_standard_input_on() -> Result {
+fn run_passes_standard_input_to_the_program() -> Result {
     let bundle = Bundle::new(&["cat"])?;
     let output = bundle
         .call(&["run"])?
@@ -67,23 +75,27 @@ fn run_passes_standard_input_on() -> Result {
     ensure_eq!(
         output.stdout,
         "some text\nof two lines",
-        "what cat gave back"
+        "the output of cat, which copies its input"
     );
     Ok(())
 }
 
-fn run_gives_128_and_the_number_for_a_signal() -> Result {
+fn run_exits_with_128_plus_the_number_of_the_fatal_signal() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
-    let running = bundle.run_beside()?;
+    let running = bundle.run_in_background()?;
     bundle.call(&["kill"])?.arg("KILL").ok()?;
-    ensure_eq!(running.end()?.code, 128 + 9, "exit code of run");
+    ensure_eq!(
+        running.end()?.code,
+        128 + 9,
+        "the exit code of `run` after SIGKILL"
+    );
     Ok(())
 }
 
-fn run_passes_sigterm_on_to_the_program() -> Result {
+fn run_forwards_sigterm_to_the_program() -> Result {
     let bundle = Bundle::new(&["wait"])?;
-    let mut running = bundle.run_beside()?;
-    wait_for("the program's first line", || {
+    let mut running = bundle.run_in_background()?;
+    wait_for("the program to print its first line", || {
         Ok(running.stdout().contains("ready").then_some(()))
     })?;
     running.signal(nix::sys::signal::Signal::SIGTERM);
@@ -91,7 +103,7 @@ fn run_passes_sigterm_on_to_the_program() -> Result {
     ensure_eq!(
         (output.code, output.stdout.as_str()),
         (0, "ready\nSIGTERM\n"),
-        "run after SIGTERM"
+        "the exit code and output of `run` after SIGTERM"
     );
     Ok(())
 }
@@ -100,83 +112,112 @@ fn a_created_container_waits_for_start() -> Result {
     let mut bundle = Bundle::new(&["write", "/data/ran", "yes"])?;
     bundle.set("/root/readonly", json!(false));
     bundle.call(&["create"])?.ok()?;
-    ensure_eq!(bundle.status()?, "created", "status after create");
+    ensure_eq!(
+        bundle.status()?,
+        "created",
+        "the container's status after `create`"
+    );
     let pid = bundle.pid()?;
     ensure!(
         fs::exists(format!("/proc/{pid}"))?,
-        "no process {pid} after create"
+        "the container's process {pid} does not exist after `create`"
     );
     ensure!(
         !bundle.rootfs().join("data/ran").exists(),
-        "the program ran before start"
+        "the program ran before `start`"
     );
     bundle.call(&["start"])?.ok()?;
     bundle.wait_status("stopped")?;
     ensure_eq!(
         fs::read_to_string(bundle.rootfs().join("data/ran"))?,
         "yes",
-        "what it wrote"
+        "the content of the file that the program writes"
     );
     bundle.delete()?;
     bundle.runtime(&["state", bundle.id()]).exits(1)?;
     Ok(())
 }
 
-/// A `start` that is killed once it was let in leaves the name of the socket behind at which the
-/// container waited for it.
-fn a_start_that_died_late_does_not_hide_that_the_program_runs() -> Result {
+/// The process of a created container listens on its start socket. `start` connects to this socket.
+/// If `start` is killed after the connection, the socket file remains.
+fn the_status_is_running_even_if_the_start_socket_is_left_behind() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.call(&["create"])?.ok()?;
-    let gate = bundle.root().join(bundle.id()).join("start");
-    ensure!(gate.exists(), "nothing waits at {}", gate.display());
+    let start_socket = bundle.root().join(bundle.id()).join("start");
+    ensure!(
+        start_socket.exists(),
+        "the start socket {} does not exist",
+        start_socket.display()
+    );
     for _ in 0..3 {
-        ensure_eq!(bundle.status()?, "created", "before its start");
+        ensure_eq!(
+            bundle.status()?,
+            "created",
+            "the container's status before `start`"
+        );
     }
     bundle.runtime(&["start", bundle.id()]).ok()?;
-    ensure!(!gate.exists(), "{} is left", gate.display());
-    drop(UnixListener::bind(&gate)?);
-    ensure_eq!(bundle.status()?, "running", "with the socket's name left");
+    ensure!(
+        !start_socket.exists(),
+        "the start socket {} still exists after `start`",
+        start_socket.display()
+    );
+    drop(UnixListener::bind(&start_socket)?);
+    ensure_eq!(
+        bundle.status()?,
+        "running",
+        "the container's status with a leftover start socket"
+    );
     let list = bundle.runtime(&["list", "--format", "json"]).ok()?;
-    ensure_eq!(list.json()?[0]["status"], "running", "in the list");
+    ensure_eq!(
+        list.json()?[0]["status"],
+        "running",
+        "the container's status in the output of `list`"
+    );
     bundle.runtime(&["start", bundle.id()]).exits(1)?;
     bundle.runtime(&["kill", bundle.id(), "KILL"]).ok()?;
     bundle.wait_status("stopped")?;
-    drop(UnixListener::bind(&gate)?);
-    ensure_eq!(bundle.status()?, "stopped", "after its end");
+    drop(UnixListener::bind(&start_socket)?);
+    ensure_eq!(
+        bundle.status()?,
+        "stopped",
+        "the container's status after the program exited"
+    );
     bundle.runtime(&["delete", bundle.id()]).ok()?;
     Ok(())
 }
 
-/// What rrun-cri does: rrun starts while the bundle is written.
-fn create_after_waits_for_the_bundle_to_be_written() -> Result {
+/// With `create --after`, rrun-cri can start rrun early. rrun waits until rrun-cri has written the
+/// bundle.
+fn create_waits_for_the_bundle_if_the_caller_sets_the_option_after() -> Result {
     let bundle = Bundle::new(&["true"])?;
     let config = bundle.join("config.json");
     if config.exists() {
         fs::remove_file(&config)?;
     }
-    for called_off in [true, false] {
+    for cancelled in [true, false] {
         let (read, mut write) = std::io::pipe()?;
         let pipe = format!("/proc/{}/fd/{}", std::process::id(), read.as_raw_fd());
         let mut running = bundle
             .runtime(&["create", "--after", &pipe, bundle.id()])
             .start()?;
-        if called_off {
+        if cancelled {
             drop(write);
             let output = running.end()?;
-            ensure_eq!(output.code, 1, "exit code of a creation called off");
+            ensure_eq!(output.code, 1, "the exit code of a cancelled `create`");
             ensure!(
-                output.stderr.contains("the caller called it off"),
-                "what it said:\n{}",
+                output.stderr.contains("the caller cancelled the creation"),
+                "the error of `create` does not report that the caller cancelled `create`:\n{}",
                 output.told()
             );
             bundle.runtime(&["state", bundle.id()]).exits(1)?;
             continue;
         }
-        ensure!(running.lives(), "create ended before there was a bundle");
+        ensure!(running.lives(), "`create` exited before the bundle existed");
         bundle.write_config()?;
         write.write_all(b"1")?;
         let output = running.end()?;
-        ensure_eq!(output.code, 0, "exit code of create");
+        ensure_eq!(output.code, 0, "the exit code of `create`");
     }
     bundle.call(&["start"])?.ok()?;
     bundle.wait_status("stopped")?;
@@ -189,7 +230,7 @@ fn a_created_container_can_be_deleted() -> Result {
     bundle.call(&["create"])?.ok()?;
     let pid = bundle.pid()?;
     bundle.delete()?;
-    wait_for("its process to go", || {
+    wait_for("the container's process to exit", || {
         Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
     })
 }
@@ -198,69 +239,79 @@ fn a_stopped_container_keeps_its_state_until_delete() -> Result {
     let bundle = Bundle::new(&["exit", "3"])?;
     bundle.start()?;
     bundle.wait_status("stopped")?;
-    ensure_eq!(bundle.pid()?, 0, "pid of a stopped container");
+    ensure_eq!(bundle.pid()?, 0, "the process id of a stopped container");
     bundle.call(&["start"])?.exits(1)?;
     bundle.delete()?;
     bundle.call(&["delete"])?.exits(1)?;
     Ok(())
 }
 
-fn a_detached_run_leaves_the_container_running() -> Result {
+fn the_container_keeps_running_after_run_with_detach() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.call(&["run", "--detach"])?.ok()?;
-    ensure_eq!(bundle.status()?, "running", "status after run --detach");
+    ensure_eq!(
+        bundle.status()?,
+        "running",
+        "the container's status after `run --detach`"
+    );
     bundle.call(&["kill"])?.arg("KILL").ok()?;
     bundle.wait_status("stopped")?;
     bundle.delete()?;
     Ok(())
 }
 
-fn pid_file_has_the_first_processs_id() -> Result {
+fn the_pid_file_contains_the_id_of_the_containers_first_process() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     let file = bundle.join("pid");
     let path = file.to_string_lossy();
     bundle.call(&["create", "--pid-file", &path])?.ok()?;
-    // Without a newline, as runc writes it and podman reads it.
+    // The pid file contains no newline, because runc writes none and podman expects none.
     ensure_eq!(
         fs::read_to_string(&file)?,
         bundle.pid()?.to_string(),
-        "pid file"
+        "the content of the pid file"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn kill_knows_signals_by_name_and_number() -> Result {
+fn kill_accepts_signals_by_name_and_by_number() -> Result {
     let bundle = Bundle::new(&["wait"])?;
-    let mut running = bundle.run_beside()?;
-    wait_for("the program's first line", || {
+    let mut running = bundle.run_in_background()?;
+    wait_for("the program to print its first line", || {
         Ok(running.stdout().contains("ready").then_some(()))
     })?;
-    for (signal, heard) in [("USR1", 1), ("SIGUSR1", 2), ("usr1", 3), ("10", 4)] {
+    for (signal, count) in [("USR1", 1), ("SIGUSR1", 2), ("usr1", 3), ("10", 4)] {
         bundle.call(&["kill"])?.arg(signal).ok()?;
-        wait_for(&format!("kill {signal} to be heard"), || {
-            Ok((running.stdout().matches("SIGUSR1").count() == heard).then_some(()))
-        })?;
+        wait_for(
+            &format!("the program to receive the signal of `kill {signal}`"),
+            || Ok((running.stdout().matches("SIGUSR1").count() == count).then_some(())),
+        )?;
     }
-    // SIGTERM is the default.
+    // SIGTERM is the default signal of `kill`.
     bundle.call(&["kill"])?.ok()?;
-    ensure_eq!(running.end()?.code, 0, "exit code after SIGTERM");
+    ensure_eq!(
+        running.end()?.code,
+        0,
+        "the exit code of `run` after SIGTERM"
+    );
     Ok(())
 }
 
-fn kill_all_reaches_every_process() -> Result {
+fn kill_with_the_option_all_sends_the_signal_to_every_process() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
-    // Without a PID namespace the kernel ends nobody else when the first process ends.
+    // Without a separate PID namespace, the kernel does not kill the container's other processes
+    // when the first process exits.
     bundle.without_namespace("pid");
     bundle.start()?;
     bundle.exec(&["--detach"], &["sleep", "600"]).ok()?;
     ensure_eq!(
         bundle.cgroup_file("cgroup.procs")?.lines().count(),
         2,
-        "processes"
+        "the number of processes in the container's cgroup"
     );
     bundle.call(&["kill", "--all"])?.arg("KILL").ok()?;
-    wait_for("the cgroup to be empty", || {
+    wait_for("the container's cgroup to become empty", || {
         Ok(bundle
             .cgroup_file("cgroup.events")?
             .contains("populated 0")
@@ -271,37 +322,40 @@ fn kill_all_reaches_every_process() -> Result {
     Ok(())
 }
 
-fn delete_force_ends_a_running_container() -> Result {
+fn delete_with_force_kills_a_running_container() -> Result {
     let bundle = Bundle::new(&["deaf"])?;
     bundle.start()?;
     let pid = bundle.pid()?;
     bundle.end()?;
-    ensure!(!bundle.cgroup().exists(), "its cgroup is still there");
-    wait_for("its process to go", || {
+    ensure!(
+        !bundle.cgroup().exists(),
+        "the container's cgroup still exists after `delete --force`"
+    );
+    wait_for("the container's process to exit", || {
         Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
     })
 }
 
-fn delete_force_of_nothing_is_no_error() -> Result {
+fn delete_with_force_succeeds_for_a_missing_container() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.end()?;
     Ok(())
 }
 
-/// Without a PID namespace of the container's own.
-fn kill_ends_what_the_first_process_left_behind() -> Result {
+/// The container has no separate PID namespace, so the orphaned process survives the exit of the
+/// first process.
+fn kill_kills_processes_that_the_first_process_left_behind() -> Result {
     let mut bundle = Bundle::new(&["orphan", "600"])?;
     bundle.without_namespace("pid");
     bundle.start()?;
     bundle.wait_status("stopped")?;
     let populated =
         || -> Result<bool> { Ok(!bundle.cgroup_file("cgroup.procs")?.trim().is_empty()) };
-    ensure!(populated()?, "the orphan is gone before");
+    ensure!(populated()?, "the orphaned process exited before `kill`");
     bundle.runtime(&["kill", bundle.id(), "KILL"]).ok()?;
-    wait_for(
-        "the orphan to be gone",
-        || Ok((!populated()?).then_some(())),
-    )?;
+    wait_for("the orphaned process to exit after `kill`", || {
+        Ok((!populated()?).then_some(()))
+    })?;
     bundle.end()?;
     Ok(())
 }
@@ -317,33 +371,44 @@ fn signals_end_a_container_that_waits_for_start() -> Result {
     Ok(())
 }
 
-fn delete_leaves_no_orphan_behind() -> Result {
+fn delete_leaves_no_orphaned_process_behind() -> Result {
     let mut bundle = Bundle::new(&["orphan", "600"])?;
     bundle.without_namespace("pid");
     bundle.start()?;
     bundle.wait_status("stopped")?;
     bundle.end()?;
-    ensure!(!bundle.cgroup().exists(), "its cgroup is still there");
+    ensure!(
+        !bundle.cgroup().exists(),
+        "the container's cgroup still exists after `delete --force`"
+    );
     Ok(())
 }
 
-fn exec_gives_the_programs_output_and_exit_code() -> Result {
+fn exec_returns_the_programs_output_and_exit_code() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     ensure_eq!(
         bundle.exec(&[], &["echo", "from", "inside"]).ok()?.text(),
         "from inside",
-        "output"
+        "the output of `exec`"
     );
     bundle.exec(&[], &["exit", "7"]).exits(7)?;
     let output = bundle.exec(&[], &["cat"]).stdin("given").ok()?;
-    ensure_eq!(output.stdout, "given", "what cat gave back");
-    ensure_eq!(bundle.status()?, "running", "status after exec");
+    ensure_eq!(
+        output.stdout,
+        "given",
+        "the output of cat, which copies its input"
+    );
+    ensure_eq!(
+        bundle.status()?,
+        "running",
+        "the container's status after `exec`"
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn exec_has_the_containers_namespaces_and_environment() -> Result {
+fn exec_uses_the_containers_namespaces_and_environment() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.add("/process/env", json!("ANSWER=42"));
     bundle.start()?;
@@ -354,23 +419,39 @@ fn exec_has_the_containers_namespaces_and_environment() -> Result {
         ensure_eq!(
             report["namespaces"][kind],
             json!(there),
-            "{kind} namespace of exec"
+            "the {kind} namespace of the process that `exec` starts"
         );
     }
-    ensure_eq!(report["env"]["ANSWER"], "42", "the container's environment");
-    ensure_eq!(report["cgroup"], "0::/", "cgroup of exec");
-    ensure_eq!(report["hostname"], "rrun-e2e", "host name");
-    ensure_eq!(report["status"]["NoNewPrivs"], "1", "no_new_privs of exec");
+    ensure_eq!(
+        report["env"]["ANSWER"],
+        "42",
+        "the variable ANSWER in the environment of the process that `exec` starts"
+    );
+    ensure_eq!(
+        report["cgroup"],
+        "0::/",
+        "the cgroup of the process that `exec` starts"
+    );
+    ensure_eq!(
+        report["hostname"],
+        "rrun-e2e",
+        "the host name that the process started by `exec` sees"
+    );
+    ensure_eq!(
+        report["status"]["NoNewPrivs"],
+        "1",
+        "the no_new_privs attribute of the process that `exec` starts"
+    );
     ensure_eq!(
         report["fds"].as_object().map(|fds| fds.len()),
         Some(3),
-        "descriptors of exec"
+        "the number of open descriptors of the process that `exec` starts"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn exec_takes_user_directory_and_environment() -> Result {
+fn exec_applies_the_options_user_and_cwd_and_env() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let options = [
@@ -384,19 +465,31 @@ fn exec_takes_user_directory_and_environment() -> Result {
         "C=d",
     ];
     let report = bundle.exec(&options, &["report"]).ok()?.json()?;
-    ensure_eq!(report["uid"], 1234, "uid");
-    ensure_eq!(report["gid"], 5678, "gid");
-    ensure_eq!(report["cwd"], "/tmp", "directory");
+    ensure_eq!(
+        report["uid"],
+        1234,
+        "the user id of the process that `exec` starts"
+    );
+    ensure_eq!(
+        report["gid"],
+        5678,
+        "the group id of the process that `exec` starts"
+    );
+    ensure_eq!(
+        report["cwd"],
+        "/tmp",
+        "the working directory of the process that `exec` starts"
+    );
     ensure_eq!(
         (&report["env"]["A"], &report["env"]["C"]),
         (&json!("b"), &json!("d")),
-        "A and C"
+        "the environment variables A and C of the process that `exec` starts"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn exec_takes_a_process_from_a_file() -> Result {
+fn exec_reads_the_process_configuration_from_a_file() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let mut process = bundle.config["process"].clone();
@@ -415,16 +508,28 @@ fn exec_takes_a_process_from_a_file() -> Result {
     ensure_eq!(
         (&report["uid"], &report["gid"]),
         (&json!(7), &json!(8)),
-        "user and group"
+        "the user id and group id that the process file specifies"
     );
-    ensure_eq!(report["groups"], json!([9, 10]), "groups");
-    ensure_eq!(report["cwd"], "/data", "directory");
-    ensure_eq!(report["env"]["ONLY"], "this", "environment");
+    ensure_eq!(
+        report["groups"],
+        json!([9, 10]),
+        "the additional groups that the process file specifies"
+    );
+    ensure_eq!(
+        report["cwd"],
+        "/data",
+        "the working directory that the process file specifies"
+    );
+    ensure_eq!(
+        report["env"]["ONLY"],
+        "this",
+        "the environment variable that the process file specifies"
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn exec_detached_writes_the_pid_file() -> Result {
+fn exec_with_detach_writes_the_pid_file() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let file = bundle.join("exec.pid");
@@ -438,13 +543,13 @@ fn exec_detached_writes_the_pid_file() -> Result {
     let procs = bundle.cgroup_file("cgroup.procs")?;
     ensure!(
         procs.lines().any(|line| line == pid),
-        "{pid} is not among {procs}"
+        "the process {pid} that `exec` started is not in the container's cgroup; the processes in the cgroup: {procs}"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn exec_into_a_created_container_works() -> Result {
+fn exec_works_in_a_created_container() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.call(&["create"])?.ok()?;
     bundle.exec(&[], &["exit", "0"]).ok()?;
@@ -452,7 +557,7 @@ fn exec_into_a_created_container_works() -> Result {
     Ok(())
 }
 
-fn two_containers_live_side_by_side() -> Result {
+fn two_containers_run_independently() -> Result {
     let one = Bundle::new(&["sleep", "600"])?;
     let other = Bundle::new(&["sleep", "600"])?;
     one.start()?;
@@ -462,20 +567,20 @@ fn two_containers_live_side_by_side() -> Result {
         ensure_eq!(
             ns(one.pid()?)? != ns(other.pid()?)?,
             differ,
-            "{kind} namespaces differ"
+            "whether the {kind} namespaces of the two containers differ"
         );
     }
     one.end()?;
     ensure_eq!(
         other.status()?,
         "running",
-        "status of the one after the other's end"
+        "the status of the second container after the first container was deleted"
     );
     other.end()?;
     Ok(())
 }
 
-fn a_bundle_elsewhere_is_found_by_its_option() -> Result {
+fn run_uses_the_bundle_that_the_option_bundle_specifies() -> Result {
     let bundle = Bundle::new(&["echo", "found"])?;
     bundle.write_config()?;
     let path = bundle.path().to_string_lossy();
@@ -483,6 +588,6 @@ fn a_bundle_elsewhere_is_found_by_its_option() -> Result {
         .runtime(&["run", "--bundle", &path, bundle.id()])
         .dir("/".as_ref())
         .ok()?;
-    ensure_eq!(output.text(), "found", "output");
+    ensure_eq!(output.text(), "found", "the output of `run --bundle`");
     Ok(())
 }

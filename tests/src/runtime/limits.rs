@@ -1,4 +1,4 @@
-//! cgroup limits, by their effect on a real kernel.
+//! Tests that check cgroup limits by their effect on a real kernel.
 
 use std::fs;
 
@@ -17,56 +17,73 @@ const MEMORY: Need = Need::Controller("memory");
 const PIDS: Need = Need::Controller("pids");
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(half_a_cpu_of_quota_yields_half_a_cpu, CPU),
-    test!(requests_of_two_to_one_split_a_cpu_two_to_one, CPU, CPUSET),
+    test!(a_quota_of_half_a_cpu_allows_half_a_cpu, CPU),
     test!(
-        unified_weights_of_two_to_one_split_a_cpu_two_to_one,
+        cpu_requests_in_the_ratio_2_to_1_split_a_cpu_in_the_same_ratio,
         CPU,
         CPUSET
     ),
-    test!(shares_become_weights_by_the_current_conversion, CPU),
-    test!(an_allocation_over_the_limit_is_killed, MEMORY),
-    test!(an_allocation_under_the_limit_lives, MEMORY),
     test!(
-        a_memory_limit_too_low_to_start_in_is_told,
+        unified_weights_in_the_ratio_2_to_1_split_a_cpu_in_the_same_ratio,
+        CPU,
+        CPUSET
+    ),
+    test!(
+        cpu_shares_are_converted_to_cgroup_v2_weights_as_in_runc,
+        CPU
+    ),
+    test!(
+        a_process_that_allocates_more_than_the_memory_limit_is_killed,
+        MEMORY
+    ),
+    test!(an_allocation_below_the_memory_limit_succeeds, MEMORY),
+    test!(
+        a_memory_limit_that_is_too_low_to_start_a_container_is_reported,
         MEMORY,
         Need::Rrun
     ),
-    test!(a_memory_request_is_protected_memory, MEMORY),
-    test!(the_swap_limit_is_swap_alone, MEMORY),
+    test!(a_memory_reservation_is_written_to_memory_low, MEMORY),
+    test!(the_cgroups_swap_limit_does_not_include_memory, MEMORY),
     test!(the_pids_limit_stops_a_fork_bomb, PIDS),
-    test!(any_unified_key_is_written, MEMORY, PIDS),
-    test!(a_cpuset_holds_the_process_to_its_cpus, CPUSET),
-    test!(limits_hold_from_the_first_instruction, MEMORY, PIDS),
-    test!(exec_is_held_by_the_containers_limits, PIDS),
+    test!(every_unified_key_is_written_to_its_file, MEMORY, PIDS),
+    test!(a_cpuset_limits_the_process_to_its_cpus, CPUSET),
+    test!(limits_apply_from_the_first_instruction, MEMORY, PIDS),
+    test!(
+        the_containers_limits_apply_to_processes_that_exec_starts,
+        PIDS
+    ),
     test!(
         an_update_takes_effect_on_the_running_container,
         CPU,
         MEMORY,
         PIDS
     ),
-    test!(an_update_keeps_the_limit_on_memory_and_swap, MEMORY, PIDS),
-    test!(a_cgroup_path_with_colons_is_a_name),
-    test!(a_cgroup_path_below_others_is_made_and_unmade, PIDS),
-    test!(a_unified_key_of_no_controller_is_refused),
     test!(
-        events_tell_what_a_container_without_limits_uses,
+        an_update_keeps_the_limit_on_the_sum_of_memory_and_swap,
         MEMORY,
         PIDS
     ),
+    test!(a_cgroup_path_with_colons_is_a_plain_directory_name),
+    test!(a_nested_cgroup_is_created_and_removed, PIDS),
+    test!(a_unified_key_of_a_missing_controller_is_refused),
     test!(
-        events_say_that_a_process_was_killed_for_want_of_memory,
-        MEMORY
+        events_report_the_usage_of_a_container_without_limits,
+        MEMORY,
+        PIDS
     ),
-    test!(burst_and_quota_change_in_either_order, CPU),
+    test!(events_report_an_oom_kill, MEMORY),
     test!(
-        an_update_of_device_rules_takes_the_place_of_those_before,
+        an_update_changes_the_cpu_burst_and_quota_in_an_order_that_the_kernel_accepts,
+        CPU
+    ),
+    test!(an_update_replaces_the_device_rules, Need::Rrun),
+    test!(
+        a_resource_that_cgroup_v2_does_not_support_is_named_in_the_error,
         Need::Rrun
     ),
-    test!(what_cgroup_v2_lacks_is_refused_by_its_field, Need::Rrun),
 ];
 
-fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
+fn a_quota_of_half_a_cpu_allows_half_a_cpu() -> Result {
     let mut bundle = Bundle::new(&["spin", "600"])?;
     bundle.set(
         "/linux/resources/cpu",
@@ -76,55 +93,56 @@ fn half_a_cpu_of_quota_yields_half_a_cpu() -> Result {
     let used = held_to(0.5, &bundle.cgroup())?;
     ensure!(
         bundle.cgroup_count("cpu.stat", "nr_throttled")? > 0,
-        "was never throttled"
+        "the container was never throttled"
     );
     note(format!(
-        "50 % quota: used {:.1} % of a CPU over 5 s",
+        "with a quota of 50 %, a container used {:.1} % of a CPU over 5 s",
         used * 100.0
     ));
     bundle.end()?;
     Ok(())
 }
 
-fn requests_of_two_to_one_split_a_cpu_two_to_one() -> Result {
-    // Requests of 1000m and 500m as kubelet gives them. The conversion bends the ratio a little:
-    // weights 100 and 59.
+fn cpu_requests_in_the_ratio_2_to_1_split_a_cpu_in_the_same_ratio() -> Result {
+    // kubelet sets these shares for CPU requests of 1000m and 500m. The runtime converts the shares
+    // to the weights 100 and 59. The ratio of these weights is less than 2 to 1. Therefore, the
+    // test allows a deviation of 10 %.
     let part = split_of_a_cpu(
         json!({ "cpu": { "shares": 1024 } }),
         json!({ "cpu": { "shares": 512 } }),
     )?;
     note(format!(
-        "requests 2:1: {:.1} % and {:.1} %",
+        "with CPU requests in the ratio 2 to 1, two containers used {:.1} % and {:.1} % of a CPU",
         part * 100.0,
         100.0 - part * 100.0
     ));
     ensure!(
         (2.0 / 3.0 * 0.9..=2.0 / 3.0 * 1.1).contains(&part),
-        "the first got {:.1} %, not two thirds ± 10 %",
+        "the first container got {:.1} % of the CPU, not two thirds ± 10 %",
         part * 100.0
     );
     Ok(())
 }
 
-fn unified_weights_of_two_to_one_split_a_cpu_two_to_one() -> Result {
+fn unified_weights_in_the_ratio_2_to_1_split_a_cpu_in_the_same_ratio() -> Result {
     let part = split_of_a_cpu(
         json!({ "unified": { "cpu.weight": "200" } }),
         json!({ "unified": { "cpu.weight": "100" } }),
     )?;
     note(format!(
-        "weights 2:1: {:.1} % and {:.1} %",
+        "with CPU weights in the ratio 2 to 1, two containers used {:.1} % and {:.1} % of a CPU",
         part * 100.0,
         100.0 - part * 100.0
     ));
     let ratio = part / (1.0 - part);
     ensure!(
         (1.8..=2.2).contains(&ratio),
-        "the split is {ratio:.2} to 1, not 2 ± 10 %"
+        "the ratio of the containers' CPU times is not 2 to 1 ± 10 %, but {ratio:.2} to 1"
     );
     Ok(())
 }
 
-fn shares_become_weights_by_the_current_conversion() -> Result {
+fn cpu_shares_are_converted_to_cgroup_v2_weights_as_in_runc() -> Result {
     for (shares, weight) in [(2, "1"), (102, "17"), (1024, "100"), (262_144, "10000")] {
         let mut bundle = Bundle::new(&["sleep", "600"])?;
         bundle.set("/linux/resources/cpu", json!({ "shares": shares }));
@@ -132,14 +150,14 @@ fn shares_become_weights_by_the_current_conversion() -> Result {
         ensure_eq!(
             bundle.cgroup_file("cpu.weight")?,
             weight,
-            "weight of {shares} shares"
+            "the content of the cgroup file cpu.weight for {shares} CPU shares"
         );
         bundle.end()?;
     }
     Ok(())
 }
 
-fn an_allocation_over_the_limit_is_killed() -> Result {
+fn a_process_that_allocates_more_than_the_memory_limit_is_killed() -> Result {
     let mut bundle = Bundle::new(&["allocate", "256"])?;
     bundle.set(
         "/linux/resources/memory",
@@ -148,12 +166,12 @@ fn an_allocation_over_the_limit_is_killed() -> Result {
     let output = bundle.call(&["run"])?.exits(128 + 9)?;
     ensure!(
         output.stdout.contains("8 MB"),
-        "it got nothing at all:\n{}",
+        "the container could not allocate 8 MB:\n{}",
         output.told()
     );
     ensure!(
         !output.stdout.contains("56 MB"),
-        "it got over its limit:\n{}",
+        "the container allocated more than its limit of 48 MB:\n{}",
         output.told()
     );
 
@@ -161,32 +179,37 @@ fn an_allocation_over_the_limit_is_killed() -> Result {
     bundle.wait_status("stopped")?;
     ensure!(
         bundle.cgroup_count("memory.events", "oom_kill")? > 0,
-        "no oom_kill is counted"
+        "memory.events does not count the OOM kill"
     );
     bundle.delete()?;
     Ok(())
 }
 
-/// The first process dies of it before it can say anything.
-fn a_memory_limit_too_low_to_start_in_is_told() -> Result {
+/// The memory limit is 4096 bytes. The kernel kills the container's first process before the
+/// process can report an error.
+fn a_memory_limit_that_is_too_low_to_start_a_container_is_reported() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     bundle.set("/linux/resources/memory", json!({ "limit": 4096 }));
     for _ in 0..10 {
         let output = bundle.call(&["run"])?.exits(1)?;
-        ensure!(output.stderr.contains("SIGKILL"), "{}", output.told());
+        ensure!(
+            output.stderr.contains("SIGKILL"),
+            "the error of `run` does not report that SIGKILL ended the process:\n{}",
+            output.told()
+        );
         nothing_made(&bundle, &output)?;
     }
     Ok(())
 }
 
-fn an_allocation_under_the_limit_lives() -> Result {
+fn an_allocation_below_the_memory_limit_succeeds() -> Result {
     let mut bundle = Bundle::new(&["allocate", "24"])?;
     bundle.set("/linux/resources/memory", json!({ "limit": 64 << 20 }));
     bundle.run()?.says("24 MB")?;
     Ok(())
 }
 
-fn a_memory_request_is_protected_memory() -> Result {
+fn a_memory_reservation_is_written_to_memory_low() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set(
         "/linux/resources",
@@ -199,24 +222,25 @@ fn a_memory_request_is_protected_memory() -> Result {
     ensure_eq!(
         bundle.cgroup_file("memory.max")?,
         "67108864",
-        "memory.max of the limit"
+        "the value of memory.max, which the field `limit` sets"
     );
     ensure_eq!(
         bundle.cgroup_file("memory.low")?,
         "33554432",
-        "memory.low of the reservation"
+        "the value of memory.low, which the field `reservation` sets"
     );
     ensure_eq!(
         bundle.cgroup_file("memory.min")?,
         "16777216",
-        "memory.min of the unified key"
+        "the value of memory.min, which a unified key sets"
     );
     bundle.end()?;
     Ok(())
 }
 
-/// The specification's swap is memory and swap together, as cgroup v1 had it.
-fn the_swap_limit_is_swap_alone() -> Result {
+/// The specification's field `swap` is the sum of memory and swap, as in cgroup v1. In cgroup v2,
+/// memory.swap.max limits only the swap.
+fn the_cgroups_swap_limit_does_not_include_memory() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set(
         "/linux/resources/memory",
@@ -224,7 +248,11 @@ fn the_swap_limit_is_swap_alone() -> Result {
     );
     bundle.start()?;
     if let Ok(swap) = bundle.cgroup_file("memory.swap.max") {
-        ensure_eq!(swap, (32u64 << 20).to_string(), "memory.swap.max");
+        ensure_eq!(
+            swap,
+            (32u64 << 20).to_string(),
+            "the value of memory.swap.max"
+        );
     }
     bundle.end()?;
     Ok(())
@@ -239,7 +267,7 @@ fn the_pids_limit_stops_a_fork_bomb() -> Result {
     Ok(())
 }
 
-fn any_unified_key_is_written() -> Result {
+fn every_unified_key_is_written_to_its_file() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set(
         "/linux/resources/unified",
@@ -253,24 +281,28 @@ fn any_unified_key_is_written() -> Result {
         ("pids.max", "77"),
         ("memory.oom.group", "1"),
     ] {
-        ensure_eq!(bundle.cgroup_file(key)?, value, "{key}");
+        ensure_eq!(
+            bundle.cgroup_file(key)?,
+            value,
+            "the content of the cgroup file {key}"
+        );
     }
     bundle.end()?;
     Ok(())
 }
 
-fn a_cpuset_holds_the_process_to_its_cpus() -> Result {
+fn a_cpuset_limits_the_process_to_its_cpus() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/linux/resources/cpu", json!({ "cpus": "0" }));
     ensure_eq!(
         bundle.report()?["status"]["Cpus_allowed_list"],
         "0",
-        "CPUs allowed"
+        "the CPUs on which the process is allowed to run"
     );
     Ok(())
 }
 
-fn limits_hold_from_the_first_instruction() -> Result {
+fn limits_apply_from_the_first_instruction() -> Result {
     let mut bundle = Bundle::new(&[
         "cat",
         "/sys/fs/cgroup/memory.max",
@@ -285,12 +317,12 @@ fn limits_hold_from_the_first_instruction() -> Result {
     ensure_eq!(
         bundle.run()?.text(),
         "67108864\n33",
-        "the limits that it sees"
+        "the limits that the first process sees"
     );
     Ok(())
 }
 
-fn exec_is_held_by_the_containers_limits() -> Result {
+fn the_containers_limits_apply_to_processes_that_exec_starts() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set("/linux/resources/pids", json!({ "limit": 10 }));
     bundle.start()?;
@@ -323,16 +355,20 @@ fn an_update_takes_effect_on_the_running_container() -> Result {
         ("memory.max", "100663296"),
         ("pids.max", "44"),
     ] {
-        ensure_eq!(bundle.cgroup_file(key)?, value, "{key} after the update");
+        ensure_eq!(
+            bundle.cgroup_file(key)?,
+            value,
+            "the content of the cgroup file {key} after `update`"
+        );
     }
     held_to(0.5, &bundle.cgroup())?;
     bundle.end()?;
     Ok(())
 }
 
-/// runc's memory and swap are one limit, which is kept when that of memory changes; docker counts
-/// on it.
-fn an_update_keeps_the_limit_on_memory_and_swap() -> Result {
+/// As in runc, an update of only the memory limit does not change the limit on the sum of memory
+/// and swap. docker depends on this behaviour.
+fn an_update_keeps_the_limit_on_the_sum_of_memory_and_swap() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     let megabytes = |count: u64| (count << 20).to_string();
     bundle.set(
@@ -360,46 +396,67 @@ fn an_update_keeps_the_limit_on_memory_and_swap() -> Result {
         ),
     ] {
         bundle.call(&[&["update"], options].concat())?.ok()?;
-        ensure_eq!(limits(&bundle)?, (memory, swap), "after {options:?}");
+        ensure_eq!(
+            limits(&bundle)?,
+            (memory, swap),
+            "the contents of memory.max and memory.swap.max after `update` with the options {options:?}"
+        );
     }
-    // runc 1.3 takes 0 for nothing that is said.
-    ensure_eq!(bundle.cgroup_file("pids.max")?, "30", "pids.max");
+    // Like runc 1.3, the runtime treats a pids limit of 0 as unspecified, so the limit of 30
+    // remains.
+    ensure_eq!(
+        bundle.cgroup_file("pids.max")?,
+        "30",
+        "the value of pids.max after an update with `--pids-limit 0`"
+    );
     let nothing = json!({ "pids": { "limit": 0 } }).to_string();
     bundle
         .runtime(&["update", "--resources", "-", bundle.id()])
         .stdin(nothing)
         .ok()?;
-    ensure_eq!(bundle.cgroup_file("pids.max")?, "30", "pids.max");
+    ensure_eq!(
+        bundle.cgroup_file("pids.max")?,
+        "30",
+        "the value of pids.max after an update with a pids limit of 0"
+    );
     let refused = bundle.call(&["update", "--memory", "97m"])?.exits(1)?;
-    ensure!(refused.stderr.contains("swap"), "{}", refused.told());
+    ensure!(
+        refused.stderr.contains("swap"),
+        "the error of `update` does not name the swap limit:\n{}",
+        refused.told()
+    );
     ensure_eq!(
         limits(&bundle)?,
         (megabytes(64), megabytes(32)),
-        "after the refusal"
+        "memory.max and memory.swap.max after the refused update"
     );
     bundle.call(&["update", "--memory", "-1"])?.ok()?;
     ensure_eq!(
         limits(&bundle)?,
         ("max".to_owned(), "max".to_owned()),
-        "without a limit"
+        "memory.max and memory.swap.max after the limit was removed"
     );
     bundle.end()?;
     Ok(())
 }
 
-/// As runc has it: the form that the systemd driver takes apart is a name to the other.
-fn a_cgroup_path_with_colons_is_a_name() -> Result {
+/// As in runc, the cgroupfs driver treats a path of the form `SLICE:PREFIX:NAME` as a plain
+/// directory name. Only the systemd driver parses this form.
+fn a_cgroup_path_with_colons_is_a_plain_directory_name() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     let name = format!("e2e.slice:of:{}", bundle.id());
     bundle.set("/linux/cgroupsPath", json!(name));
     bundle.start()?;
     let own = fs::read_to_string(format!("/proc/{}/cgroup", bundle.pid()?))?;
-    ensure!(own.trim_end().ends_with(&format!("/{name}")), "{own}");
+    ensure!(
+        own.trim_end().ends_with(&format!("/{name}")),
+        "the container's process is not in the cgroup /{name}, but in the cgroup {own}"
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn a_cgroup_path_below_others_is_made_and_unmade() -> Result {
+fn a_nested_cgroup_is_created_and_removed() -> Result {
     let above = format!("/sys/fs/cgroup/e2e-above-{}", std::process::id());
     fs::create_dir(&above)?;
     let mut bundle = Bundle::new(&["sleep", "600"])?;
@@ -407,35 +464,39 @@ fn a_cgroup_path_below_others_is_made_and_unmade() -> Result {
     bundle.set("/linux/cgroupsPath", json!(path));
     bundle.set("/linux/resources/pids", json!({ "limit": 33 }));
     bundle.start()?;
-    ensure_eq!(bundle.cgroup_file("pids.max")?, "33", "pids.max");
+    ensure_eq!(
+        bundle.cgroup_file("pids.max")?,
+        "33",
+        "the value of pids.max of the nested cgroup"
+    );
     bundle.end()?;
-    wait_for("the container's group to go", || {
+    wait_for("the runtime to remove the container's cgroup", || {
         Ok((!bundle.cgroup().exists()).then_some(()))
     })?;
     Ok(fs::remove_dir(&above)?)
 }
 
-fn a_unified_key_of_no_controller_is_refused() -> Result {
+fn a_unified_key_of_a_missing_controller_is_refused() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     bundle.set("/linux/resources/unified", json!({ "no.such.key": "1" }));
     let output = bundle.call(&["run"])?.exits(1)?;
     ensure!(
         output.stderr.contains("no.such.key"),
-        "the key is not named:\n{}",
+        "the error of `run` does not name the unified key no.such.key:\n{}",
         output.told()
     );
     Ok(())
 }
 
-fn events_tell_what_a_container_without_limits_uses() -> Result {
+fn events_report_the_usage_of_a_container_without_limits() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let event = bundle
         .runtime(&["events", "--stats", bundle.id()])
         .ok()?
         .json()?;
-    ensure_eq!(event["type"], "stats", "type");
-    ensure_eq!(event["id"], bundle.id(), "id");
+    ensure_eq!(event["type"], "stats", "the type of the event");
+    ensure_eq!(event["id"], bundle.id(), "the container's id in the event");
     for pointer in [
         "/data/cpu/usage/total",
         "/data/memory/usage/usage",
@@ -444,13 +505,16 @@ fn events_tell_what_a_container_without_limits_uses() -> Result {
         "/data/pids/current",
     ] {
         let value = event.pointer(pointer).and_then(serde_json::Value::as_u64);
-        ensure!(value.is_some_and(|value| value > 0), "{pointer} in {event}");
+        ensure!(
+            value.is_some_and(|value| value > 0),
+            "the field {pointer} is not greater than 0 in the event that `events --stats` prints: {event}"
+        );
     }
     bundle.end()?;
     Ok(())
 }
 
-fn events_say_that_a_process_was_killed_for_want_of_memory() -> Result {
+fn events_report_an_oom_kill() -> Result {
     let mut bundle = Bundle::new(&["allocate", "256"])?;
     bundle.set(
         "/linux/resources/memory",
@@ -460,15 +524,16 @@ fn events_say_that_a_process_was_killed_for_want_of_memory() -> Result {
     let mut events = bundle
         .runtime(&["events", "--interval", "100ms", bundle.id()])
         .start()?;
-    // It watches by the time that it tells a first number.
-    wait_for("the first statistics", || {
+    // `events` watches for OOM kills only after it has printed its first statistics. Therefore, the
+    // test first waits for these statistics.
+    wait_for("`events` to print its first statistics", || {
         Ok(events.stdout().contains("stats").then_some(()))
     })?;
     bundle.call(&["start"])?.ok()?;
     let output = events.end()?;
     ensure!(
         output.stdout.contains(r#""type":"oom""#),
-        "no oom is told:\n{}",
+        "`events` reports no OOM kill:\n{}",
         output.told()
     );
     bundle.wait_status("stopped")?;
@@ -476,14 +541,18 @@ fn events_say_that_a_process_was_killed_for_want_of_memory() -> Result {
     Ok(())
 }
 
-fn burst_and_quota_change_in_either_order() -> Result {
+fn an_update_changes_the_cpu_burst_and_quota_in_an_order_that_the_kernel_accepts() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set(
         "/linux/resources/cpu",
         json!({ "quota": 50_000, "period": 100_000, "burst": 50_000 }),
     );
     bundle.start()?;
-    ensure_eq!(bundle.cgroup_file("cpu.max.burst")?, "50000", "burst");
+    ensure_eq!(
+        bundle.cgroup_file("cpu.max.burst")?,
+        "50000",
+        "the initial value of cpu.max.burst"
+    );
     for (quota, burst) in [(20_000, 10_000), (80_000, 80_000)] {
         let update = json!({ "cpu": { "quota": quota, "period": 100_000, "burst": burst } });
         bundle
@@ -493,19 +562,19 @@ fn burst_and_quota_change_in_either_order() -> Result {
         ensure_eq!(
             bundle.cgroup_file("cpu.max.burst")?,
             burst.to_string(),
-            "burst"
+            "the content of cpu.max.burst after the update to the quota {quota} and the burst {burst}"
         );
         ensure_eq!(
             bundle.cgroup_file("cpu.max")?,
             format!("{quota} 100000"),
-            "quota"
+            "the content of cpu.max after the update to the quota {quota} and the burst {burst}"
         );
     }
     bundle.end()?;
     Ok(())
 }
 
-fn an_update_of_device_rules_takes_the_place_of_those_before() -> Result {
+fn an_update_replaces_the_device_rules() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set("/root/readonly", json!(false));
     bundle.add(
@@ -522,7 +591,10 @@ fn an_update_of_device_rules_takes_the_place_of_those_before() -> Result {
             .exec(&[], &["write", "/dev/kernel-log", "rrun-e2e"])
             .end()
     };
-    ensure!(write()?.code != 0, "it can be opened before it is allowed");
+    ensure!(
+        write()?.code != 0,
+        "the container can open the device before a rule allows it"
+    );
     for (rules, allowed) in [
         (
             json!([{ "allow": false }, { "allow": true, "type": "c", "major": 1, "minor": 11, "access": "rw" }]),
@@ -539,13 +611,17 @@ fn an_update_of_device_rules_takes_the_place_of_those_before() -> Result {
             .runtime(&["update", "--resources", "-", bundle.id()])
             .stdin(json!({ "devices": rules }).to_string())
             .ok()?;
-        ensure_eq!(write()?.code == 0, allowed, "under {rules}");
+        ensure_eq!(
+            write()?.code == 0,
+            allowed,
+            "whether the container can open the device after `update` with the device rules {rules}"
+        );
     }
     bundle.end()?;
     Ok(())
 }
 
-fn what_cgroup_v2_lacks_is_refused_by_its_field() -> Result {
+fn a_resource_that_cgroup_v2_does_not_support_is_named_in_the_error() -> Result {
     for (resources, field) in [
         (
             json!({ "cpu": { "realtimeRuntime": 1000 } }),
@@ -567,7 +643,11 @@ fn what_cgroup_v2_lacks_is_refused_by_its_field() -> Result {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         bundle.set("/linux/resources", resources);
         let output = bundle.call(&["create"])?.exits(1)?;
-        ensure!(output.stderr.contains(field), "{}", output.told());
+        ensure!(
+            output.stderr.contains(field),
+            "the error of `create` does not name the unsupported field {field}:\n{}",
+            output.told()
+        );
     }
     Ok(())
 }

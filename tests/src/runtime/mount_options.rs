@@ -1,5 +1,5 @@
-//! Options of mounts: those of the specification, of overlays, and what `remount` changes; and
-//! what is mounted where a namespace is not the container's own.
+//! Tests of mount options: the options of the specification, the options of overlays, and
+//! `remount`. Some tests cover the mounts of a container that shares a namespace with the host.
 
 use std::fs;
 
@@ -12,31 +12,31 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(every_option_of_the_specification_is_taken),
-    test!(several_options_in_one_string_are_taken),
-    test!(a_remount_changes_what_is_mounted),
-    test!(a_remount_of_a_bind_mount_changes_that_mount_alone),
+    test!(every_option_of_the_specification_is_accepted),
+    test!(several_mount_options_in_one_string_are_accepted),
+    test!(a_remount_changes_an_existing_mount),
+    test!(a_remount_of_a_bind_mount_changes_only_that_mount),
     test!(
-        a_remount_of_the_hosts_file_systems_leaves_the_host_alone,
+        a_remount_of_the_hosts_file_systems_does_not_change_the_hosts_mounts,
         Need::Rrun
     ),
-    test!(a_remount_of_nothing_is_refused),
+    test!(a_remount_of_a_missing_mount_is_refused),
     test!(an_overlay_is_mounted),
     test!(an_overlay_of_many_layers_is_mounted),
-    test!(more_options_than_the_kernel_takes_are_refused, Need::Rrun),
+    test!(more_options_than_the_kernel_accepts_are_refused, Need::Rrun),
     test!(
-        a_user_namespace_in_the_hosts_network_sees_its_sysfs,
+        a_container_in_a_user_namespace_sees_the_sysfs_of_the_hosts_network_namespace,
         Need::Rrun
     ),
     test!(
-        a_user_namespace_in_the_hosts_ipc_sees_its_queues,
+        a_container_in_a_user_namespace_sees_the_message_queues_of_the_hosts_ipc_namespace,
         Need::File("/dev/mqueue"),
         Need::Rrun
     ),
-    test!(a_user_namespace_in_the_hosts_cgroup_namespace_sees_its_own_cgroup),
-    test!(a_joined_ipc_namespace_has_its_queues),
+    test!(a_container_in_a_user_namespace_sees_its_own_cgroup_in_the_hosts_cgroup_namespace),
+    test!(a_container_sees_the_message_queues_of_a_joined_ipc_namespace),
     test!(
-        parameters_never_go_to_what_is_mounted_in_proc,
+        the_runtime_never_writes_sysctls_to_mounts_in_proc,
         Need::Rrun,
         Need::Program("unshare")
     ),
@@ -49,17 +49,18 @@ fn add(bundle: &mut Bundle, destination: &str, kind: &str, source: &str, options
     );
 }
 
-/// What is in the list and should be, or is not and should not.
-fn has(all: &[String], option: &str, wanted: bool) -> Result {
+/// Checks whether `all` contains `option`. If `expected` is true, `all` must contain `option`. If
+/// `expected` is false, `all` must not contain `option`.
+fn has(all: &[String], option: &str, expected: bool) -> Result {
     ensure_eq!(
-        all.iter().any(|there| there == option),
-        wanted,
-        "{option} among {all:?}"
+        all.iter().any(|set| set == option),
+        expected,
+        "whether the option {option} is set (the mount's options: {all:?})"
     );
     Ok(())
 }
 
-fn every_option_of_the_specification_is_taken() -> Result {
+fn every_option_of_the_specification_is_accepted() -> Result {
     let source = Directory::new("source")?;
     let plain = [
         "async",
@@ -131,13 +132,18 @@ fn every_option_of_the_specification_is_taken() -> Result {
             }
             bundle.add("/mounts", mount);
             let output = bundle.call(&["run"])?.end()?;
-            ensure_eq!(output.code, 0, "{typ} with {option}: {}", output.told());
+            ensure_eq!(
+                output.code,
+                0,
+                "the exit code of `run` with a {typ} mount and the option {option} ({})",
+                output.told()
+            );
         }
     }
     Ok(())
 }
 
-fn several_options_in_one_string_are_taken() -> Result {
+fn several_mount_options_in_one_string_are_accepted() -> Result {
     let mut bundle = Bundle::new(&["stat", "/data"])?;
     add(
         &mut bundle,
@@ -146,11 +152,15 @@ fn several_options_in_one_string_are_taken() -> Result {
         "tmpfs",
         &["size=1m,mode=1750"],
     );
-    ensure_eq!(bundle.run()?.json()?["mode"], "1750", "mode");
+    ensure_eq!(
+        bundle.run()?.json()?["mode"],
+        "1750",
+        "the mode of the tmpfs"
+    );
     Ok(())
 }
 
-fn a_remount_changes_what_is_mounted() -> Result {
+fn a_remount_changes_an_existing_mount() -> Result {
     let mut bundle = Bundle::new(&[])?;
     add(
         &mut bundle,
@@ -168,15 +178,18 @@ fn a_remount_changes_what_is_mounted() -> Result {
     );
     let report = bundle.report()?;
     let own = options(&report, "/data")?;
-    for (option, wanted) in [("ro", true), ("noexec", true), ("nosuid", false)] {
-        has(&own, option, wanted)?;
+    for (option, expected) in [("ro", true), ("noexec", true), ("nosuid", false)] {
+        has(&own, option, expected)?;
     }
     let line = line(&report, "/data")?;
-    ensure!(line.contains("size=2048k"), "{line}");
+    ensure!(
+        line.contains("size=2048k"),
+        "the size of the remounted tmpfs is not 2048k; its line in mountinfo: {line}"
+    );
     Ok(())
 }
 
-fn a_remount_of_a_bind_mount_changes_that_mount_alone() -> Result {
+fn a_remount_of_a_bind_mount_changes_only_that_mount() -> Result {
     let source = Directory::new("source")?;
     let path = source.path().to_string_lossy().into_owned();
     let mut bundle = Bundle::new(&[])?;
@@ -198,7 +211,7 @@ fn a_remount_of_a_bind_mount_changes_that_mount_alone() -> Result {
     Ok(())
 }
 
-fn a_remount_of_the_hosts_file_systems_leaves_the_host_alone() -> Result {
+fn a_remount_of_the_hosts_file_systems_does_not_change_the_hosts_mounts() -> Result {
     let before = fs::read_to_string("/proc/self/mountinfo")?;
     let mut bundle = Bundle::new(&[])?;
     bundle.without_namespace("network");
@@ -216,20 +229,24 @@ fn a_remount_of_the_hosts_file_systems_leaves_the_host_alone() -> Result {
     ensure_eq!(
         fs::read_to_string("/proc/self/mountinfo")?,
         before,
-        "the host's mounts"
+        "the host's mounts after the remounts in the container"
     );
     Ok(())
 }
 
-fn a_remount_of_nothing_is_refused() -> Result {
+fn a_remount_of_a_missing_mount_is_refused() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     add(&mut bundle, "/data", "tmpfs", "t", &["remount", "ro"]);
     let output = bundle.call(&["run"])?.exits(1)?;
-    ensure!(output.stderr.contains("/data"), "{}", output.told());
+    ensure!(
+        output.stderr.contains("/data"),
+        "the error of `run` does not name the mount point:\n{}",
+        output.told()
+    );
     Ok(())
 }
 
-/// Layers of an overlay, and where it is written.
+/// The directories of an overlay: its lower layers, and its upper and work directories.
 struct Layers {
     _directory: Directory,
     lower: String,
@@ -272,7 +289,7 @@ fn overlay(count: usize) -> Result {
     ensure_eq!(
         bundle.run()?.stdout.lines().count(),
         count,
-        "files in the overlay"
+        "the number of files in the overlay"
     );
     let report = bundle.report()?;
     for option in ["nodev", "noexec"] {
@@ -286,25 +303,27 @@ fn an_overlay_is_mounted() -> Result {
     overlay(2)
 }
 
-/// Longer than what fsconfig(2) takes as a value.
+/// With 20 layers, the option `lowerdir` is too long for fsconfig(2). Therefore, the runtime must
+/// use mount(2).
 fn an_overlay_of_many_layers_is_mounted() -> Result {
     overlay(20)
 }
 
-fn more_options_than_the_kernel_takes_are_refused() -> Result {
+fn more_options_than_the_kernel_accepts_are_refused() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     let lower = format!("lowerdir={}", vec!["/nowhere/at/all"; 400].join(":"));
     add(&mut bundle, "/data", "overlay", "overlay", &[&lower]);
     let output = bundle.call(&["run"])?.exits(1)?;
     ensure!(
         output.stderr.contains("mounts[7].options") && output.stderr.contains("4095"),
-        "{}",
+        "the error of `run` does not name the field and the kernel's limit:\n{}",
         output.told()
     );
     Ok(())
 }
 
-/// A container in a user namespace of its own and without this other one.
+/// Returns a bundle whose container has a separate user namespace, but no separate namespace of the
+/// type `without`. The container and the runtime share the namespace of this type.
 fn in_user_namespace(without: &str) -> Result<Bundle> {
     let mut bundle = Bundle::new(&[])?;
     let ids = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
@@ -316,14 +335,18 @@ fn in_user_namespace(without: &str) -> Result<Bundle> {
     Ok(bundle)
 }
 
-fn a_user_namespace_in_the_hosts_network_sees_its_sysfs() -> Result {
+fn a_container_in_a_user_namespace_sees_the_sysfs_of_the_hosts_network_namespace() -> Result {
     let mut bundle = in_user_namespace("network")?;
     let report = bundle.report()?;
-    ensure!(line(&report, "/sys")?.contains("sysfs"), "{report:#}");
+    ensure!(
+        line(&report, "/sys")?.contains("sysfs"),
+        "the file system on /sys is not a sysfs; the container's report: {report:#}"
+    );
     for option in ["ro", "nosuid", "nodev", "noexec"] {
         has(&options(&report, "/sys")?, option, true)?;
     }
-    // Of what is mounted below it, the container gets its own cgroup, and the rest read-only.
+    // Below /sys, the container sees the mount of the container's cgroup and the host's other
+    // mounts. All these mounts must be read-only.
     let below: Vec<&str> = report["mounts"]
         .as_array()
         .into_iter()
@@ -341,26 +364,28 @@ fn a_user_namespace_in_the_hosts_network_sees_its_sysfs() -> Result {
                 .is_some_and(|it| it.starts_with("ro"))
         })
         .collect();
-    ensure!(below.is_empty(), "writable below /sys: {below:#?}");
+    ensure!(
+        below.is_empty(),
+        "mounts below /sys are writable; the writable mounts: {below:#?}"
+    );
     bundle.args(&["ls", "/sys/class/net"]).run()?;
     Ok(())
 }
 
-fn a_user_namespace_in_the_hosts_ipc_sees_its_queues() -> Result {
+fn a_container_in_a_user_namespace_sees_the_message_queues_of_the_hosts_ipc_namespace() -> Result {
     let mut bundle = in_user_namespace("ipc")?;
-    // Only the network's parameters are its own now.
     line(&bundle.report()?, "/dev/mqueue")?;
     Ok(())
 }
 
-fn a_user_namespace_in_the_hosts_cgroup_namespace_sees_its_own_cgroup() -> Result {
+fn a_container_in_a_user_namespace_sees_its_own_cgroup_in_the_hosts_cgroup_namespace() -> Result {
     let mut bundle = in_user_namespace("cgroup")?;
     let report = bundle.report()?;
     line(&report, "/sys/fs/cgroup")?;
     Ok(())
 }
 
-fn a_joined_ipc_namespace_has_its_queues() -> Result {
+fn a_container_sees_the_message_queues_of_a_joined_ipc_namespace() -> Result {
     let mut first = Bundle::new(&["sleep", "600"])?;
     let writable = json!({
         "destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue", "options": ["nosuid"],
@@ -372,27 +397,31 @@ fn a_joined_ipc_namespace_has_its_queues() -> Result {
         "/linux/namespaces",
         json!({ "type": "ipc", "path": format!("/proc/{}/ns/ipc", first.pid()?) }),
     );
-    ensure_eq!(second.run()?.text(), "queue", "queues");
+    ensure_eq!(
+        second.run()?.text(),
+        "queue",
+        "the message queues in the joined IPC namespace"
+    );
     first.end()?;
     Ok(())
 }
 
-/// CVE-2025-52881: in a mount namespace that others have had a hand on, a file of /proc may be
-/// another than its name says.
-fn parameters_never_go_to_what_is_mounted_in_proc() -> Result {
-    const MEANT: &str = "/proc/sys/net/ipv4/ip_default_ttl";
+/// In CVE-2025-52881, another program prepares the mount namespace with false mounts. A path in
+/// /proc then leads to a different file than without the false mounts.
+fn the_runtime_never_writes_sysctls_to_mounts_in_proc() -> Result {
+    const INTENDED: &str = "/proc/sys/net/ipv4/ip_default_ttl";
     const OTHER: &str = "/proc/sys/kernel/msgmni";
     let ready = Directory::new("ready")?;
     for trap in [
-        format!("mount -n --bind {OTHER} {MEANT}"),
+        format!("mount -n --bind {OTHER} {INTENDED}"),
         "mount -n -t tmpfs none /proc && mkdir -p /proc/sys/net/ipv4 && echo 1 >/proc/sys/net/ipv4/ip_default_ttl".to_owned(),
         "mount -n --bind /proc/sys /proc".to_owned(),
     ] {
         let mark = ready.join("mark");
         let script = format!("{trap} && touch {} && exec sleep 600", mark.display());
         let mut other = command("unshare", ["--mount", "--net", "sh", "-c", &script]).start()?;
-        wait_for("the trap to be set", || {
-            ensure!(other.lives(), "it ended: {}", other.stderr());
+        wait_for("the other program to create the false mounts", || {
+            ensure!(other.lives(), "the program that creates the false mounts exited; its standard error: {}", other.stderr());
             Ok(mark.exists().then_some(()))
         })?;
         fs::remove_file(&mark)?;
@@ -413,10 +442,10 @@ fn parameters_never_go_to_what_is_mounted_in_proc() -> Result {
         let output = bundle.call(&["run"])?.exits(1)?;
         ensure!(
             output.stderr.contains("ip_default_ttl") || output.stderr.contains("/proc"),
-            "{}",
+            "the error of `run` names neither the sysctl nor /proc:\n{}",
             output.told()
         );
-        ensure_eq!(fs::read_to_string(OTHER)?, before, "{OTHER} after {trap}");
+        ensure_eq!(fs::read_to_string(OTHER)?, before, "the content of {OTHER}, which `run` must not change (the test prepared the mount namespace with the command `{trap}`)");
     }
     Ok(())
 }

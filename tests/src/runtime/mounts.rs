@@ -1,4 +1,4 @@
-//! The root file system and what is mounted in it.
+//! Tests of the container's root file system and of the mounts in it.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -13,30 +13,33 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(without_pivot_the_root_is_changed_all_the_same),
-    test!(a_readonly_root_is_readonly),
-    test!(a_writable_root_is_written_through),
-    test!(the_hosts_root_is_out_of_reach),
-    test!(a_bind_mount_shows_the_source),
-    test!(the_hosts_root_is_shown_to_who_asks_for_it),
+    test!(run_does_not_use_pivot_root_with_the_option_no_pivot),
+    test!(a_readonly_root_file_system_is_readonly),
+    test!(a_container_can_write_to_a_writable_root_file_system),
+    test!(a_container_can_not_reach_the_hosts_root_directory),
+    test!(a_bind_mount_shows_the_files_of_its_source),
+    test!(a_bind_mount_of_the_hosts_root_directory_shows_the_hosts_files),
     test!(a_readonly_bind_mount_is_readonly),
-    test!(a_file_is_bind_mounted_on_a_file_that_is_made),
-    test!(a_tmpfs_has_its_options),
-    test!(a_tmpfs_begins_with_what_it_covers),
-    test!(a_read_only_tmpfs_can_have_mounts_inside),
-    test!(a_cgroup_mount_is_read_only_without_a_namespace_too),
-    test!(a_path_masked_twice_is_covered_once, Need::Rrun),
+    test!(the_runtime_creates_the_file_for_a_bind_mount_of_a_file),
+    test!(a_tmpfs_has_the_configured_options),
+    test!(a_tmpfs_with_tmpcopyup_contains_a_copy_of_the_covered_files),
+    test!(a_readonly_tmpfs_can_contain_mounts),
+    test!(a_cgroup_mount_in_a_container_without_a_cgroup_namespace_is_readonly),
+    test!(
+        a_path_that_is_masked_twice_is_covered_by_one_mount,
+        Need::Rrun
+    ),
     test!(mount_flags_are_set),
-    test!(mount_points_are_made),
-    test!(a_mount_point_that_is_a_link_stays_inside),
+    test!(the_runtime_creates_missing_mount_points),
+    test!(a_mount_point_behind_a_link_is_inside_the_root_file_system),
     test!(masked_paths_are_empty),
     test!(readonly_paths_are_readonly),
-    test!(default_devices_are_there),
-    test!(devices_asked_for_are_made),
-    test!(the_containers_cgroup_is_its_root),
-    test!(a_slave_mount_gets_what_the_host_mounts),
-    test!(a_private_mount_does_not),
-    test!(the_hosts_mounts_are_not_seen),
+    test!(the_default_devices_exist),
+    test!(the_runtime_creates_the_configured_devices),
+    test!(a_container_sees_its_cgroup_as_the_root_cgroup),
+    test!(a_slave_mount_receives_mounts_that_the_host_creates_later),
+    test!(a_private_mount_receives_no_mounts_that_the_host_creates_later),
+    test!(a_container_does_not_see_the_hosts_mounts),
 ];
 
 fn bind(bundle: &mut Bundle, source: &std::path::Path, destination: &str, options: &[&str]) {
@@ -48,45 +51,52 @@ fn bind(bundle: &mut Bundle, source: &std::path::Path, destination: &str, option
     );
 }
 
-fn a_readonly_root_is_readonly() -> Result {
+fn a_readonly_root_file_system_is_readonly() -> Result {
     let bundle = Bundle::new(&["write", "/data/file", "text"])?;
     let output = bundle.call(&["run"])?.exits(1)?;
     ensure!(
         output.stderr.contains("Read-only file system"),
-        "{}",
+        "the write to the root file system does not fail with EROFS:\n{}",
         output.told()
     );
     Ok(())
 }
 
-fn a_writable_root_is_written_through() -> Result {
+fn a_container_can_write_to_a_writable_root_file_system() -> Result {
     let mut bundle = Bundle::new(&["write", "/data/file", "text"])?;
     bundle.set("/root/readonly", json!(false)).run()?;
     ensure_eq!(
         fs::read_to_string(bundle.join("rootfs/data/file"))?,
         "text",
-        "what it wrote"
+        "the content of the file that the container wrote"
     );
     Ok(())
 }
 
-fn the_hosts_root_is_out_of_reach() -> Result {
+fn a_container_can_not_reach_the_hosts_root_directory() -> Result {
     let bundle = Bundle::new(&["ls", "/"])?;
     let inside: Vec<String> = bundle.run()?.stdout.lines().map(str::to_owned).collect();
     ensure_eq!(
         inside,
         ["bin", "data", "dev", "etc", "proc", "sys", "tmp"],
-        "names in /"
+        "the file names in the container's /"
     );
     let mut bundle = Bundle::new(&["ls", "/../.."])?;
-    ensure_eq!(bundle.run()?.stdout.lines().count(), 7, "names in /../..");
+    ensure_eq!(
+        bundle.run()?.stdout.lines().count(),
+        7,
+        "the number of files that the container sees in /../.."
+    );
     let report = bundle.report()?;
     let line = line(&report, "/")?;
-    ensure!(line.contains("rootfs"), "the root is {line}");
+    ensure!(
+        line.contains("rootfs"),
+        "the container's root is not the bundle's rootfs; the root's line in mountinfo: {line}"
+    );
     Ok(())
 }
 
-fn a_bind_mount_shows_the_source() -> Result {
+fn a_bind_mount_shows_the_files_of_its_source() -> Result {
     let source = Directory::new("source")?;
     fs::write(source.join("file"), "from the host")?;
     let mut bundle = Bundle::new(&["cat", "/data/file"])?;
@@ -94,22 +104,23 @@ fn a_bind_mount_shows_the_source() -> Result {
     ensure_eq!(
         bundle.run()?.stdout,
         "from the host",
-        "the file in the bind mount"
+        "the content of the file in the bind mount"
     );
     bundle.args(&["write", "/data/back", "to the host"]).run()?;
     ensure_eq!(
         fs::read_to_string(source.join("back"))?,
         "to the host",
-        "what it wrote"
+        "the content of the file that the container wrote into the bind mount"
     );
     Ok(())
 }
 
-/// As `kubectl debug node` and every agent of a node ask for it.
-fn the_hosts_root_is_shown_to_who_asks_for_it() -> Result {
+/// `kubectl debug node` and node agents mount the host's root file system in the same way as this
+/// test.
+fn a_bind_mount_of_the_hosts_root_directory_shows_the_hosts_files() -> Result {
     let source = Directory::new("source")?;
     fs::write(source.join("file"), "from the host")?;
-    let there = format!("/data{}/file", source.path().display());
+    let path = format!("/data{}/file", source.path().display());
     let new_user = |bundle: &mut Bundle| {
         bundle.add("/linux/namespaces", json!({ "type": "user" }));
         for maps in ["/linux/uidMappings", "/linux/gidMappings"] {
@@ -122,23 +133,27 @@ fn the_hosts_root_is_shown_to_who_asks_for_it() -> Result {
     };
     type Variant<'a> = (&'a str, &'a [&'a str], &'a dyn Fn(&mut Bundle));
     let variants: [Variant<'_>; 4] = [
-        ("plainly", &["run"], &|_| ()),
+        ("with the default options", &["run"], &|_| ()),
         ("without pivot_root", &["run", "--no-pivot"], &|_| ()),
         ("in a user namespace", &["run"], &new_user),
-        ("with a shared root", &["run"], &shared),
+        ("with rootfsPropagation rshared", &["run"], &shared),
     ];
-    for (how, call, change) in variants {
+    for (variant, call, change) in variants {
         for options in [&["rbind"][..], &["rbind", "rslave", "ro"]] {
-            let mut bundle = Bundle::new(&["cat", &there])?;
+            let mut bundle = Bundle::new(&["cat", &path])?;
             bind(&mut bundle, std::path::Path::new("/"), "/data", options);
             change(&mut bundle);
             let output = bundle.call(call)?.ok()?;
-            ensure_eq!(output.stdout, "from the host", "the host's file, {how}");
+            ensure_eq!(
+                output.stdout,
+                "from the host",
+                "the content of the host's file, read through the bind mount by a container {variant}"
+            );
             bundle.args(&["ls", "/"]);
             let root = bundle.call(call)?.ok()?;
             ensure!(
                 !root.stdout.contains("sbin"),
-                "the container's root, {how}: {}",
+                "the root file system of a container {variant} is the host's root file system:\n{}",
                 root.told()
             );
         }
@@ -153,15 +168,18 @@ fn a_readonly_bind_mount_is_readonly() -> Result {
     let output = bundle.call(&["run"])?.exits(1)?;
     ensure!(
         output.stderr.contains("Read-only file system"),
-        "{}",
+        "the write to the read-only bind mount does not fail with EROFS:\n{}",
         output.told()
     );
-    ensure!(!source.join("file").exists(), "it was written all the same");
+    ensure!(
+        !source.join("file").exists(),
+        "the container wrote to the read-only bind mount"
+    );
     fs::write(source.join("file"), "the host still writes")?;
     Ok(())
 }
 
-fn a_file_is_bind_mounted_on_a_file_that_is_made() -> Result {
+fn the_runtime_creates_the_file_for_a_bind_mount_of_a_file() -> Result {
     let source = Directory::new("source")?;
     fs::write(source.join("hosts"), "127.0.0.1 localhost")?;
     let mut bundle = Bundle::new(&["cat", "/etc/deep/hosts"])?;
@@ -171,11 +189,15 @@ fn a_file_is_bind_mounted_on_a_file_that_is_made() -> Result {
         "/etc/deep/hosts",
         &["bind", "ro"],
     );
-    ensure_eq!(bundle.run()?.stdout, "127.0.0.1 localhost", "the file");
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "127.0.0.1 localhost",
+        "the content of the mounted file"
+    );
     Ok(())
 }
 
-fn a_tmpfs_has_its_options() -> Result {
+fn a_tmpfs_has_the_configured_options() -> Result {
     let mut bundle = Bundle::new(&["stat", "/data"])?;
     bundle.add(
         "/mounts",
@@ -185,19 +207,22 @@ fn a_tmpfs_has_its_options() -> Result {
         }),
     );
     let stat = bundle.run()?.json()?;
-    ensure_eq!(stat["mode"], "1750", "mode");
+    ensure_eq!(stat["mode"], "1750", "the mode of the tmpfs");
     ensure_eq!(
         (&stat["uid"], &stat["gid"]),
         (&json!(12), &json!(34)),
-        "owner"
+        "the owner of the tmpfs"
     );
     let report = bundle.report()?;
     let line = line(&report, "/data")?;
-    ensure!(line.contains("size=1024k"), "{line}");
+    ensure!(
+        line.contains("size=1024k"),
+        "the size of the tmpfs is not 1024k; its line in mountinfo: {line}"
+    );
     Ok(())
 }
 
-fn a_tmpfs_begins_with_what_it_covers() -> Result {
+fn a_tmpfs_with_tmpcopyup_contains_a_copy_of_the_covered_files() -> Result {
     let mut bundle = Bundle::new(&["cat", "/data/below/file"])?;
     let data = bundle.join("rootfs/data");
     fs::create_dir(data.join("below"))?;
@@ -212,31 +237,44 @@ fn a_tmpfs_begins_with_what_it_covers() -> Result {
             "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup", "ro"],
         }),
     );
-    ensure_eq!(bundle.run()?.stdout, "of the image", "the file");
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "of the image",
+        "the content of the copied file"
+    );
     bundle.args(&["cat", "/data/link"]);
-    ensure_eq!(bundle.run()?.stdout, "of the image", "by the link");
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "of the image",
+        "the content of the file to which the copied link leads"
+    );
     let stat = bundle.args(&["stat", "/data/below/file"]).run()?.json()?;
     ensure_eq!(
         (&stat["uid"], &stat["gid"]),
         (&json!(7), &json!(8)),
-        "owner"
+        "the owner of the copied file"
     );
     let stat = bundle.args(&["stat", "/data"]).run()?.json()?;
-    ensure_eq!(stat["mode"], "711", "mode of the tmpfs");
+    ensure_eq!(stat["mode"], "711", "the mode of the tmpfs");
     bundle
         .args(&["write", "/data/new", "x"])
         .call(&["run"])?
         .exits(1)?;
-    // Without the option, it is empty and has the mode all the same.
+    // Without the option `tmpcopyup`, the tmpfs is empty, but still has the mode of the covered
+    // directory.
     let last = bundle.config["mounts"].as_array().map_or(0, Vec::len) - 1;
     bundle.set(&format!("/mounts/{last}/options"), json!([]));
     ensure_eq!(
         bundle.args(&["ls", "/data"]).run()?.stdout,
         "",
-        "files in an empty tmpfs"
+        "the file names in a tmpfs without `tmpcopyup`"
     );
     let stat = bundle.args(&["stat", "/data"]).run()?.json()?;
-    ensure_eq!(stat["mode"], "711", "mode of an empty tmpfs");
+    ensure_eq!(
+        stat["mode"],
+        "711",
+        "the mode of a tmpfs without `tmpcopyup`"
+    );
     Ok(())
 }
 
@@ -253,14 +291,14 @@ fn mount_flags_are_set() -> Result {
     let options = options(&report, "/data")?;
     for option in ["nosuid", "nodev", "noexec", "noatime", "ro"] {
         ensure!(
-            options.iter().any(|there| there == option),
-            "no {option} in {options:?}"
+            options.iter().any(|set| set == option),
+            "the mount on /data does not have the option {option}; its options: {options:?}"
         );
     }
     Ok(())
 }
 
-fn mount_points_are_made() -> Result {
+fn the_runtime_creates_missing_mount_points() -> Result {
     let mut bundle = Bundle::new(&["stat", "/made/for/it"])?;
     bundle.add(
         "/mounts",
@@ -269,13 +307,18 @@ fn mount_points_are_made() -> Result {
         }),
     );
     let stat = bundle.run()?.json()?;
-    ensure_eq!(stat["kind"], "directory", "what the mount point is");
-    ensure_eq!(stat["mode"], "1777", "the tmpfs's own mode");
+    ensure_eq!(
+        stat["kind"],
+        "directory",
+        "the file type of the mount point"
+    );
+    ensure_eq!(stat["mode"], "1777", "the mode of the tmpfs");
     Ok(())
 }
 
-/// It is so only when what is mounted inside has its place.
-fn a_read_only_tmpfs_can_have_mounts_inside() -> Result {
+/// The runtime first creates the mount points inside a read-only tmpfs, and then makes the tmpfs
+/// read-only.
+fn a_readonly_tmpfs_can_contain_mounts() -> Result {
     let source = Directory::new("source")?;
     let mut bundle = Bundle::new(&[])?;
     bundle.add(
@@ -287,11 +330,11 @@ fn a_read_only_tmpfs_can_have_mounts_inside() -> Result {
     bind(&mut bundle, source.path(), "/data/inside", &["bind"]);
     let mut config = bundle.report()?;
     for (point, expected) in [("/data", true), ("/data/inside", false)] {
-        let there = options(&config, point)?;
+        let set = options(&config, point)?;
         ensure_eq!(
-            there.iter().any(|option| option == "ro"),
+            set.iter().any(|option| option == "ro"),
             expected,
-            "read-only {point}: {there:?}"
+            "whether the mount on {point} is read-only (its options: {set:?})"
         );
     }
     let mut bundle = Bundle::new(&[])?;
@@ -301,17 +344,20 @@ fn a_read_only_tmpfs_can_have_mounts_inside() -> Result {
         }
     }
     config = bundle.report()?;
-    let there = options(&config, "/dev")?;
-    ensure!(there.iter().any(|option| option == "ro"), "/dev: {there:?}");
-    let there = options(&config, "/dev/pts")?;
+    let set = options(&config, "/dev")?;
     ensure!(
-        there.iter().all(|option| option != "ro"),
-        "/dev/pts: {there:?}"
+        set.iter().any(|option| option == "ro"),
+        "the mount on /dev is not read-only; its options: {set:?}"
+    );
+    let set = options(&config, "/dev/pts")?;
+    ensure!(
+        set.iter().all(|option| option != "ro"),
+        "the mount on /dev/pts is read-only; its options: {set:?}"
     );
     Ok(())
 }
 
-fn a_cgroup_mount_is_read_only_without_a_namespace_too() -> Result {
+fn a_cgroup_mount_in_a_container_without_a_cgroup_namespace_is_readonly() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.without_namespace("cgroup").add(
         "/mounts",
@@ -321,12 +367,15 @@ fn a_cgroup_mount_is_read_only_without_a_namespace_too() -> Result {
         }),
     );
     let report = bundle.report()?;
-    let there = options(&report, "/data")?;
-    ensure!(there.iter().any(|option| option == "ro"), "{there:?}");
+    let set = options(&report, "/data")?;
+    ensure!(
+        set.iter().any(|option| option == "ro"),
+        "the cgroup mount is not read-only; its options: {set:?}"
+    );
     Ok(())
 }
 
-fn a_path_masked_twice_is_covered_once() -> Result {
+fn a_path_that_is_masked_twice_is_covered_by_one_mount() -> Result {
     let mut bundle = Bundle::new(&[])?;
     fs::create_dir(bundle.join("rootfs/data/hidden"))?;
     bundle.set(
@@ -342,29 +391,38 @@ fn a_path_masked_twice_is_covered_once() -> Result {
             line.as_str()
                 .is_some_and(|line| line.split(' ').nth(4) == Some("/data/hidden"))
         });
-    ensure_eq!(covers.count(), 1, "mounts on it");
+    ensure_eq!(covers.count(), 1, "the number of mounts on the masked path");
     Ok(())
 }
 
-fn a_mount_point_that_is_a_link_stays_inside() -> Result {
+fn a_mount_point_behind_a_link_is_inside_the_root_file_system() -> Result {
     let outside = Directory::new("outside")?;
     let source = Directory::new("source")?;
     fs::write(source.join("file"), "mounted")?;
     let mut bundle = Bundle::new(&["cat", "/data/trap/file"])?;
-    // What is /tmp/… to the host is another /tmp/… inside.
+    // The link leads to a directory in the host's /tmp. Inside the container, the same path is a
+    // different directory.
     symlink(outside.path(), bundle.join("rootfs/data/trap"))?;
     bind(&mut bundle, source.path(), "/data/trap", &["bind"]);
-    ensure_eq!(bundle.run()?.stdout, "mounted", "the file behind the link");
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "mounted",
+        "the content of the mounted file, which the container reads through the link"
+    );
     ensure!(
         !outside.join("file").exists(),
-        "it was mounted outside of the root file system"
+        "the source was mounted outside the container's root file system"
     );
     ensure!(
         fs::read_dir(outside.path())?.next().is_none(),
-        "something was made outside"
+        "the runtime created a file outside the container's root file system"
     );
     let inside = bundle.rootfs().join(outside.path().strip_prefix("/")?);
-    ensure!(inside.exists(), "{} was not made", inside.display());
+    ensure!(
+        inside.exists(),
+        "the mount point {} does not exist in the container's root file system",
+        inside.display()
+    );
     Ok(())
 }
 
@@ -377,11 +435,15 @@ fn masked_paths_are_empty() -> Result {
         "/linux/maskedPaths",
         json!(["/data/hidden", "/data/file", "/data/not-there"]),
     );
-    ensure_eq!(bundle.run()?.stdout, "", "names in the masked directory");
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "",
+        "the file names in the masked directory"
+    );
     ensure_eq!(
         bundle.args(&["cat", "/data/file"]).run()?.stdout,
         "",
-        "the masked file"
+        "the content of the masked file"
     );
     bundle
         .args(&["write", "/data/hidden/new", "text"])
@@ -400,7 +462,7 @@ fn readonly_paths_are_readonly() -> Result {
     let output = bundle.call(&["run"])?.exits(1)?;
     ensure!(
         output.stderr.contains("Read-only file system"),
-        "{}",
+        "the write to the read-only path does not fail with EROFS:\n{}",
         output.told()
     );
     bundle
@@ -411,7 +473,7 @@ fn readonly_paths_are_readonly() -> Result {
     Ok(())
 }
 
-fn default_devices_are_there() -> Result {
+fn the_default_devices_exist() -> Result {
     let mut bundle = Bundle::new(&[])?;
     for (name, numbers) in [
         ("null", [1, 3]),
@@ -425,22 +487,30 @@ fn default_devices_are_there() -> Result {
             .args(&["stat", &format!("/dev/{name}")])
             .run()?
             .json()?;
-        ensure_eq!(stat["kind"], "character device", "/dev/{name}");
-        ensure_eq!(stat["device"], json!(numbers), "numbers of /dev/{name}");
-        ensure_eq!(stat["mode"], "666", "mode of /dev/{name}");
+        ensure_eq!(
+            stat["kind"],
+            "character device",
+            "the file type of /dev/{name}"
+        );
+        ensure_eq!(
+            stat["device"],
+            json!(numbers),
+            "the device numbers of /dev/{name}"
+        );
+        ensure_eq!(stat["mode"], "666", "the mode of /dev/{name}");
     }
     for name in ["fd", "stdin", "stdout", "stderr", "ptmx"] {
         let stat = bundle
             .args(&["stat", &format!("/dev/{name}")])
             .run()?
             .json()?;
-        ensure_eq!(stat["kind"], "link", "/dev/{name}");
+        ensure_eq!(stat["kind"], "link", "the file type of /dev/{name}");
     }
     bundle.args(&["write", "/dev/null", "text"]).run()?;
     Ok(())
 }
 
-fn devices_asked_for_are_made() -> Result {
+fn the_runtime_creates_the_configured_devices() -> Result {
     let mut bundle = Bundle::new(&["stat", "/dev/deep/fuse"])?;
     bundle.set(
         "/linux/devices",
@@ -450,29 +520,41 @@ fn devices_asked_for_are_made() -> Result {
         }]),
     );
     let stat = bundle.run()?.json()?;
-    ensure_eq!(stat["kind"], "character device", "/dev/deep/fuse");
-    ensure_eq!(stat["device"], json!([10, 229]), "its numbers");
-    ensure_eq!(stat["mode"], "640", "its mode");
+    ensure_eq!(
+        stat["kind"],
+        "character device",
+        "the file type of /dev/deep/fuse"
+    );
+    ensure_eq!(
+        stat["device"],
+        json!([10, 229]),
+        "the device numbers of /dev/deep/fuse"
+    );
+    ensure_eq!(stat["mode"], "640", "the mode of /dev/deep/fuse");
     ensure_eq!(
         (&stat["uid"], &stat["gid"]),
         (&json!(5), &json!(6)),
-        "its owner"
+        "the owner of /dev/deep/fuse"
     );
     Ok(())
 }
 
-fn the_containers_cgroup_is_its_root() -> Result {
+fn a_container_sees_its_cgroup_as_the_root_cgroup() -> Result {
     let mut bundle = Bundle::new(&["cat", "/sys/fs/cgroup/cgroup.procs"])?;
     ensure_eq!(
         bundle.run()?.text(),
         "1",
-        "processes in the cgroup that it sees"
+        "the processes that the container sees in /sys/fs/cgroup/cgroup.procs"
     );
-    ensure_eq!(bundle.report()?["cgroup"], "0::/", "its cgroup's path");
+    ensure_eq!(
+        bundle.report()?["cgroup"],
+        "0::/",
+        "the cgroup path that the container sees"
+    );
     Ok(())
 }
 
-/// A directory that is a mount point of its own, shared with its peers.
+/// A directory on the host that is a separate mount point with shared propagation.
 struct Shared(Directory);
 
 impl Shared {
@@ -481,7 +563,12 @@ impl Shared {
         let none: Option<&str> = None;
         mount(Some(dir.path()), dir.path(), none, MsFlags::MS_BIND, none)
             .and_then(|()| mount(none, dir.path(), none, MsFlags::MS_SHARED, none))
-            .map_err(|errno| format!("share {}: {errno}", dir.path().display()))?;
+            .map_err(|errno| {
+                format!(
+                    "cannot make {} a shared mount: {errno}",
+                    dir.path().display()
+                )
+            })?;
         fs::create_dir(dir.join("below"))?;
         Ok(Shared(dir))
     }
@@ -495,7 +582,7 @@ impl Shared {
             MsFlags::empty(),
             none,
         )
-        .map_err(|errno| format!("mount: {errno}"))?;
+        .map_err(|errno| format!("cannot mount a tmpfs below the shared mount: {errno}"))?;
         Ok(fs::write(self.0.join("below/file"), "mounted later")?)
     }
 }
@@ -507,7 +594,7 @@ impl Drop for Shared {
     }
 }
 
-fn mounted_later_is_seen(option: &str) -> Result<bool> {
+fn container_sees_a_later_host_mount(option: &str) -> Result<bool> {
     let shared = Shared::new()?;
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bind(&mut bundle, shared.0.path(), "/data", &["rbind", option]);
@@ -518,23 +605,23 @@ fn mounted_later_is_seen(option: &str) -> Result<bool> {
     Ok(seen)
 }
 
-fn a_slave_mount_gets_what_the_host_mounts() -> Result {
+fn a_slave_mount_receives_mounts_that_the_host_creates_later() -> Result {
     ensure!(
-        mounted_later_is_seen("rslave")?,
-        "what was mounted later is not seen"
+        container_sees_a_later_host_mount("rslave")?,
+        "the container does not see the mount that the host created later"
     );
     Ok(())
 }
 
-fn a_private_mount_does_not() -> Result {
+fn a_private_mount_receives_no_mounts_that_the_host_creates_later() -> Result {
     ensure!(
-        !mounted_later_is_seen("rprivate")?,
-        "what was mounted later is seen"
+        !container_sees_a_later_host_mount("rprivate")?,
+        "the container sees the mount that the host created later"
     );
     Ok(())
 }
 
-fn the_hosts_mounts_are_not_seen() -> Result {
+fn a_container_does_not_see_the_hosts_mounts() -> Result {
     let report = Bundle::new(&[])?.report()?;
     let points: Vec<&str> = report["mounts"]
         .as_array()
@@ -548,13 +635,13 @@ fn the_hosts_mounts_are_not_seen() -> Result {
                 || ["/proc", "/dev", "/sys"]
                     .iter()
                     .any(|ours| point.starts_with(ours)),
-            "{point} is among {points:?}"
+            "the container sees the host's mount on {point}; the mount points in the container: {points:?}"
         );
     }
     Ok(())
 }
 
-fn without_pivot_the_root_is_changed_all_the_same() -> Result {
+fn run_does_not_use_pivot_root_with_the_option_no_pivot() -> Result {
     let proc_is_there = || -> Result<bool> {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         Ok(mounts
@@ -566,14 +653,18 @@ fn without_pivot_the_root_is_changed_all_the_same() -> Result {
     let output = bundle.call(&["run", "--no-pivot"])?.ok()?;
     ensure!(
         !output.stdout.contains("sbin") && output.stdout.contains("data"),
-        "not the container's root:\n{}",
+        "the program does not see the container's root directory:\n{}",
         output.told()
     );
     bundle.args(&["sleep", "600"]);
     bundle.call(&["run", "--detach", "--no-pivot"])?.ok()?;
     let seen = bundle.exec(&[], &["ls", "/"]).ok()?;
-    ensure_eq!(seen.stdout, output.stdout, "the root that exec finds");
-    ensure!(proc_is_there()?, "the host's /proc was taken off");
+    ensure_eq!(
+        seen.stdout,
+        output.stdout,
+        "the file names that the process started by `exec` sees in the root directory"
+    );
+    ensure!(proc_is_there()?, "the runtime unmounted the host's /proc");
     bundle.end()?;
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Namespaces: new ones, joined ones, the runtime's own; user namespaces and their maps.
+//! Tests of a container's namespaces. A namespace can be new, joined, or shared with the runtime.
+//! The tests also cover the id mappings of user namespaces.
 
 use std::fs;
 
@@ -10,19 +11,20 @@ use crate::support::needs::Test;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(each_namespace_asked_for_is_new),
-    test!(each_namespace_not_asked_for_is_the_runtimes),
-    test!(namespaces_are_joined_by_path),
-    test!(a_joined_pid_namespace_shows_its_processes),
-    test!(the_first_process_is_number_1),
-    test!(a_new_network_namespace_has_loopback_up),
+    test!(each_requested_namespace_is_new),
+    test!(the_container_shares_each_namespace_that_is_not_requested),
+    test!(a_container_joins_namespaces_by_path),
+    test!(a_container_sees_the_processes_of_a_joined_pid_namespace),
+    test!(the_first_process_has_process_id_1),
+    test!(the_loopback_interface_is_up_in_a_new_network_namespace),
     test!(hostname_and_domainname_are_set),
     test!(a_user_namespace_maps_ids),
     test!(a_user_namespace_owns_the_other_namespaces),
-    test!(time_offsets_or_a_plain_time_namespace),
+    test!(a_requested_time_namespace_is_new),
 ];
 
-/// The configuration's names and those of /proc/PID/ns.
+/// The namespace types. Each entry contains the name in the configuration and the name in
+/// /proc/PID/ns.
 const KINDS: &[(&str, &str)] = &[
     ("pid", "pid"),
     ("network", "net"),
@@ -36,42 +38,46 @@ fn own(kind: &str) -> Result<Value> {
     Ok(json!(fs::read_link(format!("/proc/self/ns/{kind}"))?))
 }
 
-fn each_namespace_asked_for_is_new() -> Result {
+fn each_requested_namespace_is_new() -> Result {
     let report = Bundle::new(&[])?.report()?;
     for (_, kind) in KINDS {
         ensure!(
             report["namespaces"][kind] != own(kind)?,
-            "the {kind} namespace is the runtime's"
+            "the container shares the runtime's {kind} namespace instead of having a new one"
         );
     }
     for kind in ["user", "time"] {
         ensure_eq!(
             report["namespaces"][kind],
             own(kind)?,
-            "the {kind} namespace"
+            "the container's {kind} namespace, which must be the namespace of the runtime"
         );
     }
     Ok(())
 }
 
-fn each_namespace_not_asked_for_is_the_runtimes() -> Result {
+fn the_container_shares_each_namespace_that_is_not_requested() -> Result {
     for (name, kind) in KINDS.iter().filter(|(name, _)| *name != "mount") {
         let mut bundle = Bundle::new(&[])?;
         bundle.without_namespace(name);
         match *name {
-            // What can't be had without one's own.
+            // The host name and the mounts on /sys and /dev/mqueue require separate namespaces.
+            // Therefore, the test removes them from the configuration.
             "uts" => drop(bundle.without("/hostname")),
             "network" => drop(without_mount(&mut bundle, "/sys")),
             "ipc" => drop(without_mount(&mut bundle, "/dev/mqueue")),
             _ => {}
         }
         let report = bundle.report().map_err(|failed| {
-            format!("without {name}: {}", failed.message().unwrap_or_default())
+            format!(
+                "the container has no separate {name} namespace; the failure: {}",
+                failed.message().unwrap_or_default()
+            )
         })?;
         ensure_eq!(
             report["namespaces"][kind],
             own(kind)?,
-            "the {kind} namespace"
+            "the container's {kind} namespace, which must be the namespace of the runtime"
         );
     }
     Ok(())
@@ -79,7 +85,8 @@ fn each_namespace_not_asked_for_is_the_runtimes() -> Result {
 
 fn without_mount<'b>(bundle: &'b mut Bundle, destination: &str) -> &'b mut Bundle {
     if let Some(Value::Array(all)) = bundle.config.pointer_mut("/mounts") {
-        // With what is mounted below it.
+        // The paths of mounts below `destination` also begin with `destination`. Therefore,
+        // `retain` removes these mounts too.
         all.retain(|mount| {
             !mount["destination"]
                 .as_str()
@@ -90,7 +97,7 @@ fn without_mount<'b>(bundle: &'b mut Bundle, destination: &str) -> &'b mut Bundl
     bundle
 }
 
-fn namespaces_are_joined_by_path() -> Result {
+fn a_container_joins_namespaces_by_path() -> Result {
     let first = Bundle::new(&["sleep", "600"])?;
     first.start()?;
     let pid = first.pid()?;
@@ -103,23 +110,23 @@ fn namespaces_are_joined_by_path() -> Result {
     second.without("/hostname");
     let report = second.report()?;
     for kind in ["net", "ipc", "uts"] {
-        let there = fs::read_link(format!("/proc/{pid}/ns/{kind}"))?;
+        let joined = fs::read_link(format!("/proc/{pid}/ns/{kind}"))?;
         ensure_eq!(
             report["namespaces"][kind],
-            json!(there),
-            "the {kind} namespace"
+            json!(joined),
+            "the container's {kind} namespace, which must be that of the first container"
         );
     }
     ensure_eq!(
         report["hostname"],
         "rrun-e2e",
-        "host name of the joined namespace"
+        "the host name of the joined namespace"
     );
     first.end()?;
     Ok(())
 }
 
-fn a_joined_pid_namespace_shows_its_processes() -> Result {
+fn a_container_sees_the_processes_of_a_joined_pid_namespace() -> Result {
     let first = Bundle::new(&["sleep", "600"])?;
     first.start()?;
     let mut second = Bundle::new(&["cat", "/proc/1/cmdline"])?;
@@ -130,29 +137,29 @@ fn a_joined_pid_namespace_shows_its_processes() -> Result {
     ensure_eq!(
         output.stdout,
         "/bin/inside\0sleep\x00600\0",
-        "the namespace's first process"
+        "the command line of the joined namespace's first process"
     );
     first.end()?;
     Ok(())
 }
 
-fn the_first_process_is_number_1() -> Result {
+fn the_first_process_has_process_id_1() -> Result {
     let report = Bundle::new(&[])?.report()?;
     ensure_eq!(
         (&report["pid"], &report["parent"]),
         (&json!(1), &json!(0)),
-        "pid and parent"
+        "the process ids of the first process and of its parent"
     );
-    ensure_eq!(report["session"], 1, "session");
+    ensure_eq!(report["session"], 1, "the session id of the first process");
     Ok(())
 }
 
-fn a_new_network_namespace_has_loopback_up() -> Result {
+fn the_loopback_interface_is_up_in_a_new_network_namespace() -> Result {
     let bundle = Bundle::new(&["cat", "/sys/class/net/lo/flags"])?;
     let flags = bundle.run()?.text().trim_start_matches("0x").to_owned();
     ensure!(
         u32::from_str_radix(&flags, 16)? & 1 == 1,
-        "lo is down, its flags are {flags}"
+        "the interface lo is down; its flags: {flags}"
     );
     Ok(())
 }
@@ -163,12 +170,21 @@ fn hostname_and_domainname_are_set() -> Result {
         .set("/hostname", json!("a-name"))
         .set("/domainname", json!("of.a.domain"));
     let report = bundle.report()?;
-    ensure_eq!(report["hostname"], "a-name", "host name");
-    ensure_eq!(report["domainname"], "of.a.domain", "domain name");
+    ensure_eq!(
+        report["hostname"],
+        "a-name",
+        "the host name in the container"
+    );
+    ensure_eq!(
+        report["domainname"],
+        "of.a.domain",
+        "the domain name in the container"
+    );
     Ok(())
 }
 
-/// A bundle in a user namespace whose root is 100000 outside.
+/// Returns a bundle with a user namespace. The user namespace maps its root user to user 100000 on
+/// the host.
 fn in_user_namespace(args: &[&str]) -> Result<Bundle> {
     let mut bundle = Bundle::new(args)?;
     let maps = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
@@ -187,26 +203,31 @@ fn a_user_namespace_maps_ids() -> Result {
     let report = bundle.report()?;
     ensure!(
         report["namespaces"]["user"] != own("user")?,
-        "the user namespace is the runtime's"
+        "the container shares the runtime's user namespace instead of having a new one"
     );
-    ensure_eq!(report["uid"], 0, "uid inside");
+    ensure_eq!(report["uid"], 0, "the user id in the container");
     ensure_eq!(
         report["uid_map"],
         json!(["0", "100000", "65536"]),
-        "uid map"
+        "the uid_map of the user namespace"
     );
     ensure_eq!(
         report["gid_map"],
         json!(["0", "100000", "65536"]),
-        "gid map"
+        "the gid_map of the user namespace"
     );
 
     bundle.set("/root/readonly", json!(false));
     bundle.args(&["write", "/data/mine", "text"]).run()?;
     let owner =
         std::os::unix::fs::MetadataExt::uid(&fs::metadata(bundle.join("rootfs/data/mine"))?);
-    ensure_eq!(owner, 100_000, "owner outside of what root wrote inside");
-    // /data is the container's, /etc is the node's root's.
+    ensure_eq!(
+        owner,
+        100_000,
+        "the owner on the host of the file that the container's root wrote"
+    );
+    // The container's root owns /data, but the host's root owns /etc, so the write to /etc must
+    // fail.
     bundle
         .args(&["write", "/etc/not-mine", "text"])
         .call(&["run"])?
@@ -216,7 +237,8 @@ fn a_user_namespace_maps_ids() -> Result {
 
 fn a_user_namespace_owns_the_other_namespaces() -> Result {
     let mut bundle = in_user_namespace(&["write", "/proc/sys/net/ipv4/ip_forward", "1"])?;
-    // A capability over the network namespace is one that its owner's user namespace gives.
+    // The container's user namespace owns the container's network namespace. Therefore,
+    // CAP_NET_ADMIN in this user namespace allows the write to ip_forward.
     for set in ["bounding", "permitted", "effective"] {
         bundle.add(
             &format!("/process/capabilities/{set}"),
@@ -234,13 +256,13 @@ fn a_user_namespace_owns_the_other_namespaces() -> Result {
     Ok(())
 }
 
-fn time_offsets_or_a_plain_time_namespace() -> Result {
+fn a_requested_time_namespace_is_new() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.add("/linux/namespaces", json!({ "type": "time" }));
     let report = bundle.report()?;
     ensure!(
         report["namespaces"]["time"] != own("time")?,
-        "the time namespace is the runtime's"
+        "the container shares the runtime's time namespace instead of having a new one"
     );
     Ok(())
 }

@@ -1,4 +1,5 @@
-//! Network devices of the host that move into a container: `linux.netDevices`.
+//! Tests of `linux.netDevices`. This field lists network devices of the host. The runtime moves
+//! these devices into the container.
 
 use serde_json::{Value, json};
 
@@ -8,16 +9,25 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_device_moves_with_its_addresses_under_a_new_name, NEEDS),
-    test!(a_device_moves_to_a_container_with_a_user_namespace, NEEDS),
-    test!(a_device_that_is_not_there_is_told_by_its_name, NEEDS),
-    test!(devices_need_a_network_namespace, NEEDS),
+    test!(
+        a_network_device_moves_with_its_addresses_and_gets_a_new_name,
+        NEEDS
+    ),
+    test!(
+        a_network_device_moves_to_a_container_with_a_user_namespace,
+        NEEDS
+    ),
+    test!(
+        the_error_about_a_missing_network_device_names_the_device,
+        NEEDS
+    ),
+    test!(net_devices_require_a_separate_network_namespace, NEEDS),
 ];
 
-/// runc has it since 1.4, crun not.
+/// runc supports `linux.netDevices` since version 1.4, and crun does not support it.
 const NEEDS: Need = Need::Rrun;
 
-/// One end of a pair of the host's, both of which go when this is dropped.
+/// One device of a veth pair on the host. Dropping the value deletes both devices of the pair.
 struct Device;
 
 const PEER: &str = "e2e-peer0";
@@ -25,11 +35,11 @@ const PEER: &str = "e2e-peer0";
 impl Device {
     fn new(name: &str) -> Result<Device> {
         ip(&["link", "add", name, "type", "veth", "peer", "name", PEER])?;
-        let made = Device;
+        let device = Device;
         ip(&["address", "add", "192.0.2.7/24", "dev", name])?;
         ip(&["address", "add", "2001:db8::7/64", "dev", name, "nodad"])?;
         ip(&["link", "set", name, "up"])?;
-        Ok(made)
+        Ok(device)
     }
 }
 
@@ -43,13 +53,14 @@ fn ip(args: &[&str]) -> Result<Output> {
     command("ip", args).ok()
 }
 
-/// What `ip -json address` says of a device in the network namespace of a process.
+/// Returns the output of `ip -json address` about `device` in the network namespace of the process
+/// `pid`.
 fn inside(pid: i32, device: &str) -> Result<Value> {
-    let told = command("nsenter", ["--net", "--target", &pid.to_string(), "--"])
+    let devices = command("nsenter", ["--net", "--target", &pid.to_string(), "--"])
         .args(["ip", "-json", "address", "show", "dev", device])
         .ok()?
         .json()?;
-    Ok(told[0].clone())
+    Ok(devices[0].clone())
 }
 
 fn addresses(device: &Value) -> Vec<String> {
@@ -67,7 +78,7 @@ fn addresses(device: &Value) -> Vec<String> {
     all
 }
 
-fn moved(bundle: &mut Bundle) -> Result {
+fn check_moved_device(bundle: &mut Bundle) -> Result {
     let _device = Device::new("e2e-moved0")?;
     bundle.set(
         "/linux/netDevices",
@@ -76,45 +87,52 @@ fn moved(bundle: &mut Bundle) -> Result {
     bundle.start()?;
     ensure!(
         !std::fs::exists("/sys/class/net/e2e-moved0")?,
-        "the device is still the host's"
+        "the device is still in the host's network namespace"
     );
     let device = inside(bundle.pid()?, "net7")?;
     ensure_eq!(
         addresses(&device),
         ["192.0.2.7/24", "2001:db8::7/64"],
-        "addresses of {device}"
+        "the addresses of the network device {device}"
     );
     let flags = device["flags"].to_string();
-    ensure!(flags.contains("\"UP\""), "the device is not up: {flags}");
+    ensure!(
+        flags.contains("\"UP\""),
+        "the network device is not up; its flags: {flags}"
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn a_device_moves_with_its_addresses_under_a_new_name() -> Result {
-    moved(&mut Bundle::new(&["sleep", "600"])?)
+fn a_network_device_moves_with_its_addresses_and_gets_a_new_name() -> Result {
+    check_moved_device(&mut Bundle::new(&["sleep", "600"])?)
 }
 
-fn a_device_moves_to_a_container_with_a_user_namespace() -> Result {
+fn a_network_device_moves_to_a_container_with_a_user_namespace() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
     bundle
         .add("/linux/namespaces", json!({ "type": "user" }))
         .set("/linux/uidMappings", map.clone())
         .set("/linux/gidMappings", map);
-    moved(&mut bundle)
+    check_moved_device(&mut bundle)
 }
 
-fn a_device_that_is_not_there_is_told_by_its_name() -> Result {
+fn the_error_about_a_missing_network_device_names_the_device() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set("/linux/netDevices", json!({ "e2e-absent": {} }));
     let output = bundle.call(&["create"])?.exits(1)?;
     for word in ["linux.netDevices", "e2e-absent"] {
-        ensure!(output.stderr.contains(word), "{}", output.told());
+        ensure!(
+            output.stderr.contains(word),
+            "the error of `create` does not contain {word}:\n{}",
+            output.told()
+        );
     }
     Ok(())
 }
 
-fn devices_need_a_network_namespace() -> Result {
+fn net_devices_require_a_separate_network_namespace() -> Result {
     let _device = Device::new("e2e-stays0")?;
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle
@@ -123,12 +141,12 @@ fn devices_need_a_network_namespace() -> Result {
     let output = bundle.call(&["create"])?.exits(1)?;
     ensure!(
         output.stderr.contains("linux.netDevices"),
-        "{}",
+        "the error of `create` does not name the field linux.netDevices:\n{}",
         output.told()
     );
     ensure!(
         std::fs::exists("/sys/class/net/e2e-stays0")?,
-        "the device is gone"
+        "the device no longer exists on the host"
     );
     Ok(())
 }

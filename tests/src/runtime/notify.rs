@@ -1,4 +1,5 @@
-//! How a container tells the service manager that it is ready: NOTIFY_SOCKET.
+//! Tests of readiness notifications, which a container sends to the service manager through
+//! NOTIFY_SOCKET.
 
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
@@ -12,13 +13,13 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(start_returns_when_the_container_is_ready),
-    test!(run_in_the_background_returns_when_the_container_is_ready),
-    test!(a_container_that_ends_without_being_ready_does_not_hold_start),
-    test!(without_a_manager_there_is_no_socket),
-    test!(descriptors_come_after_the_sockets_of_the_manager),
+    test!(run_with_detach_returns_when_the_container_is_ready),
+    test!(start_returns_if_the_container_exits_without_a_notification),
+    test!(a_container_without_a_manager_gets_no_notification_socket),
+    test!(preserved_descriptors_have_higher_numbers_than_the_managers_sockets),
 ];
 
-/// The service manager's side.
+/// The service manager's side of the notification socket.
 struct Manager {
     directory: Directory,
     socket: UnixDatagram,
@@ -32,14 +33,15 @@ impl Manager {
         Ok(Manager { directory, socket })
     }
 
-    /// The runtime, run by this manager.
+    /// Returns a call of the runtime in which the variable NOTIFY_SOCKET contains the path of this
+    /// manager's socket.
     fn runtime(&self, bundle: &Bundle, args: &[&str]) -> Result<Run> {
         bundle.write_config()?;
         Ok(under(&self.directory.join("socket"), bundle, args))
     }
 
-    fn hear(&self) -> Result<String> {
-        wait_for("a notification", || {
+    fn receive(&self) -> Result<String> {
+        wait_for("a notification to arrive at the service manager", || {
             let mut buffer = [0u8; 4096];
             match self.socket.recv(&mut buffer) {
                 Ok(length) => Ok(Some(
@@ -51,13 +53,15 @@ impl Manager {
         })
     }
 
-    /// What is said of a container that is ready, up to the barrier, which a receiver that
-    /// takes no descriptors lifts at once.
-    fn hear_ready(&self) -> Result<String> {
-        let ready = self.hear()?;
-        ensure_eq!(ready.trim(), "READY=1", "first notification");
-        let main = self.hear()?;
-        ensure_eq!(self.hear()?.trim(), "BARRIER=1", "last notification");
+    /// Receives and checks the three notifications about a ready container. Returns the second
+    /// notification, which contains the id of the container's main process. The last notification
+    /// is a barrier, which carries a descriptor. The kernel closes this descriptor immediately,
+    /// because this receiver accepts no descriptors.
+    fn receive_ready(&self) -> Result<String> {
+        let ready = self.receive()?;
+        ensure_eq!(ready.trim(), "READY=1", "the first notification");
+        let main = self.receive()?;
+        ensure_eq!(self.receive()?.trim(), "BARRIER=1", "the last notification");
         Ok(main.trim().to_owned())
     }
 }
@@ -77,36 +81,37 @@ fn start_returns_when_the_container_is_ready() -> Result {
     manager.runtime(&bundle, &["create", bundle.id()])?.ok()?;
     let starting = manager.runtime(&bundle, &["start", bundle.id()])?.start()?;
     ensure_eq!(
-        manager.hear_ready()?,
+        manager.receive_ready()?,
         format!("MAINPID={}", bundle.pid()?),
-        "main process"
+        "the notification with the id of the main process"
     );
     let started = starting.end()?;
-    ensure!(started.code == 0, "{}", started.told());
+    ensure!(started.code == 0, "`start` failed:\n{}", started.told());
     bundle.end()?;
     Ok(())
 }
 
-fn run_in_the_background_returns_when_the_container_is_ready() -> Result {
+fn run_with_detach_returns_when_the_container_is_ready() -> Result {
     let manager = Manager::new()?;
     let mut bundle = Bundle::new(&["notify", "READY=1"])?;
-    // Any user of the container's may say it.
+    // The program is not root, because every user in the container must be able to send the
+    // notification.
     bundle.set("/process/user", json!({ "uid": 1000, "gid": 1000 }));
     let running = manager
         .runtime(&bundle, &["run", "--detach", bundle.id()])?
         .start()?;
     ensure_eq!(
-        manager.hear_ready()?,
+        manager.receive_ready()?,
         format!("MAINPID={}", bundle.pid()?),
-        "main process"
+        "the notification with the id of the main process"
     );
     let ran = running.end()?;
-    ensure!(ran.code == 0, "{}", ran.told());
+    ensure!(ran.code == 0, "`run --detach` failed:\n{}", ran.told());
     bundle.end()?;
     Ok(())
 }
 
-fn a_container_that_ends_without_being_ready_does_not_hold_start() -> Result {
+fn start_returns_if_the_container_exits_without_a_notification() -> Result {
     let manager = Manager::new()?;
     let bundle = Bundle::new(&["exit", "3"])?;
     manager.runtime(&bundle, &["create", bundle.id()])?.ok()?;
@@ -116,19 +121,21 @@ fn a_container_that_ends_without_being_ready_does_not_hold_start() -> Result {
     Ok(())
 }
 
-fn without_a_manager_there_is_no_socket() -> Result {
+fn a_container_without_a_manager_gets_no_notification_socket() -> Result {
     let mut bundle = Bundle::new(&[])?;
     let report = bundle.report()?;
     ensure!(
         report["env"].get("NOTIFY_SOCKET").is_none(),
-        "{}",
+        "the container's environment contains NOTIFY_SOCKET; the environment: {}",
         report["env"]
     );
     Ok(())
 }
 
-/// The manager's sockets are for who it says; then come those of --preserve-fds.
-fn descriptors_come_after_the_sockets_of_the_manager() -> Result {
+/// The service manager passes sockets (LISTEN_FDS) only to the process whose id is in LISTEN_PID.
+/// In the container, the numbers of the sockets begin at 3. The descriptors that --preserve-fds
+/// passes have the next numbers.
+fn preserved_descriptors_have_higher_numbers_than_the_managers_sockets() -> Result {
     let bundle = Bundle::new(&["report"])?;
     bundle.write_config()?;
     let with = |pid: &str| {
@@ -143,27 +150,30 @@ fn descriptors_come_after_the_sockets_of_the_manager() -> Result {
             .ok()?
             .json()
     };
-    let meant = with("$$")?;
+    let for_runtime = with("$$")?;
     ensure_eq!(
-        (&meant["fds"]["3"], &meant["fds"]["4"]),
+        (&for_runtime["fds"]["3"], &for_runtime["fds"]["4"]),
         (&json!("/dev/zero"), &json!("/dev/full")),
-        "descriptors"
+        "the descriptors 3 and 4 of a container whose runtime received a socket from the service manager"
     );
     ensure_eq!(
-        (&meant["env"]["LISTEN_FDS"], &meant["env"]["LISTEN_PID"]),
+        (
+            &for_runtime["env"]["LISTEN_FDS"],
+            &for_runtime["env"]["LISTEN_PID"]
+        ),
         (&json!("1"), &json!("1")),
-        "environment"
+        "the variables LISTEN_FDS and LISTEN_PID of a container whose runtime received a socket from the service manager"
     );
-    let not_meant = with("1")?;
+    let for_another = with("1")?;
     ensure_eq!(
-        (&not_meant["fds"]["3"], not_meant["fds"].get("4")),
+        (&for_another["fds"]["3"], for_another["fds"].get("4")),
         (&json!("/dev/zero"), None),
-        "descriptors"
+        "the descriptors 3 and 4 of a container whose runtime received no socket from the service manager"
     );
     ensure!(
-        not_meant["env"].get("LISTEN_FDS").is_none(),
-        "{}",
-        not_meant["env"]
+        for_another["env"].get("LISTEN_FDS").is_none(),
+        "the container's environment contains LISTEN_FDS, although LISTEN_PID is the id of another process; the environment: {}",
+        for_another["env"]
     );
     Ok(())
 }

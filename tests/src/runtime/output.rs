@@ -1,5 +1,5 @@
-//! What the runtime prints, in the shapes that programs parse: runc's, field by field. What it says
-//! beyond them is its own.
+//! Tests of the runtime's output in the formats that other programs parse. In these formats, rrun
+//! prints the same fields as runc.
 
 use std::fs;
 
@@ -12,27 +12,30 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(state_has_runcs_fields_in_every_status),
-    test!(list_is_a_table_with_columns_below_their_names),
-    test!(list_is_json_or_ids),
-    test!(list_of_a_root_that_is_not_there_is_refused),
-    test!(ps_is_a_table_of_the_containers_lines),
-    test!(ps_is_json),
-    test!(ps_takes_the_options_of_ps),
-    test!(statistics_have_runcs_fields),
-    test!(an_event_begins_as_runcs),
-    test!(debug_tells_the_steps, Need::Rrun),
+    test!(state_prints_the_same_fields_as_runc_in_every_status),
+    test!(list_prints_a_table_with_aligned_columns),
+    test!(list_prints_json_or_ids),
+    test!(list_fails_for_a_missing_state_directory),
+    test!(ps_prints_a_table_of_the_containers_processes),
+    test!(ps_prints_json),
+    test!(ps_accepts_the_options_of_the_program_ps),
+    test!(statistics_have_the_same_fields_as_in_runc),
+    test!(an_event_begins_with_the_same_fields_as_in_runc),
     test!(
-        statistics_count_what_the_controllers_count,
+        the_runtime_logs_the_steps_of_a_command_with_the_option_debug,
+        Need::Rrun
+    ),
+    test!(
+        statistics_contain_the_counters_of_the_cgroup_controllers,
         Need::Controller("memory"),
         Need::Controller("pids"),
         Need::Controller("cpu")
     ),
-    test!(features_have_the_specifications_fields),
-    test!(spec_writes_a_configuration_that_runs),
-    test!(spec_writes_runcs_configuration),
+    test!(features_prints_the_fields_of_the_specification),
+    test!(spec_writes_a_configuration_that_can_be_run),
+    test!(spec_writes_the_same_configuration_as_runc),
     test!(spec_writes_a_rootless_configuration),
-    test!(version_has_runcs_first_lines),
+    test!(version_prints_the_same_first_lines_as_runc),
 ];
 
 fn kind(value: &Value) -> &'static str {
@@ -46,16 +49,19 @@ fn kind(value: &Value) -> &'static str {
     }
 }
 
-/// Each pointer must lead to a value of this kind.
+/// Checks the types of values. Each entry of `fields` is a JSON pointer and the expected type.
 fn has(value: &Value, fields: &[(&str, &str)]) -> Result {
-    for (pointer, should) in fields {
-        let is = value.pointer(pointer).map_or("missing", kind);
-        ensure!(is == *should, "{pointer} is {is}, not {should}, in {value}");
+    for (pointer, expected) in fields {
+        let actual = value.pointer(pointer).map_or("missing", kind);
+        ensure!(
+            actual == *expected,
+            "the JSON type of the field {pointer} is {actual}, but should be {expected}; the whole value: {value}"
+        );
     }
     Ok(())
 }
 
-/// The fields of `state` and of an entry of `list`.
+/// Checks the fields in the output of `state`, or in one entry of the output of `list`.
 fn has_state(value: &Value, bundle: &Bundle, status: &str) -> Result {
     ensure_eq!(
         keys(value),
@@ -70,23 +76,27 @@ fn has_state(value: &Value, bundle: &Bundle, status: &str) -> Result {
             "rootfs",
             "status"
         ],
-        "fields of a {status} container"
+        "the fields in the printed state of a {status} container"
     );
-    ensure_eq!(value["id"], json!(bundle.id()), "id");
-    ensure_eq!(value["status"], status, "status");
-    ensure_eq!(value["bundle"], json!(bundle.path()), "bundle");
-    ensure_eq!(value["rootfs"], json!(bundle.rootfs()), "rootfs");
+    ensure_eq!(value["id"], json!(bundle.id()), "the container's id");
+    ensure_eq!(value["status"], status, "the container's status");
+    ensure_eq!(value["bundle"], json!(bundle.path()), "the bundle's path");
+    ensure_eq!(
+        value["rootfs"],
+        json!(bundle.rootfs()),
+        "the path of the root file system"
+    );
     ensure_eq!(
         value["annotations"],
         json!({ "org.example.answer": "42" }),
-        "annotations"
+        "the container's annotations"
     );
-    let lives = status != "stopped";
+    let runs = status != "stopped";
     ensure!(
-        value["pid"].as_i64().is_some_and(|pid| (pid > 1) == lives),
-        "pid of a {status} container: {value}"
+        value["pid"].as_i64().is_some_and(|pid| (pid > 1) == runs),
+        "the process id in the state of a {status} container is wrong; the state: {value}"
     );
-    for (field, right) in [
+    for (field, is_valid) in [
         (
             "ociVersion",
             (|text| text.starts_with("1.")) as fn(&str) -> bool,
@@ -94,20 +104,27 @@ fn has_state(value: &Value, bundle: &Bundle, status: &str) -> Result {
         ("created", is_time),
         ("owner", |_| true),
     ] {
-        ensure!(value[field].as_str().is_some_and(right), "{field}: {value}");
+        ensure!(
+            value[field].as_str().is_some_and(is_valid),
+            "the content of the field {field} in the container's state is invalid; the state: {value}"
+        );
     }
     Ok(())
 }
 
-fn state_has_runcs_fields_in_every_status() -> Result {
+fn state_prints_the_same_fields_as_runc_in_every_status() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set("/annotations", json!({ "org.example.answer": "42" }));
     let look = |bundle: &Bundle, status: &str| -> Result {
         has_state(&bundle.state()?, bundle, status)?;
         let listed = bundle.runtime(&["list", "-f", "json"]).ok()?.json()?;
-        ensure_eq!(listed.as_array().map(Vec::len), Some(1), "containers");
+        ensure_eq!(
+            listed.as_array().map(Vec::len),
+            Some(1),
+            "the number of containers that `list` prints"
+        );
         has_state(&listed[0], bundle, status)?;
-        ensure_eq!(listed[0]["owner"], "root", "owner");
+        ensure_eq!(listed[0]["owner"], "root", "the container's owner");
         Ok(())
     };
     bundle.call(&["create"])?.ok()?;
@@ -122,23 +139,23 @@ fn state_has_runcs_fields_in_every_status() -> Result {
     bundle.wait_status("stopped")?;
     look(&bundle, "stopped")?;
     bundle.delete()?;
-    // A field with nothing in it is not there.
+    // The runtime omits empty fields.
     bundle.without("/annotations");
     bundle.call(&["create"])?.ok()?;
     ensure!(
         !keys(&bundle.state()?).contains(&"annotations"),
-        "no annotations were given"
+        "the state contains annotations, but the configuration has none"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn list_is_a_table_with_columns_below_their_names() -> Result {
+fn list_prints_a_table_with_aligned_columns() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let output = bundle.runtime(&["list"]).ok()?;
     let lines: Vec<&str> = output.stdout.lines().collect();
-    ensure_eq!(lines.len(), 2, "lines of the table");
+    ensure_eq!(lines.len(), 2, "the number of lines in the table");
     let cells = [
         ("ID", bundle.id().to_owned()),
         ("PID", bundle.pid()?.to_string()),
@@ -153,13 +170,17 @@ fn list_is_a_table_with_columns_below_their_names() -> Result {
         ),
         ("OWNER", "root".to_owned()),
     ];
-    // A column is at least 12 wide, and three wider than its longest cell.
+    // A column is three characters wider than its longest cell, but at least 12 characters wide.
     let mut place = 0;
     for (name, cell) in cells {
         for (line, text) in [(lines[0], name), (lines[1], &cell)] {
             let rest = line.get(place..).unwrap_or_default();
-            let is = rest.split(' ').next().unwrap_or_default();
-            ensure!(is == text, "{name} at {place}:\n{}", output.told());
+            let word = rest.split(' ').next().unwrap_or_default();
+            ensure!(
+                word == text,
+                "the cell {text:?} of the column {name} does not begin at character {place} of its line:\n{}",
+                output.told()
+            );
         }
         place += (cell.len().max(name.len()) + 3).max(12);
     }
@@ -169,36 +190,48 @@ fn list_is_a_table_with_columns_below_their_names() -> Result {
     ensure_eq!(
         head,
         ["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"],
-        "the table of no container"
+        "the table that `list` prints without containers"
     );
     Ok(())
 }
 
-fn list_is_json_or_ids() -> Result {
+fn list_prints_json_or_ids() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let ids = bundle.runtime(&["list", "-q"]).ok()?;
-    ensure_eq!(ids.stdout, format!("{}\n", bundle.id()), "ids");
+    ensure_eq!(
+        ids.stdout,
+        format!("{}\n", bundle.id()),
+        "the ids that `list -q` prints"
+    );
     bundle.end()?;
     let ids = bundle.runtime(&["list", "--quiet"]).ok()?;
-    ensure_eq!(ids.stdout, "", "ids of no container");
+    ensure_eq!(
+        ids.stdout,
+        "",
+        "the output of `list --quiet` without containers"
+    );
     let none = bundle.runtime(&["list", "--format", "json"]).ok()?;
-    ensure_eq!(none.text(), "null", "no container as JSON");
+    ensure_eq!(
+        none.text(),
+        "null",
+        "the JSON output of `list` without containers"
+    );
     Ok(())
 }
 
-fn list_of_a_root_that_is_not_there_is_refused() -> Result {
+fn list_fails_for_a_missing_state_directory() -> Result {
     let bundle = Bundle::new(&[])?;
     let output = bundle.runtime(&["list"]).exits(1)?;
     ensure!(
         output.stderr.contains(&*bundle.root().to_string_lossy()),
-        "{}",
+        "the error of `list` does not contain the path of the missing state directory:\n{}",
         output.told()
     );
     Ok(())
 }
 
-fn ps_is_a_table_of_the_containers_lines() -> Result {
+fn ps_prints_a_table_of_the_containers_processes() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     bundle.exec(&["--detach"], &["sleep", "500"]).ok()?;
@@ -208,16 +241,21 @@ fn ps_is_a_table_of_the_containers_lines() -> Result {
         .lines()
         .map(|line| line.split_whitespace().collect())
         .collect();
-    ensure_eq!(lines.len(), 3, "lines of {}", table.told());
+    ensure_eq!(
+        lines.len(),
+        3,
+        "the number of lines that `ps` prints ({})",
+        table.told()
+    );
     ensure_eq!(
         lines[0],
         ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"],
-        "heading"
+        "the heading of the table that `ps` prints"
     );
     let pid = bundle.pid()?.to_string();
     ensure!(
         lines[1..].iter().any(|line| line.get(1) == Some(&&*pid)),
-        "no {pid} in {}",
+        "the table that `ps` prints does not contain the process {pid}:\n{}",
         table.told()
     );
     table.says("inside sleep 600")?.says("inside sleep 500")?;
@@ -225,23 +263,31 @@ fn ps_is_a_table_of_the_containers_lines() -> Result {
     Ok(())
 }
 
-fn ps_is_json() -> Result {
+fn ps_prints_json() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let ps = || bundle.call(&["ps", "-f", "json"])?.ok();
-    ensure_eq!(ps()?.json()?, json!([bundle.pid()?]), "processes");
+    ensure_eq!(
+        ps()?.json()?,
+        json!([bundle.pid()?]),
+        "the process ids that `ps` prints for a running container"
+    );
     bundle.call(&["kill"])?.arg("KILL").ok()?;
     bundle.wait_status("stopped")?;
-    wait_for("an empty cgroup", || {
+    wait_for("the container's cgroup to become empty", || {
         let procs = bundle.cgroup_file("cgroup.procs")?;
         Ok(procs.is_empty().then_some(()))
     })?;
-    ensure_eq!(ps()?.text().trim(), "null", "no processes");
+    ensure_eq!(
+        ps()?.text().trim(),
+        "null",
+        "the process ids that `ps` prints for a stopped container"
+    );
     bundle.delete()?;
     Ok(())
 }
 
-fn ps_takes_the_options_of_ps() -> Result {
+fn ps_accepts_the_options_of_the_program_ps() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let ps = |options: &[&str]| bundle.runtime(&["ps", bundle.id()]).args(options);
@@ -253,12 +299,16 @@ fn ps_takes_the_options_of_ps() -> Result {
             "PID COMMAND",
             &format!("{} /bin/inside sleep 600", bundle.pid()?)
         ],
-        "ps -o pid,args"
+        "the output of `ps -o pid,args`"
     );
     ps(&["aux"]).ok()?.says("inside sleep 600")?;
     for options in [&["-o", "comm"][..], &["--no-such-option"]] {
         let refused = ps(options).exits(1)?;
-        ensure!(!refused.stderr.is_empty(), "{}", refused.told());
+        ensure!(
+            !refused.stderr.is_empty(),
+            "`ps` with the options {options:?} prints no error message:\n{}",
+            refused.told()
+        );
     }
     bundle
         .runtime(&["ps", "-f", "nosuch", bundle.id()])
@@ -267,18 +317,18 @@ fn ps_takes_the_options_of_ps() -> Result {
     Ok(())
 }
 
-/// The one event of `events --stats`.
+/// Returns the single event that `events --stats` prints.
 fn statistics(bundle: &Bundle) -> Result<Value> {
     let output = bundle.call(&["events", "--stats"])?.ok()?;
     ensure!(
         output.stdout.ends_with('\n') && output.stdout.lines().count() == 1,
-        "an event is a line:\n{}",
+        "the output of `events --stats` is not a single line:\n{}",
         output.told()
     );
     output.json()
 }
 
-fn an_event_begins_as_runcs() -> Result {
+fn an_event_begins_with_the_same_fields_as_in_runc() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let output = bundle.call(&["events", "--stats"])?.ok()?;
@@ -286,12 +336,16 @@ fn an_event_begins_as_runcs() -> Result {
         "{{\"type\":\"stats\",\"id\":\"{}\",\"data\":{{",
         bundle.id()
     );
-    ensure!(output.stdout.starts_with(&beginning), "{}", output.told());
+    ensure!(
+        output.stdout.starts_with(&beginning),
+        "the event that `events --stats` prints does not begin with {beginning}:\n{}",
+        output.told()
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn debug_tells_the_steps() -> Result {
+fn the_runtime_logs_the_steps_of_a_command_with_the_option_debug() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.write_config()?;
     let log = bundle.join("log");
@@ -305,22 +359,42 @@ fn debug_tells_the_steps() -> Result {
         bundle.runtime(&words).ok()
     };
     run(&[])?;
-    ensure_eq!(fs::read_to_string(&log)?, "", "without --debug");
+    ensure_eq!(
+        fs::read_to_string(&log)?,
+        "",
+        "the content of the log file without `--debug`"
+    );
     run(&["--debug"])?;
-    let told = fs::read_to_string(&log)?;
-    for words in ["level=debug", "made cgroup /", "first process", "executes"] {
-        ensure!(told.contains(words), "{words:?} is not in\n{told}");
+    let text = fs::read_to_string(&log)?;
+    for words in [
+        "level=debug",
+        "created cgroup /",
+        "first process",
+        "executes",
+    ] {
+        ensure!(
+            text.contains(words),
+            "the runtime's log does not contain {words:?}; the log:\n{text}"
+        );
     }
     Ok(())
 }
 
-fn statistics_have_runcs_fields() -> Result {
+fn statistics_have_the_same_fields_as_in_runc() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let event = statistics(&bundle)?;
-    ensure_eq!(keys(&event), ["data", "id", "type"], "fields of an event");
-    ensure_eq!(event["type"], "stats", "type");
-    ensure_eq!(event["id"], json!(bundle.id()), "id");
+    ensure_eq!(
+        keys(&event),
+        ["data", "id", "type"],
+        "the fields of the event"
+    );
+    ensure_eq!(event["type"], "stats", "the type of the event");
+    ensure_eq!(
+        event["id"],
+        json!(bundle.id()),
+        "the container's id in the event"
+    );
     has(
         &event["data"],
         &[
@@ -345,13 +419,13 @@ fn statistics_have_runcs_fields() -> Result {
     let refused = bundle.call(&["events", "--stats"])?.exits(1)?;
     ensure!(
         refused.stderr.contains("does not exist"),
-        "{}",
+        "the error of `events` does not report that the container does not exist:\n{}",
         refused.told()
     );
     Ok(())
 }
 
-fn statistics_count_what_the_controllers_count() -> Result {
+fn statistics_contain_the_counters_of_the_cgroup_controllers() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set(
         "/linux/resources",
@@ -366,8 +440,8 @@ fn statistics_count_what_the_controllers_count() -> Result {
         ("/pids/limit", 50),
         ("/pids/current", 1),
     ] {
-        let is = data.pointer(pointer).and_then(Value::as_u64);
-        ensure_eq!(is, Some(value), "{pointer}");
+        let actual = data.pointer(pointer).and_then(Value::as_u64);
+        ensure_eq!(actual, Some(value), "the field {pointer} of the statistics");
     }
     has(
         data,
@@ -384,13 +458,16 @@ fn statistics_count_what_the_controllers_count() -> Result {
         "/memory/raw/anon",
         "/cpu/usage/total",
     ] {
-        ensure!(used(pointer) > Some(0), "{pointer} in {event}");
+        ensure!(
+            used(pointer) > Some(0),
+            "the field {pointer} is not greater than 0 in the event that `events --stats` prints: {event}"
+        );
     }
     bundle.end()?;
     Ok(())
 }
 
-fn features_have_the_specifications_fields() -> Result {
+fn features_prints_the_fields_of_the_specification() -> Result {
     let bundle = Bundle::new(&[])?;
     let features = bundle.runtime(&["features"]).ok()?.json()?;
     has(
@@ -442,61 +519,78 @@ fn features_have_the_specifications_fields() -> Result {
         for entry in entries {
             ensure!(
                 all.is_some_and(|all| all.iter().any(|one| one == entry)),
-                "no {entry} in {pointer}: {features}"
+                "the list {pointer} does not contain the entry {entry}; the output of `features`: {features}"
             );
         }
     }
-    ensure_eq!(features["linux"]["cgroup"]["v2"], json!(true), "cgroup v2");
+    ensure_eq!(
+        features["linux"]["cgroup"]["v2"],
+        json!(true),
+        "the field linux.cgroup.v2 of `features`"
+    );
     Ok(())
 }
 
-fn written(bundle: &Bundle, options: &[&str]) -> Result<Value> {
+fn spec_config(bundle: &Bundle, options: &[&str]) -> Result<Value> {
     let output = bundle.runtime(&["spec"]).args(options).ok()?;
-    ensure_eq!(output.stdout, "", "standard output of spec");
+    ensure_eq!(output.stdout, "", "the standard output of `spec`");
     Ok(serde_json::from_slice(&fs::read(
         bundle.join("config.json"),
     )?)?)
 }
 
-fn spec_writes_a_configuration_that_runs() -> Result {
+fn spec_writes_a_configuration_that_can_be_run() -> Result {
     let mut bundle = Bundle::new(&[])?;
-    let mut config = written(&bundle, &[])?;
-    // It does not overwrite one.
+    let mut config = spec_config(&bundle, &[])?;
+    // `spec` does not overwrite an existing configuration.
     bundle.runtime(&["spec"]).exits(1)?;
     config["process"]["terminal"] = json!(false);
     config["linux"]["cgroupsPath"] = bundle.config["linux"]["cgroupsPath"].clone();
     bundle.config = config;
-    ensure_eq!(bundle.args(&["echo", "ran"]).run()?.text(), "ran", "output");
+    ensure_eq!(
+        bundle.args(&["echo", "ran"]).run()?.text(),
+        "ran",
+        "the output of the container that uses the configuration written by `spec`"
+    );
     Ok(())
 }
 
-fn spec_writes_runcs_configuration() -> Result {
+fn spec_writes_the_same_configuration_as_runc() -> Result {
     let bundle = Bundle::new(&[])?;
     let path = bundle.path().to_string_lossy();
-    let config = written(&bundle, &["--bundle", &path])?;
-    // What Bundle begins with is what runc writes, but for what tests want otherwise.
+    let config = spec_config(&bundle, &["--bundle", &path])?;
+    // A new `Bundle` has the configuration from `runc spec`, with a few changes for the tests. The
+    // following lines restore the original values.
     let mut expected = bundle.config.clone();
     expected["process"]["terminal"] = json!(true);
     expected["process"]["args"] = json!(["sh"]);
     expected["process"]["env"][0] =
         json!("PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin");
     for (name, value) in expected["process"].as_object().into_iter().flatten() {
-        ensure_eq!(config["process"][name], *value, "process.{name}");
+        ensure_eq!(
+            config["process"][name],
+            *value,
+            "the field process.{name} of the configuration that `spec` writes"
+        );
     }
     for name in ["root", "mounts"] {
-        ensure_eq!(config[name], expected[name], "{name}");
+        ensure_eq!(
+            config[name],
+            expected[name],
+            "the field {name} of the configuration that `spec` writes"
+        );
     }
     for name in ["namespaces", "maskedPaths", "readonlyPaths"] {
         ensure_eq!(
             config["linux"][name],
             expected["linux"][name],
-            "linux.{name}"
+            "the field linux.{name} of the configuration that `spec` writes"
         );
     }
     ensure_eq!(
         config["linux"]["resources"],
         json!({ "devices": [{ "allow": false, "access": "rwm" }] }),
-        "linux.resources"
+        "the value of linux.resources in the configuration that `spec` writes"
     );
     has(
         &config,
@@ -506,7 +600,7 @@ fn spec_writes_runcs_configuration() -> Result {
 
 fn spec_writes_a_rootless_configuration() -> Result {
     let bundle = Bundle::new(&[])?;
-    let config = written(&bundle, &["--rootless"])?;
+    let config = spec_config(&bundle, &["--rootless"])?;
     let kinds: Vec<&str> = config["linux"]["namespaces"]
         .as_array()
         .into_iter()
@@ -516,32 +610,36 @@ fn spec_writes_a_rootless_configuration() -> Result {
     ensure_eq!(
         kinds,
         ["pid", "ipc", "uts", "mount", "cgroup", "user"],
-        "namespaces"
+        "the namespaces of a rootless configuration"
     );
     for name in ["uidMappings", "gidMappings"] {
         ensure_eq!(
             config["linux"][name],
             json!([{ "containerID": 0, "hostID": 0, "size": 1 }]),
-            "linux.{name}"
+            "the field linux.{name} of the configuration that `spec` writes"
         );
     }
     ensure!(
         config["linux"].get("resources").is_none(),
-        "resources in {config}"
+        "the rootless configuration contains the field linux.resources; the configuration: {config}"
     );
     let mounts: Vec<&Value> = config["mounts"].as_array().into_iter().flatten().collect();
     let sys = mounts.iter().find(|mount| mount["destination"] == "/sys");
     ensure!(
         sys.is_some_and(|mount| mount["source"] == "/sys" && mount["type"] == "none"),
-        "/sys is the host's: {config}"
+        "the rootless configuration does not mount the host's /sys on /sys; the configuration: {config}"
     );
     let text = config.to_string();
-    ensure!(!text.contains("gid=") && !text.contains("null"), "{config}");
+    ensure!(
+        !text.contains("gid=") && !text.contains("null"),
+        "the rootless configuration contains the option gid= or a null value; the configuration: {config}"
+    );
     Ok(())
 }
 
-/// containerd, docker and podman show the first line, and read those after it.
-fn version_has_runcs_first_lines() -> Result {
+/// containerd, docker and podman show the first line of the output of `--version`. They parse the
+/// other lines.
+fn version_prints_the_same_first_lines_as_runc() -> Result {
     let bundle = Bundle::new(&[])?;
     let long = bundle.runtime(&["--version"]).ok()?;
     let program = runtime_program();
@@ -550,7 +648,7 @@ fn version_has_runcs_first_lines() -> Result {
     let version = first.strip_prefix(&format!("{name} version "));
     ensure!(
         version.is_some_and(|version| version.starts_with(|c: char| c.is_ascii_digit())),
-        "{}",
+        "the first line of the output of `--version` is not `{name} version NUMBER`:\n{}",
         long.told()
     );
     let spec = long
@@ -559,9 +657,13 @@ fn version_has_runcs_first_lines() -> Result {
         .find_map(|line| line.strip_prefix("spec: "));
     ensure!(
         spec.is_some_and(|version| version.starts_with("1.")),
-        "{}",
+        "no line of the output of `--version` contains the version of the specification:\n{}",
         long.told()
     );
-    ensure_eq!(bundle.runtime(&["-v"]).ok()?.stdout, long.stdout, "-v");
+    ensure_eq!(
+        bundle.runtime(&["-v"]).ok()?.stdout,
+        long.stdout,
+        "the output of `-v`"
+    );
     Ok(())
 }

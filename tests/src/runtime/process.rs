@@ -1,4 +1,4 @@
-//! The container's process: who it is, what it may, what it holds; terminals.
+//! Tests of the container's process: its user, its privileges, its open files and its terminals.
 
 use std::io::{IoSliceMut, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
@@ -13,33 +13,36 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_callers_socket_is_sent_the_processs_descriptor),
-    test!(user_group_and_additional_groups_are_set),
+    test!(the_pidfd_socket_receives_the_pidfd_of_the_process),
+    test!(the_user_id_and_all_group_ids_are_set),
     test!(the_working_directory_is_set),
-    test!(the_environment_is_what_was_asked_for),
-    test!(of_a_variable_that_is_there_twice_the_last_counts),
-    test!(what_is_no_variable_is_refused),
-    test!(the_program_is_searched_in_the_containers_path),
-    test!(capabilities_are_exactly_those_asked_for),
-    test!(capabilities_that_can_not_be_had_are_left_out_and_told),
-    test!(no_capabilities_are_left_to_a_user),
-    test!(ambient_capabilities_reach_a_user),
-    test!(no_new_privileges_is_set_and_not_set),
+    test!(the_environment_is_exactly_the_configured_one),
+    test!(the_last_of_two_environment_entries_for_one_variable_is_used),
+    test!(the_runtime_refuses_invalid_environment_entries),
+    test!(the_runtime_searches_for_the_program_in_the_containers_path),
+    test!(the_capabilities_are_exactly_the_configured_ones),
+    test!(unavailable_capabilities_are_ignored_and_logged),
+    test!(a_user_other_than_root_has_no_capabilities),
+    test!(a_user_other_than_root_gets_ambient_capabilities),
+    test!(the_no_new_privs_attribute_is_the_configured_one),
     test!(rlimits_are_set),
     test!(sysctls_are_set),
     test!(oom_score_adj_is_set),
-    test!(no_descriptor_leaks_in),
+    test!(the_container_inherits_no_descriptors_of_the_runtime),
     test!(the_umask_is_set),
-    test!(a_terminal_arrives_at_the_console_socket),
-    test!(exec_brings_a_terminal_of_its_own),
-    test!(run_works_on_its_own_terminal),
-    // runc wants a terminal of its own to run one.
-    test!(a_terminals_lines_end_as_those_of_a_file, Need::Rrun),
-    // runc's Go keeps descriptors of other kinds.
-    test!(who_waits_to_be_started_holds_no_cgroup, Need::Rrun),
+    test!(the_console_socket_receives_the_terminal),
+    test!(exec_creates_a_separate_terminal),
+    test!(run_works_on_the_callers_terminal),
+    // This test is only for rrun, because runc requires a terminal of its caller.
+    test!(
+        a_terminals_output_has_plain_newlines_if_it_is_written_to_a_file,
+        Need::Rrun
+    ),
+    // runc fails this test, because its Go runtime keeps other descriptors open.
+    test!(a_created_container_has_no_cgroup_open, Need::Rrun),
 ];
 
-fn user_group_and_additional_groups_are_set() -> Result {
+fn the_user_id_and_all_group_ids_are_set() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set(
         "/process/user",
@@ -49,9 +52,13 @@ fn user_group_and_additional_groups_are_set() -> Result {
     ensure_eq!(
         (&report["uid"], &report["gid"]),
         (&json!(1000), &json!(2000)),
-        "user and group"
+        "the user id and group id of the process"
     );
-    ensure_eq!(report["groups"], json!([3000, 4000]), "additional groups");
+    ensure_eq!(
+        report["groups"],
+        json!([3000, 4000]),
+        "the additional groups of the process"
+    );
     Ok(())
 }
 
@@ -60,21 +67,21 @@ fn the_working_directory_is_set() -> Result {
     ensure_eq!(
         bundle.set("/process/cwd", json!("/data")).report()?["cwd"],
         "/data",
-        "directory"
+        "the working directory"
     );
-    // runc makes one that is not there, and images count on it.
+    // runc creates a missing working directory, and some images depend on this behaviour.
     bundle
         .set("/root/readonly", json!(false))
         .set("/process/cwd", json!("/made/for/it"));
     ensure_eq!(
         bundle.report()?["cwd"],
         "/made/for/it",
-        "directory that was made"
+        "the working directory that the runtime created"
     );
     Ok(())
 }
 
-fn the_environment_is_what_was_asked_for() -> Result {
+fn the_environment_is_exactly_the_configured_one() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set(
         "/process/env",
@@ -84,13 +91,15 @@ fn the_environment_is_what_was_asked_for() -> Result {
     ensure_eq!(
         report["env"],
         json!({ "PATH": "/bin", "A": "b=c", "EMPTY": "", "HOME": "/data" }),
-        "environment"
+        "the program's environment"
     );
     Ok(())
 }
 
-/// The environment as the kernel handed it to the program, which of two entries takes the first.
-fn of_a_variable_that_is_there_twice_the_last_counts() -> Result {
+/// If two entries set the same variable, the last one must take effect. But getenv(3) returns the
+/// first one, so the runtime must pass only the last one to the program. The test reads the
+/// environment that the kernel passed to the program.
+fn the_last_of_two_environment_entries_for_one_variable_is_used() -> Result {
     let environ = ["cat", "/proc/self/environ"];
     let mut bundle = Bundle::new(&environ)?;
     bundle.set(
@@ -105,7 +114,7 @@ fn of_a_variable_that_is_there_twice_the_last_counts() -> Result {
     ensure_eq!(
         entries(&bundle.run()?.stdout),
         ["A=3", "B=2", "HOME=/", "PATH=/bin"],
-        "environment of run"
+        "the environment of the first process"
     );
     bundle.args(&["sleep", "600"]).start()?;
     let output = bundle
@@ -117,31 +126,39 @@ fn of_a_variable_that_is_there_twice_the_last_counts() -> Result {
     ensure_eq!(
         entries(&output.stdout),
         ["A=4", "B=2", "HOME=/tmp", "PATH=/data"],
-        "environment of exec"
+        "the environment of the process that `exec` starts"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn what_is_no_variable_is_refused() -> Result {
+fn the_runtime_refuses_invalid_environment_entries() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     for (entry, words) in [("NAME", "="), ("", "="), ("=value", "name")] {
         bundle.set("/process/env", json!(["PATH=/bin", entry]));
         let refused = bundle.call(&["run"])?.exits(1)?;
-        ensure!(refused.stderr.contains(words), "{}", refused.told());
+        ensure!(
+            refused.stderr.contains(words),
+            "the error about the environment entry {entry:?} does not contain {words:?}:\n{}",
+            refused.told()
+        );
     }
     bundle.set("/process/env", json!(["PATH=/bin"]));
     bundle.args(&["sleep", "600"]).start()?;
     let refused = bundle.exec(&["--env", "NAME"], &["exit", "0"]).exits(255)?;
-    ensure!(refused.stderr.contains("="), "{}", refused.told());
+    ensure!(
+        refused.stderr.contains("="),
+        "the error about `--env NAME` does not mention the missing `=`:\n{}",
+        refused.told()
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn the_program_is_searched_in_the_containers_path() -> Result {
+fn the_runtime_searches_for_the_program_in_the_containers_path() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/process/args", json!(["inside", "echo", "found"]));
-    ensure_eq!(bundle.run()?.text(), "found", "output");
+    ensure_eq!(bundle.run()?.text(), "found", "the program's output");
     Ok(())
 }
 
@@ -155,10 +172,11 @@ fn capability_sets(report: &Value) -> Vec<(&'static str, u64)> {
         .collect()
 }
 
-/// capabilities(7): the numbers of CAP_KILL, CAP_NET_BIND_SERVICE and CAP_AUDIT_WRITE.
+/// The capabilities CAP_KILL, CAP_NET_BIND_SERVICE and CAP_AUDIT_WRITE, as a bit mask of their
+/// numbers (capabilities(7)).
 const DEFAULT: u64 = 1 << 5 | 1 << 10 | 1 << 29;
 
-fn capabilities_are_exactly_those_asked_for() -> Result {
+fn the_capabilities_are_exactly_the_configured_ones() -> Result {
     let report = Bundle::new(&[])?.report()?;
     ensure_eq!(
         capability_sets(&report),
@@ -169,20 +187,21 @@ fn capabilities_are_exactly_those_asked_for() -> Result {
             ("CapBnd", DEFAULT),
             ("CapAmb", 0)
         ],
-        "capability sets"
+        "the capability sets"
     );
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/process/capabilities", json!({}));
     let sets = capability_sets(&bundle.report()?);
     ensure!(
         sets.iter().all(|(_, set)| *set == 0),
-        "with none asked for there are {sets:?}"
+        "the process has capabilities, although the configuration grants none; the capability sets: {sets:?}"
     );
     Ok(())
 }
 
-/// The specification (config.md, Linux Process) has it so: told, but no failure.
-fn capabilities_that_can_not_be_had_are_left_out_and_told() -> Result {
+/// The specification (config.md, Linux Process) requires that the runtime logs unavailable
+/// capabilities and does not fail.
+fn unavailable_capabilities_are_ignored_and_logged() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     for set in ["bounding", "permitted", "effective"] {
         bundle.set(
@@ -190,7 +209,7 @@ fn capabilities_that_can_not_be_had_are_left_out_and_told() -> Result {
             json!(["CAP_FLY", "CAP_KILL"]),
         );
     }
-    // Not inheritable, so it can not be ambient.
+    // CAP_KILL is not inheritable, so it cannot be ambient.
     bundle.set("/process/capabilities/ambient", json!(["CAP_KILL"]));
     let output = bundle.run()?;
     let kill = 1 << 5;
@@ -203,37 +222,49 @@ fn capabilities_that_can_not_be_had_are_left_out_and_told() -> Result {
             ("CapBnd", kill),
             ("CapAmb", 0)
         ],
-        "capability sets"
+        "the capability sets of the first process"
     );
     for word in ["level=warning", "CAP_FLY", "CAP_KILL"] {
-        ensure!(output.stderr.contains(word), "{}", output.told());
+        ensure!(
+            output.stderr.contains(word),
+            "the log of `run` does not contain {word}:\n{}",
+            output.told()
+        );
     }
     bundle.args(&["sleep", "600"]).start()?;
     let output = bundle.exec(&["--cap", "CAP_FLY"], &["report"]).ok()?;
     ensure_eq!(
         capability_sets(&output.json()?)[2],
         ("CapEff", kill),
-        "exec"
+        "the effective capability set of the process that `exec` starts"
     );
-    ensure!(output.stderr.contains("CAP_FLY"), "{}", output.told());
+    ensure!(
+        output.stderr.contains("CAP_FLY"),
+        "`exec` does not log the unavailable capability CAP_FLY:\n{}",
+        output.told()
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn no_capabilities_are_left_to_a_user() -> Result {
+fn a_user_other_than_root_has_no_capabilities() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/process/user", json!({ "uid": 1000, "gid": 1000 }));
     let sets = capability_sets(&bundle.report()?);
     ensure_eq!(
         (sets[1].1, sets[2].1),
         (0, 0),
-        "permitted and effective of a user"
+        "the permitted and effective capability sets of a user other than root"
     );
-    ensure_eq!(sets[3].1, DEFAULT, "bounding set of a user");
+    ensure_eq!(
+        sets[3].1,
+        DEFAULT,
+        "the bounding capability set of a user other than root"
+    );
     Ok(())
 }
 
-fn ambient_capabilities_reach_a_user() -> Result {
+fn a_user_other_than_root_gets_ambient_capabilities() -> Result {
     let mut bundle = Bundle::new(&[])?;
     let one = json!(["CAP_NET_BIND_SERVICE"]);
     bundle.set("/process/user", json!({ "uid": 1000, "gid": 1000 }));
@@ -249,23 +280,23 @@ fn ambient_capabilities_reach_a_user() -> Result {
     let sets = capability_sets(&bundle.report()?);
     ensure!(
         sets.iter().all(|(_, set)| *set == 1 << 10),
-        "capability sets are {sets:x?}"
+        "not all capability sets contain exactly CAP_NET_BIND_SERVICE; the sets in hexadecimal: {sets:x?}"
     );
     Ok(())
 }
 
-fn no_new_privileges_is_set_and_not_set() -> Result {
+fn the_no_new_privs_attribute_is_the_configured_one() -> Result {
     let mut bundle = Bundle::new(&[])?;
     ensure_eq!(
         bundle.report()?["status"]["NoNewPrivs"],
         "1",
-        "no_new_privs"
+        "the no_new_privs attribute of a process whose configuration sets noNewPrivileges to true"
     );
     bundle.set("/process/noNewPrivileges", json!(false));
     ensure_eq!(
         bundle.report()?["status"]["NoNewPrivs"],
         "0",
-        "no_new_privs"
+        "the no_new_privs attribute of a process whose configuration sets noNewPrivileges to false"
     );
     Ok(())
 }
@@ -283,12 +314,12 @@ fn rlimits_are_set() -> Result {
     ensure_eq!(
         report["limits"]["RLIMIT_NOFILE"],
         json!([512, 777]),
-        "RLIMIT_NOFILE"
+        "the soft and hard limits of RLIMIT_NOFILE"
     );
     ensure_eq!(
         report["limits"]["RLIMIT_CORE"],
         json!([0, 0]),
-        "RLIMIT_CORE"
+        "the soft and hard limits of RLIMIT_CORE"
     );
     Ok(())
 }
@@ -306,20 +337,28 @@ fn sysctls_are_set() -> Result {
             "kernel.shm_rmid_forced": "1", "net.ipv4.ip_default_ttl": "77",
         }),
     );
-    ensure_eq!(bundle.run()?.text(), "1\n77", "the sysctls inside");
+    ensure_eq!(
+        bundle.run()?.text(),
+        "1\n77",
+        "the values of the sysctls in the container"
+    );
     let after = std::fs::read_to_string("/proc/sys/net/ipv4/ip_forward")?;
-    ensure_eq!(before, after, "the host's own");
+    ensure_eq!(before, after, "the host's value of net.ipv4.ip_forward");
     Ok(())
 }
 
 fn oom_score_adj_is_set() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/process/oomScoreAdj", json!(500));
-    ensure_eq!(bundle.report()?["oom_score_adj"], "500", "oom_score_adj");
+    ensure_eq!(
+        bundle.report()?["oom_score_adj"],
+        "500",
+        "the oom_score_adj of the process"
+    );
     Ok(())
 }
 
-fn no_descriptor_leaks_in() -> Result {
+fn the_container_inherits_no_descriptors_of_the_runtime() -> Result {
     let report = Bundle::new(&[])?.report()?;
     let names: Vec<&String> = report["fds"]
         .as_object()
@@ -327,21 +366,27 @@ fn no_descriptor_leaks_in() -> Result {
         .flatten()
         .map(|(n, _)| n)
         .collect();
-    ensure_eq!(names, ["0", "1", "2"], "descriptors ({})", report["fds"]);
+    ensure_eq!(
+        names,
+        ["0", "1", "2"],
+        "the open descriptors of the container's process (the files of the descriptors: {})",
+        report["fds"]
+    );
     Ok(())
 }
 
-/// Through it the container's files could be left, if anything of the container's were run in
-/// that process (CVE-2024-21626).
-fn who_waits_to_be_started_holds_no_cgroup() -> Result {
+/// An open cgroup directory in the process that waits for `start` would be dangerous
+/// (CVE-2024-21626). Through its descriptor, the container's program could leave the container's
+/// root file system.
+fn a_created_container_has_no_cgroup_open() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.call(&["create"])?.ok()?;
     for entry in std::fs::read_dir(format!("/proc/{}/fd", bundle.pid()?))? {
-        let held = std::fs::read_link(entry?.path())?;
+        let target = std::fs::read_link(entry?.path())?;
         ensure!(
-            !held.starts_with("/sys/fs/cgroup"),
-            "{} is open",
-            held.display()
+            !target.starts_with("/sys/fs/cgroup"),
+            "the process that waits for `start` has the file {} of a cgroup open",
+            target.display()
         );
     }
     bundle.end()?;
@@ -351,20 +396,26 @@ fn who_waits_to_be_started_holds_no_cgroup() -> Result {
 fn the_umask_is_set() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle.set("/process/user/umask", json!(0o027));
-    ensure_eq!(bundle.report()?["status"]["Umask"], "0027", "umask");
+    ensure_eq!(
+        bundle.report()?["status"]["Umask"],
+        "0027",
+        "the umask of the process"
+    );
     Ok(())
 }
 
-/// What a console socket was sent: the terminal's master.
+/// Accepts a connection from the runtime, and returns the descriptor that the runtime sends. On a
+/// console socket, the descriptor is the terminal's master.
 fn receive_terminal(listener: &UnixListener) -> Result<std::fs::File> {
     listener.set_nonblocking(true)?;
-    let stream = wait_for("a connection to the console socket", || {
-        match listener.accept() {
+    let stream = wait_for(
+        "the runtime to connect to the console socket",
+        || match listener.accept() {
             Ok((stream, _)) => Ok(Some(stream)),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
             Err(error) => Err(error.into()),
-        }
-    })?;
+        },
+    )?;
     let mut name = [0u8; 4096];
     let mut room = nix::cmsg_space!(std::os::fd::RawFd);
     let mut io = [IoSliceMut::new(&mut name)];
@@ -374,21 +425,21 @@ fn receive_terminal(listener: &UnixListener) -> Result<std::fs::File> {
         Some(&mut room),
         MsgFlags::MSG_CMSG_CLOEXEC,
     )
-    .map_err(|errno| format!("recvmsg on the console socket: {errno}"))?;
+    .map_err(|errno| format!("cannot receive a message on the console socket: {errno}"))?;
     for part in message.cmsgs()? {
         if let ControlMessageOwned::ScmRights(descriptors) = part
             && let Some(descriptor) = descriptors.first()
         {
-            // SAFETY: the kernel has just made this descriptor for us, and nobody else knows it.
+            // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
             return Ok(std::fs::File::from(unsafe {
                 OwnedFd::from_raw_fd(*descriptor)
             }));
         }
     }
-    Err("the console socket was sent no descriptor".into())
+    Err("the console socket received no descriptor".into())
 }
 
-/// Reads from a terminal until its other side is closed (EIO).
+/// Reads from a terminal's master until the terminal is closed (EIO).
 fn read_to_end(mut terminal: std::fs::File) -> String {
     let mut all = Vec::new();
     let mut part = [0u8; 4096];
@@ -398,7 +449,7 @@ fn read_to_end(mut terminal: std::fs::File) -> String {
     String::from_utf8_lossy(&all).into_owned()
 }
 
-fn a_terminal_arrives_at_the_console_socket() -> Result {
+fn the_console_socket_receives_the_terminal() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     bundle.set("/process/terminal", json!(true));
     bundle.set(
@@ -413,20 +464,23 @@ fn a_terminal_arrives_at_the_console_socket() -> Result {
     let terminal = receive_terminal(&listener)?;
     bundle.call(&["start"])?.ok()?;
     let text = read_to_end(terminal);
-    ensure!(text.contains("\r\n"), "no terminal's line ends in {text:?}");
-    let report: Value =
-        serde_json::from_str(text.trim()).map_err(|error| format!("{error}: {text:?}"))?;
+    ensure!(
+        text.contains("\r\n"),
+        "the output does not contain \\r\\n, with which a terminal ends lines; the output: {text:?}"
+    );
+    let report: Value = serde_json::from_str(text.trim())
+        .map_err(|error| format!("cannot parse the report {text:?}: {error}"))?;
     ensure_eq!(
         report["tty"],
         json!([true, true, true]),
-        "descriptors that are a terminal"
+        "whether stdin, stdout and stderr are terminals"
     );
     bundle.wait_status("stopped")?;
     bundle.delete()?;
     Ok(())
 }
 
-fn exec_brings_a_terminal_of_its_own() -> Result {
+fn exec_creates_a_separate_terminal() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let path = bundle.join("console");
@@ -443,19 +497,19 @@ fn exec_brings_a_terminal_of_its_own() -> Result {
         )
         .ok()?;
     let mut terminal = receive_terminal(&listener)?;
-    // A line and the end of input.
+    // The input is a line, followed by the end-of-input character (Ctrl-D).
     terminal.write_all(b"hello\n\x04")?;
     let text = read_to_end(terminal);
     ensure_eq!(
         text.matches("hello").count(),
         2,
-        "hellos, echoed and given back, in {text:?}"
+        "the number of times that the terminal's output contains `hello` (the terminal echoes the input, and cat prints it; the output: {text:?})"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn run_works_on_its_own_terminal() -> Result {
+fn run_works_on_the_callers_terminal() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     bundle.set("/process/terminal", json!(true));
     bundle.write_config()?;
@@ -471,32 +525,35 @@ fn run_works_on_its_own_terminal() -> Result {
         .stderr(pair.slave)
         .spawn()?;
     let reader = std::thread::spawn(move || read_to_end(master));
-    let status = wait_for("run on a terminal to end", || Ok(runtime.try_wait()?));
+    let status = wait_for("`run` on a terminal to exit", || Ok(runtime.try_wait()?));
     if status.is_err() {
         runtime.kill()?;
         runtime.wait()?;
     }
-    let text = reader.join().map_err(|_| "the terminal's reader broke")?;
+    let text = reader
+        .join()
+        .map_err(|_| "the thread that reads the terminal panicked")?;
     ensure!(
         status.is_ok_and(|status| status.success()),
-        "run failed: {text}"
+        "`run` failed; the terminal's output: {text}"
     );
-    // By the caller's terminal alone.
+    // Only the caller's terminal must convert \n to \r\n. If the container's terminal also
+    // converted newlines, the lines would end with \r\r\n.
     ensure!(
         text.contains("\r\n") && !text.contains("\r\r\n"),
-        "lines end as in {text:?}"
+        "the lines of the terminal's output do not end with exactly one \\r\\n; the output: {text:?}"
     );
-    let report: Value =
-        serde_json::from_str(text.trim()).map_err(|error| format!("{error}: {text:?}"))?;
+    let report: Value = serde_json::from_str(text.trim())
+        .map_err(|error| format!("cannot parse the report {text:?}: {error}"))?;
     ensure_eq!(
         report["tty"],
         json!([true, true, true]),
-        "descriptors that are a terminal"
+        "whether stdin, stdout and stderr are terminals"
     );
     Ok(())
 }
 
-fn a_callers_socket_is_sent_the_processs_descriptor() -> Result {
+fn the_pidfd_socket_receives_the_pidfd_of_the_process() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     let path = bundle.join("pidfd.sock");
     let listener = UnixListener::bind(&path)?;
@@ -506,10 +563,17 @@ fn a_callers_socket_is_sent_the_processs_descriptor() -> Result {
         let info = format!("/proc/self/fdinfo/{}", descriptor.as_raw_fd());
         let info = std::fs::read_to_string(info)?;
         let pid = info.lines().find_map(|line| line.strip_prefix("Pid:"));
-        Ok(pid.ok_or("no pidfd was sent")?.trim().parse()?)
+        Ok(pid
+            .ok_or("the received descriptor is not a pidfd")?
+            .trim()
+            .parse()?)
     };
     bundle.call(&["run", "--detach", &option])?.ok()?;
-    ensure_eq!(pid_of(&listener)?, bundle.pid()?, "the first process");
+    ensure_eq!(
+        pid_of(&listener)?,
+        bundle.pid()?,
+        "the id of the process to which the pidfd received from `run` refers"
+    );
     let pid_file = bundle.join("exec.pid");
     let options = [
         &option,
@@ -519,19 +583,23 @@ fn a_callers_socket_is_sent_the_processs_descriptor() -> Result {
     ];
     bundle.exec(&options, &["sleep", "600"]).ok()?;
     let pid: i32 = std::fs::read_to_string(pid_file)?.trim().parse()?;
-    ensure_eq!(pid_of(&listener)?, pid, "a further process");
+    ensure_eq!(
+        pid_of(&listener)?,
+        pid,
+        "the id of the process to which the pidfd received from `exec` refers"
+    );
     bundle.end()?;
     Ok(())
 }
 
-fn a_terminals_lines_end_as_those_of_a_file() -> Result {
+fn a_terminals_output_has_plain_newlines_if_it_is_written_to_a_file() -> Result {
     let mut bundle = Bundle::new(&["echo", "hello"])?;
     bundle.set("/process/terminal", json!(true));
-    ensure_eq!(bundle.run()?.stdout, "hello\n", "what came through");
+    ensure_eq!(bundle.run()?.stdout, "hello\n", "the output of `run`");
     bundle.set("/process/terminal", json!(false));
     bundle.args(&["sleep", "600"]).start()?;
     let output = bundle.exec(&["--tty"], &["echo", "hello"]).ok()?;
-    ensure_eq!(output.stdout, "hello\n", "what came through exec");
+    ensure_eq!(output.stdout, "hello\n", "the output of `exec --tty`");
     bundle.end()?;
     Ok(())
 }

@@ -1,5 +1,5 @@
-//! Commands for one container at the same time, what is left of a container whose state is
-//! damaged, and containers by the hundred.
+//! Tests with concurrent commands for one container, with containers whose state is damaged, and
+//! with hundreds of containers.
 
 use std::fs;
 use std::path::PathBuf;
@@ -13,76 +13,93 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(of_many_creates_of_one_id_one_wins),
-    test!(a_delete_that_meets_a_create_leaves_nothing, Need::Rrun),
-    test!(commands_do_not_wait_for_a_create_in_flight, Need::Rrun),
-    test!(a_create_in_flight_is_ended_by_delete_force),
+    test!(exactly_one_of_many_concurrent_create_commands_with_the_same_id_succeeds),
     test!(
-        a_container_with_a_damaged_state_is_removed_by_force,
+        delete_with_force_during_create_leaves_nothing_behind,
         Need::Rrun
     ),
-    test!(a_damaged_state_hides_no_other_container, Need::Rrun),
-    test!(containers_in_a_row_leave_nothing_to_grow),
-    test!(containers_at_once_leave_nothing),
+    test!(other_commands_do_not_wait_until_create_ends, Need::Rrun),
+    test!(delete_with_force_ends_a_running_create_command),
+    test!(
+        delete_with_force_removes_a_container_with_a_damaged_state_file,
+        Need::Rrun
+    ),
+    test!(
+        a_damaged_state_file_does_not_hide_other_containers,
+        Need::Rrun
+    ),
+    test!(many_containers_in_a_row_leave_nothing_behind),
+    test!(many_concurrent_containers_leave_nothing_behind),
 ];
 
-fn of_many_creates_of_one_id_one_wins() -> Result {
+fn exactly_one_of_many_concurrent_create_commands_with_the_same_id_succeeds() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.write_config()?;
     for _ in 0..3 {
         let all = (0..8)
             .map(|_| bundle.runtime(&["create", bundle.id()]).start())
             .collect::<Result<Vec<Running>>>()?;
-        let mut won = 0;
+        let mut succeeded = 0;
         for one in all {
             let output = one.end()?;
-            won += usize::from(output.code == 0);
+            succeeded += usize::from(output.code == 0);
             ensure!(
                 output.code == 0 || output.code == 1 && output.stderr.contains("exist"),
-                "{}",
+                "`create` failed, but not because the id is already in use:\n{}",
                 output.told()
             );
         }
-        ensure_eq!(won, 1, "number of winners");
-        ensure_eq!(bundle.status()?, "created", "the winner's status");
+        ensure_eq!(succeeded, 1, "the number of `create` calls that succeed");
+        ensure_eq!(
+            bundle.status()?,
+            "created",
+            "the container's status after the concurrent `create` calls"
+        );
         bundle.runtime(&["start", bundle.id()]).ok()?;
         bundle.end()?;
     }
     Ok(())
 }
 
-fn a_delete_that_meets_a_create_leaves_nothing() -> Result {
+fn delete_with_force_during_create_leaves_nothing_behind() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     for round in 0..30u64 {
         let create = bundle.call(&["create"])?.start()?;
         std::thread::sleep(Duration::from_micros(round * 400));
-        // Its end is the end of all that was made by then; what comes later did not see it.
+        // If `delete --force` interrupts `create`, `delete --force` removes everything that
+        // `create` has created, and `create` exits with 1. If `delete --force` runs before or after
+        // `create`, `create` exits with 0.
         bundle.end()?;
         let created = create.end()?;
-        ensure!([0, 1].contains(&created.code), "{}", created.told());
-        let there = bundle.root().join(bundle.id()).exists();
-        ensure_eq!(
-            there && created.code != 0,
-            false,
-            "a directory of a failed create"
+        ensure!(
+            [0, 1].contains(&created.code),
+            "the exit code of `create` is neither 0 nor 1:\n{}",
+            created.told()
         );
-        if !there {
+        let exists = bundle.root().join(bundle.id()).exists();
+        ensure_eq!(
+            exists && created.code != 0,
+            false,
+            "whether a failed `create` left the container's directory behind"
+        );
+        if !exists {
             ensure!(
                 !bundle.cgroup().exists(),
-                "round {round}: its cgroup is left"
+                "in round {round}, the container's directory is gone, but its cgroup still exists"
             );
         }
         bundle.end()?;
         ensure!(
             !bundle.cgroup().exists(),
-            "round {round}: its cgroup is left"
+            "in round {round}, the container's cgroup still exists after `delete --force`"
         );
     }
     Ok(())
 }
 
-/// A bundle with a hook that takes long.
-fn held_by_hook() -> Result<Bundle> {
+/// Returns a bundle with a hook that sleeps for 300 seconds. `create` waits for this hook, and does
+/// not end during the test.
+fn with_slow_hook() -> Result<Bundle> {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     bundle.set(
         "/hooks/createRuntime",
@@ -91,8 +108,8 @@ fn held_by_hook() -> Result<Bundle> {
     Ok(bundle)
 }
 
-fn commands_do_not_wait_for_a_create_in_flight() -> Result {
-    let bundle = held_by_hook()?;
+fn other_commands_do_not_wait_until_create_ends() -> Result {
+    let bundle = with_slow_hook()?;
     let create = bundle.call(&["create"])?.start()?;
     bundle.wait_status("creating")?;
     bundle.runtime(&["start", bundle.id()]).exits(1)?;
@@ -104,26 +121,34 @@ fn commands_do_not_wait_for_a_create_in_flight() -> Result {
     ensure_eq!(
         create.end()?.code,
         1,
-        "exit code of the create whose process was killed"
+        "the exit code of `create` after `kill` killed the container's process"
     );
     ensure!(
         !bundle.root().join(bundle.id()).exists(),
-        "its directory is left"
+        "the container's directory still exists"
     );
     Ok(())
 }
 
-fn a_create_in_flight_is_ended_by_delete_force() -> Result {
-    let bundle = held_by_hook()?;
+fn delete_with_force_ends_a_running_create_command() -> Result {
+    let bundle = with_slow_hook()?;
     let create = bundle.call(&["create"])?.start()?;
-    wait_for("its cgroup", || Ok(bundle.cgroup().exists().then_some(())))?;
-    wait_for("its state", || Ok(bundle.state().ok()))?;
+    wait_for("`create` to create the cgroup", || {
+        Ok(bundle.cgroup().exists().then_some(()))
+    })?;
+    wait_for("`create` to write the state", || Ok(bundle.state().ok()))?;
     bundle.end()?;
-    ensure!(create.end()?.code != 0, "the create succeeded");
-    ensure!(!bundle.cgroup().exists(), "its cgroup is left");
+    ensure!(
+        create.end()?.code != 0,
+        "`create` succeeded despite `delete --force`"
+    );
+    ensure!(
+        !bundle.cgroup().exists(),
+        "the container's cgroup still exists"
+    );
     ensure!(
         !bundle.root().join(bundle.id()).exists(),
-        "its directory is left"
+        "the container's directory still exists"
     );
     Ok(())
 }
@@ -132,7 +157,7 @@ fn state_file(bundle: &Bundle) -> PathBuf {
     bundle.root().join(bundle.id()).join("state.json")
 }
 
-fn a_container_with_a_damaged_state_is_removed_by_force() -> Result {
+fn delete_with_force_removes_a_container_with_a_damaged_state_file() -> Result {
     for damage in ["{ damaged", "", "{}", "missing"] {
         let bundle = Bundle::new(&["sleep", "600"])?;
         bundle.start()?;
@@ -142,19 +167,22 @@ fn a_container_with_a_damaged_state_is_removed_by_force() -> Result {
             text => fs::write(state_file(&bundle), text)?,
         }
         bundle.end()?;
-        ensure!(!bundle.cgroup().exists(), "{damage:?}: its cgroup is left");
+        ensure!(
+            !bundle.cgroup().exists(),
+            "`delete --force` did not remove the cgroup of a container whose state file was damaged ({damage:?})"
+        );
         ensure!(
             !bundle.root().join(bundle.id()).exists(),
-            "{damage:?}: its directory is left"
+            "`delete --force` did not remove the directory of a container whose state file was damaged ({damage:?})"
         );
-        wait_for("its process to go", || {
+        wait_for("the container's process to exit", || {
             Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
         })?;
     }
     Ok(())
 }
 
-fn a_damaged_state_hides_no_other_container() -> Result {
+fn a_damaged_state_file_does_not_hide_other_containers() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let other = bundle.root().join("damaged");
@@ -165,26 +193,38 @@ fn a_damaged_state_hides_no_other_container() -> Result {
         ensure_eq!(
             list.stderr.lines().count(),
             1,
-            "lines about {damage:?}: {}",
+            "the number of lines in the error of `list` about a state file with the content {damage:?} (the error: {})",
             list.stderr
         );
-        ensure!(list.stderr.contains("damaged"), "{}", list.told());
+        ensure!(
+            list.stderr.contains("damaged"),
+            "the error of `list` does not name the damaged container:\n{}",
+            list.told()
+        );
         let state = bundle.runtime(&["state", "damaged"]).exits(1)?;
         ensure_eq!(
             state.stderr.lines().count(),
             1,
-            "lines about {damage:?}: {}",
+            "the number of lines in the error of `state` about a state file with the content {damage:?} (the error: {})",
             state.stderr
         );
-        ensure!(state.stderr.contains("state.json"), "{}", state.told());
+        ensure!(
+            state.stderr.contains("state.json"),
+            "the error of `state` does not name the state file:\n{}",
+            state.told()
+        );
     }
     bundle.runtime(&["delete", "--force", "damaged"]).ok()?;
-    ensure!(!other.exists(), "it is left");
+    ensure!(
+        !other.exists(),
+        "the damaged container's directory still exists"
+    );
     bundle.end()?;
     Ok(())
 }
 
-/// What must not grow: lines of mountinfo, cgroups, entries of --root.
+/// Returns the numbers of mounts, of cgroups, and of entries in the state directory. These numbers
+/// must not grow during a test.
 fn counts(bundle: &Bundle) -> Result<[usize; 3]> {
     let groups = fs::read_dir("/sys/fs/cgroup")?
         .flatten()
@@ -197,7 +237,8 @@ fn counts(bundle: &Bundle) -> Result<[usize; 3]> {
     ])
 }
 
-/// Descriptors open on the whole machine; others' too, so that it is only told.
+/// Returns the number of open descriptors on the whole machine. Other programs also change this
+/// number, so the test only prints it.
 fn open_files() -> u64 {
     let text = fs::read_to_string("/proc/sys/fs/file-nr").unwrap_or_default();
     text.split_whitespace()
@@ -206,7 +247,7 @@ fn open_files() -> u64 {
         .unwrap_or_default()
 }
 
-fn containers_in_a_row_leave_nothing_to_grow() -> Result {
+fn many_containers_in_a_row_leave_nothing_behind() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.write_config()?;
     let one = || -> Result {
@@ -231,11 +272,16 @@ fn containers_in_a_row_leave_nothing_to_grow() -> Result {
         one()?;
         took.push(started.elapsed());
     }
-    ensure_eq!(counts(&bundle)?, before, "mounts, cgroups, states");
+    ensure_eq!(
+        counts(&bundle)?,
+        before,
+        "the numbers of mounts, cgroups and containers' state directories after all containers were deleted"
+    );
     let tenth = number / 10;
     let mean = |part: &[Duration]| part.iter().sum::<Duration>() / tenth as u32;
     note(format!(
-        "{number} containers in a row: {:?} each of the first {tenth}, {:?} of the last; open files {files}, then {}",
+        "of {number} containers in a row, the first {tenth} took {:?} each, \
+         and the last {tenth} took {:?} each; the machine had {files} open files before, and {} after",
         mean(took.get(..tenth).unwrap_or_default()),
         mean(took.get(number - tenth..).unwrap_or_default()),
         open_files(),
@@ -243,7 +289,7 @@ fn containers_in_a_row_leave_nothing_to_grow() -> Result {
     Ok(())
 }
 
-fn containers_at_once_leave_nothing() -> Result {
+fn many_concurrent_containers_leave_nothing_behind() -> Result {
     let mut bundle = Bundle::new(&["sleep", "600"])?;
     let rootfs = bundle.rootfs();
     bundle.set("/root/path", json!(rootfs));
@@ -273,17 +319,33 @@ fn containers_at_once_leave_nothing() -> Result {
             .collect::<Result<Vec<Running>>>()?;
         for one in all {
             let output = one.end()?;
-            ensure_eq!(output.code, 0, "{}", output.told());
+            ensure_eq!(
+                output.code,
+                0,
+                "the exit code of `{step}` ({})",
+                output.told()
+            );
         }
         if step == "start" {
             let [_, groups, states] = counts(&bundle)?;
-            ensure_eq!(states, number, "containers there are");
-            ensure!(groups >= number, "{groups} cgroups");
+            ensure_eq!(
+                states,
+                number,
+                "the number of containers in the state directory"
+            );
+            ensure!(
+                groups >= number,
+                "the machine has only {groups} cgroups, although {number} containers exist"
+            );
         }
     }
-    ensure_eq!(counts(&bundle)?, before, "mounts, cgroups, states");
+    ensure_eq!(
+        counts(&bundle)?,
+        before,
+        "the numbers of mounts, cgroups and containers' state directories after all containers were deleted"
+    );
     note(format!(
-        "{number} containers at once: {:?} for all",
+        "creating, starting and deleting {number} containers concurrently took {:?}",
         started.elapsed()
     ));
     Ok(())

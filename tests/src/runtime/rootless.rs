@@ -1,4 +1,5 @@
-//! Containers of users other than root: in a user namespace of their own.
+//! Tests of containers that a user other than root creates. Each container has a separate user
+//! namespace.
 
 use std::fs;
 use std::os::unix::fs::chown;
@@ -11,27 +12,28 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_user_runs_a_container_as_its_root),
-    test!(a_users_container_lives_from_create_to_delete),
+    test!(a_user_is_root_in_the_users_own_container),
+    test!(a_user_other_than_root_controls_a_container_from_create_to_delete),
     test!(
-        a_user_maps_the_ids_that_he_was_granted,
+        a_user_can_map_granted_subordinate_ids,
         Need::Program("newuidmap"),
         Need::Rrun
     ),
     test!(
-        ids_that_were_not_granted_are_refused,
+        the_runtime_refuses_ids_that_were_not_granted_to_the_user,
         Need::Program("newuidmap"),
         Need::Rrun
     ),
-    test!(what_a_user_can_not_have_is_refused_by_name),
-    test!(a_users_states_are_kept_with_his_other_things),
+    test!(a_setting_that_requires_root_is_named_in_the_error),
+    test!(the_state_of_a_rootless_container_is_stored_in_xdg_runtime_dir),
 ];
 
-/// www-data, whom every Debian has.
+/// The id of the user www-data, which exists on every Debian system.
 const USER: u32 = 33;
 const GRANTED: u32 = 400_000;
 
-/// A bundle of the user's, with a user namespace in which he is root.
+/// Returns a bundle whose files the user [`USER`] owns. In the container's user namespace, this
+/// user is root.
 fn bundle(args: &[&str]) -> Result<Bundle> {
     let mut bundle = Bundle::new(args)?;
     let own = json!([{ "containerID": 0, "hostID": USER, "size": 1 }]);
@@ -40,7 +42,7 @@ fn bundle(args: &[&str]) -> Result<Bundle> {
         .add("/linux/namespaces", json!({ "type": "user" }))
         .set("/linux/uidMappings", own.clone())
         .set("/linux/gidMappings", own);
-    // Not mapped.
+    // The user namespace does not map the group 5, so the mounts must not have the option gid=5.
     for mount in bundle.config["mounts"].as_array_mut().into_iter().flatten() {
         if let Some(options) = mount["options"].as_array_mut() {
             options.retain(|option| option != "gid=5");
@@ -64,7 +66,7 @@ fn as_user(program: &str) -> Run {
     )
 }
 
-/// The runtime with these arguments, as the user.
+/// Returns a command that calls the runtime with the arguments `args` as the user [`USER`].
 fn runtime(bundle: &Bundle, args: &[&str]) -> Result<Run> {
     bundle.write_config()?;
     Ok(as_user(&runtime_program())
@@ -78,40 +80,56 @@ fn report(bundle: &Bundle) -> Result<Value> {
     runtime(bundle, &["run", bundle.id()])?.ok()?.json()
 }
 
-fn a_user_runs_a_container_as_its_root() -> Result {
+fn a_user_is_root_in_the_users_own_container() -> Result {
     let bundle = bundle(&["report"])?;
     let report = report(&bundle)?;
     ensure_eq!(
         (&report["uid"], &report["gid"]),
         (&json!(0), &json!(0)),
-        "user and group"
+        "the user id and group id in the container"
     );
     ensure_eq!(
         report["uid_map"],
         json!(["0", USER.to_string(), "1"]),
-        "map of users"
+        "the uid_map of the user namespace"
     );
-    ensure_eq!(report["hostname"], "rrun-e2e", "host name");
-    ensure_eq!(report["pid"], json!(1), "process id");
+    ensure_eq!(
+        report["hostname"],
+        "rrun-e2e",
+        "the host name in the container"
+    );
+    ensure_eq!(
+        report["pid"],
+        json!(1),
+        "the process id that the container's program sees for itself"
+    );
     let names: Vec<&String> = report["fds"]
         .as_object()
         .into_iter()
         .flatten()
         .map(|(n, _)| n)
         .collect();
-    ensure_eq!(names, ["0", "1", "2"], "descriptors");
+    ensure_eq!(
+        names,
+        ["0", "1", "2"],
+        "the open descriptors of the container's process"
+    );
     Ok(())
 }
 
-fn a_users_container_lives_from_create_to_delete() -> Result {
+fn a_user_other_than_root_controls_a_container_from_create_to_delete() -> Result {
     let bundle = bundle(&["wait"])?;
     let id = bundle.id().to_owned();
     runtime(&bundle, &["create", &id])?.ok()?;
     runtime(&bundle, &["start", &id])?.ok()?;
     let state = runtime(&bundle, &["state", &id])?.ok()?.json()?;
-    ensure_eq!(state["status"], "running", "status");
+    ensure_eq!(
+        state["status"],
+        "running",
+        "the container's status after `start`"
+    );
     if runtime_program().ends_with("rrun") {
-        ensure_eq!(state["owner"], "www-data", "owner");
+        ensure_eq!(state["owner"], "www-data", "the container's owner");
     }
     let inside = runtime(
         &bundle,
@@ -122,22 +140,30 @@ fn a_users_container_lives_from_create_to_delete() -> Result {
     ensure_eq!(
         (&inside["uid"], &inside["cwd"]),
         (&json!(0), &json!("/data")),
-        "user and directory of exec"
+        "the user id and working directory of the process that `exec` starts"
     );
     ensure!(
         inside["namespaces"]["user"] != json!(fs::read_link("/proc/self/ns/user")?),
-        "user namespace of exec"
+        "the process that `exec` starts is in the host's user namespace"
     );
     let first = json!(fs::read_link(format!("/proc/{}/ns/pid", state["pid"]))?);
-    ensure_eq!(inside["namespaces"]["pid"], first, "PID namespace of exec");
+    ensure_eq!(
+        inside["namespaces"]["pid"],
+        first,
+        "the PID namespace of the process that `exec` starts"
+    );
     runtime(&bundle, &["kill", &id, "KILL"])?.ok()?;
     bundle.wait_status("stopped")?;
     runtime(&bundle, &["delete", &id])?.ok()?;
-    ensure!(!fs::exists(bundle.root().join(&id))?, "the state is left");
+    ensure!(
+        !fs::exists(bundle.root().join(&id))?,
+        "the container's state still exists after `delete`"
+    );
     Ok(())
 }
 
-/// Lines of /etc/subuid and /etc/subgid that go when this is dropped.
+/// A grant of subordinate ids in /etc/subuid and /etc/subgid. Dropping the value restores the
+/// previous content of both files.
 struct Grant(Vec<(&'static str, Option<String>)>);
 
 impl Grant {
@@ -162,7 +188,7 @@ impl Drop for Grant {
     }
 }
 
-fn a_user_maps_the_ids_that_he_was_granted() -> Result {
+fn a_user_can_map_granted_subordinate_ids() -> Result {
     let _grant = Grant::new()?;
     let mut bundle = bundle(&["report"])?;
     let map = json!([
@@ -180,27 +206,39 @@ fn a_user_maps_the_ids_that_he_was_granted() -> Result {
     ensure_eq!(
         (&report["uid"], &report["gid"]),
         (&json!(7), &json!(8)),
-        "user and group"
+        "the user id and group id in the container"
     );
-    ensure_eq!(report["groups"], json!([9]), "additional groups");
+    ensure_eq!(
+        report["groups"],
+        json!([9]),
+        "the additional groups in the container"
+    );
     Ok(())
 }
 
-fn ids_that_were_not_granted_are_refused() -> Result {
+fn the_runtime_refuses_ids_that_were_not_granted_to_the_user() -> Result {
     let mut bundle = bundle(&["exit", "0"])?;
     let map = json!([{ "containerID": 0, "hostID": 0, "size": 1 }]);
     bundle.set("/linux/uidMappings", map);
     let output = runtime(&bundle, &["run", bundle.id()])?.end()?;
-    ensure!(output.code != 0, "{}", output.told());
-    ensure!(output.stderr.contains("uid"), "{}", output.told());
+    ensure!(
+        output.code != 0,
+        "`run` accepts ids that were not granted to the user:\n{}",
+        output.told()
+    );
+    ensure!(
+        output.stderr.contains("uid"),
+        "the error of `run` does not name the uid mapping:\n{}",
+        output.told()
+    );
     ensure!(
         !fs::exists(bundle.root().join(bundle.id()))?,
-        "the state is left"
+        "the container's state still exists after the failed `run`"
     );
     Ok(())
 }
 
-fn what_a_user_can_not_have_is_refused_by_name() -> Result {
+fn a_setting_that_requires_root_is_named_in_the_error() -> Result {
     let mut limited = bundle(&["exit", "0"])?;
     limited.set("/linux/resources", json!({ "pids": { "limit": 10 } }));
     let output = runtime(&limited, &["run", limited.id()])?.end()?;
@@ -215,28 +253,32 @@ fn what_a_user_can_not_have_is_refused_by_name() -> Result {
         output.code != 0
             && output.stderr.contains("user namespace")
             && output.stderr.contains("rrun spec --rootless"),
-        "{}",
+        "`run` without a user namespace does not fail with the advice to use `rrun spec --rootless`:\n{}",
         output.told()
     );
     Ok(())
 }
 
-fn a_users_states_are_kept_with_his_other_things() -> Result {
+fn the_state_of_a_rootless_container_is_stored_in_xdg_runtime_dir() -> Result {
     let bundle = bundle(&["exit", "0"])?;
     bundle.write_config()?;
     let program = runtime_program();
-    let told = as_user("env")
+    let created = as_user("env")
         .arg(format!("XDG_RUNTIME_DIR={}", bundle.path().display()))
         .args([program.as_str(), "create", bundle.id()])
         .dir(bundle.path())
         .ok();
-    let kept = bundle.path().join(&program).join(bundle.id());
-    let is_there = fs::exists(&kept)?;
+    let state = bundle.path().join(&program).join(bundle.id());
+    let exists = fs::exists(&state)?;
     as_user("env")
         .arg(format!("XDG_RUNTIME_DIR={}", bundle.path().display()))
         .args([program.as_str(), "delete", "--force", bundle.id()])
         .ok()?;
-    told?;
-    ensure!(is_there, "there is no {}", kept.display());
+    created?;
+    ensure!(
+        exists,
+        "the container's state directory {} did not exist after `create`",
+        state.display()
+    );
     Ok(())
 }

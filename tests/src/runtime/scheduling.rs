@@ -1,5 +1,5 @@
-//! When and where a container's processes run, and as what: scheduler, I/O priority, CPU affinity,
-//! personality, memory policy, session keyring.
+//! Tests of the scheduler, I/O priority, CPU affinity, personality and memory policy of a
+//! container's processes. One test covers the session keyring of these processes.
 
 use std::fs;
 
@@ -11,26 +11,25 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(the_scheduler_is_set_for_the_first_process_and_exec),
-    test!(a_deadline_scheduler_has_its_values),
+    test!(the_scheduler_is_set_for_the_first_process_and_for_processes_that_exec_starts),
+    test!(the_deadline_scheduler_is_set),
+    test!(the_scheduler_is_set_in_a_user_namespace, Need::Rrun),
+    test!(the_io_priority_is_set_for_the_first_process_and_for_processes_that_exec_starts),
+    test!(the_container_does_not_inherit_the_callers_cpu_affinity),
+    test!(a_process_that_exec_starts_runs_on_the_configured_cpus),
+    test!(the_personality_is_set_for_the_first_process_and_for_processes_that_exec_starts),
     test!(
-        a_scheduler_reaches_a_container_with_a_user_namespace,
-        Need::Rrun
-    ),
-    test!(the_io_priority_is_set_for_the_first_process_and_exec),
-    test!(the_callers_cpu_affinity_is_left_behind),
-    test!(exec_starts_on_the_cpus_asked_for),
-    test!(the_personality_is_set_for_the_first_process_and_exec),
-    test!(
-        the_memory_policy_is_set_for_the_first_process_and_exec,
+        the_memory_policy_is_set_for_the_first_process_and_for_processes_that_exec_starts,
         Need::Rrun,
         Need::File("/proc/self/numa_maps")
     ),
-    test!(exec_joins_the_containers_session_keyring),
-    test!(what_the_kernel_has_not_is_refused_by_name),
+    test!(a_process_that_exec_starts_joins_the_containers_session_keyring),
+    test!(a_setting_that_the_kernel_does_not_support_is_named_in_the_error),
 ];
 
-/// proc_pid_stat(5), counted from the third field: nice, rt_priority, policy.
+/// Returns the nice value, rt_priority and policy of the process that printed the report. The three
+/// values are the fields 19, 40 and 41 in proc_pid_stat(5). The array `stat` of the report begins
+/// with the third field.
 fn scheduling(report: &Value) -> Vec<&str> {
     [19, 40, 41]
         .iter()
@@ -38,19 +37,20 @@ fn scheduling(report: &Value) -> Vec<&str> {
         .collect()
 }
 
-/// The nice value that the tests were started with, which the policies without one leave alone.
+/// Returns the nice value of the test process. If the configuration of the scheduler contains no
+/// nice value, the container's processes inherit this nice value.
 fn own_nice() -> Result<String> {
     let stat = std::fs::read_to_string("/proc/self/stat")?;
     let after_name = stat.rsplit_once(") ").map(|(_, rest)| rest);
     let nice = after_name.and_then(|rest| rest.split(' ').nth(19 - 3));
-    Ok(nice.ok_or("no nice value")?.to_owned())
+    Ok(nice.ok_or("/proc/self/stat has no nice value")?.to_owned())
 }
 
 fn exec_report(bundle: &Bundle, options: &[&str]) -> Result<Value> {
     bundle.exec(options, &["report"]).ok()?.json()
 }
 
-fn the_scheduler_is_set_for_the_first_process_and_exec() -> Result {
+fn the_scheduler_is_set_for_the_first_process_and_for_processes_that_exec_starts() -> Result {
     let mut bundle = Bundle::new(&[])?;
     let own_nice = &*own_nice()?;
     for (scheduler, expected) in [
@@ -77,20 +77,20 @@ fn the_scheduler_is_set_for_the_first_process_and_exec() -> Result {
         ensure_eq!(
             scheduling(&report),
             expected,
-            "{scheduler}: nice, priority, policy"
+            "the nice value, priority and policy of the first process if the configuration sets process.scheduler to {scheduler}"
         );
     }
     bundle.args(&["sleep", "600"]).start()?;
     ensure_eq!(
         scheduling(&exec_report(&bundle, &[])?),
         [own_nice, "7", "2"],
-        "nice, priority, policy of exec"
+        "the nice value, priority and policy of the process that `exec` starts"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn a_deadline_scheduler_has_its_values() -> Result {
+fn the_deadline_scheduler_is_set() -> Result {
     let mut bundle = Bundle::new(&["cat", "/proc/self/sched"])?;
     bundle.set(
         "/process/scheduler",
@@ -98,11 +98,15 @@ fn a_deadline_scheduler_has_its_values() -> Result {
                 "period": 40_000_000 }),
     );
     let report = bundle.report()?;
-    ensure_eq!(scheduling(&report)[2], "6", "policy");
+    ensure_eq!(
+        scheduling(&report)[2],
+        "6",
+        "the number of the scheduling policy of the first process"
+    );
     Ok(())
 }
 
-fn a_scheduler_reaches_a_container_with_a_user_namespace() -> Result {
+fn the_scheduler_is_set_in_a_user_namespace() -> Result {
     let mut bundle = Bundle::new(&[])?;
     bundle
         .add("/linux/namespaces", json!({ "type": "user" }))
@@ -126,17 +130,17 @@ fn a_scheduler_reaches_a_container_with_a_user_namespace() -> Result {
     ensure_eq!(
         scheduling(&report),
         [&*own_nice()?, "2", "1"],
-        "nice, priority, policy"
+        "the nice value, priority and policy of the first process"
     );
     ensure_eq!(
         report["io_priority"],
         json!([1, 1]),
-        "I/O class and priority"
+        "the I/O class and priority of the first process"
     );
     Ok(())
 }
 
-fn the_io_priority_is_set_for_the_first_process_and_exec() -> Result {
+fn the_io_priority_is_set_for_the_first_process_and_for_processes_that_exec_starts() -> Result {
     let mut bundle = Bundle::new(&[])?;
     for (class, priority, number) in [
         ("IOPRIO_CLASS_RT", 2, 1),
@@ -150,20 +154,20 @@ fn the_io_priority_is_set_for_the_first_process_and_exec() -> Result {
         ensure_eq!(
             bundle.report()?["io_priority"],
             json!([number, priority]),
-            "I/O class and priority"
+            "the I/O class and priority of the first process"
         );
     }
     bundle.args(&["sleep", "600"]).start()?;
     ensure_eq!(
         exec_report(&bundle, &[])?["io_priority"],
         json!([2, 6]),
-        "I/O class and priority of exec"
+        "the I/O class and priority of the process that `exec` starts"
     );
     bundle.end()?;
     Ok(())
 }
 
-/// The CPUs that this process may use.
+/// Returns the CPUs that the test process is allowed to use.
 fn cpus() -> Result<String> {
     let status = fs::read_to_string("/proc/self/status")?;
     let list = status
@@ -172,7 +176,7 @@ fn cpus() -> Result<String> {
     Ok(list.unwrap_or_default().trim().to_owned())
 }
 
-/// Runs the runtime bound to CPU 0.
+/// Calls the runtime with the arguments `args`, and restricts the runtime to CPU 0.
 fn bound(bundle: &Bundle, args: &[&str]) -> Result<Output> {
     bundle.write_config()?;
     command("taskset", ["--cpu-list", "0", &runtime_program()])
@@ -183,23 +187,27 @@ fn bound(bundle: &Bundle, args: &[&str]) -> Result<Output> {
         .ok()
 }
 
-fn the_callers_cpu_affinity_is_left_behind() -> Result {
+fn the_container_does_not_inherit_the_callers_cpu_affinity() -> Result {
     let all = cpus()?;
     let mut bundle = Bundle::new(&["report"])?;
     let report = bound(&bundle, &["run", bundle.id()])?.json()?;
-    ensure_eq!(report["status"]["Cpus_allowed_list"], all.as_str(), "CPUs");
+    ensure_eq!(
+        report["status"]["Cpus_allowed_list"],
+        all.as_str(),
+        "the CPUs that the first process is allowed to use"
+    );
     bundle.args(&["sleep", "600"]).start()?;
     let report = bound(&bundle, &["exec", bundle.id(), "/bin/inside", "report"])?.json()?;
     ensure_eq!(
         report["status"]["Cpus_allowed_list"],
         all.as_str(),
-        "CPUs of exec"
+        "the CPUs that the process started by `exec` is allowed to use"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn exec_starts_on_the_cpus_asked_for() -> Result {
+fn a_process_that_exec_starts_runs_on_the_configured_cpus() -> Result {
     let all = cpus()?;
     for (affinity, expected) in [
         (json!({ "initial": "1", "final": "0" }), "0"),
@@ -211,43 +219,51 @@ fn exec_starts_on_the_cpus_asked_for() -> Result {
         ensure_eq!(
             bundle.report()?["status"]["Cpus_allowed_list"],
             all.as_str(),
-            "the first process's CPUs, of which {affinity} does not speak"
+            "the CPUs of the first process if execCPUAffinity is {affinity}"
         );
         bundle.args(&["sleep", "600"]).start()?;
         ensure_eq!(
             exec_report(&bundle, &[])?["status"]["Cpus_allowed_list"],
             expected,
-            "CPUs of exec with {affinity}"
+            "the CPUs of the process that `exec` starts if execCPUAffinity is {affinity}"
         );
         bundle.end()?;
     }
     Ok(())
 }
 
-fn the_personality_is_set_for_the_first_process_and_exec() -> Result {
+fn the_personality_is_set_for_the_first_process_and_for_processes_that_exec_starts() -> Result {
     let mut bundle = Bundle::new(&[])?;
-    ensure_eq!(bundle.report()?["personality"], "00000000", "personality");
-    // The specification has no flags; what is none is passed over.
+    ensure_eq!(
+        bundle.report()?["personality"],
+        "00000000",
+        "the default personality"
+    );
+    // The specification defines no flags for a personality, so the runtime ignores unknown flags.
     bundle.set(
         "/linux/personality",
         json!({ "domain": "LINUX32", "flags": ["NONE"] }),
     );
     let report = bundle.report()?;
-    ensure_eq!(report["personality"], "00000008", "personality");
+    ensure_eq!(report["personality"], "00000008", "the personality LINUX32");
     if cfg!(target_arch = "x86_64") {
-        ensure_eq!(report["machine"], "i686", "the machine that uname tells");
+        ensure_eq!(
+            report["machine"],
+            "i686",
+            "the machine name that uname(2) returns"
+        );
     }
     bundle.args(&["sleep", "600"]).start()?;
     ensure_eq!(
         exec_report(&bundle, &[])?["personality"],
         "00000008",
-        "personality of exec"
+        "the personality of the process that `exec` starts"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn the_memory_policy_is_set_for_the_first_process_and_exec() -> Result {
+fn the_memory_policy_is_set_for_the_first_process_and_for_processes_that_exec_starts() -> Result {
     let mut bundle = Bundle::new(&[])?;
     for (policy, expected) in [
         (json!({ "mode": "MPOL_BIND", "nodes": "0" }), "bind:0"),
@@ -261,32 +277,36 @@ fn the_memory_policy_is_set_for_the_first_process_and_exec() -> Result {
         ),
     ] {
         bundle.set("/linux/memoryPolicy", policy.clone());
-        ensure_eq!(bundle.report()?["memory_policy"], expected, "{policy}");
+        ensure_eq!(
+            bundle.report()?["memory_policy"],
+            expected,
+            "the memory policy of a container whose configuration requests {policy}"
+        );
     }
     bundle.args(&["sleep", "600"]).start()?;
     ensure_eq!(
         exec_report(&bundle, &[])?["memory_policy"],
         "interleave:0",
-        "policy of exec"
+        "the memory policy of the process that `exec` starts"
     );
     bundle.end()?;
     Ok(())
 }
 
-fn exec_joins_the_containers_session_keyring() -> Result {
+fn a_process_that_exec_starts_joins_the_containers_session_keyring() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     let own = format!("_ses.{}", bundle.id());
     let keyring = |report: &Value| report["keyring"].as_str().unwrap_or_default().to_owned();
     let first = keyring(&bundle.report()?);
     ensure!(
         first.ends_with(&own),
-        "the session keyring is {first}, not {own}"
+        "the first process has the session keyring {first}, whose name does not end with {own}"
     );
     bundle.args(&["sleep", "600"]).start()?;
     let further = keyring(&exec_report(&bundle, &[])?);
     ensure!(
         further.ends_with(&own),
-        "exec has session keyring {further}, not {own}"
+        "the process that `exec` starts has the session keyring {further} instead of {own}"
     );
     bundle.end()?;
 
@@ -297,12 +317,12 @@ fn exec_joins_the_containers_session_keyring() -> Result {
         .json()?;
     ensure!(
         !keyring(&shared).ends_with(&own),
-        "with --no-new-keyring there is {own} all the same"
+        "the runtime creates the session keyring {own} despite --no-new-keyring"
     );
     Ok(())
 }
 
-fn what_the_kernel_has_not_is_refused_by_name() -> Result {
+fn a_setting_that_the_kernel_does_not_support_is_named_in_the_error() -> Result {
     let mut all = vec![
         (
             "/process/scheduler",
@@ -338,8 +358,15 @@ fn what_the_kernel_has_not_is_refused_by_name() -> Result {
     for (pointer, value, word) in all {
         let mut bundle = Bundle::new(&["exit", "0"])?;
         let output = bundle.set(pointer, value.clone()).call(&["run"])?.end()?;
-        ensure!(output.code != 0, "{pointer} = {value} is not refused");
-        ensure!(output.stderr.contains(word), "{}", output.told());
+        ensure!(
+            output.code != 0,
+            "the runtime accepts a configuration whose field {pointer} is {value}"
+        );
+        ensure!(
+            output.stderr.contains(word),
+            "the error about the field {pointer} does not contain {word:?}:\n{}",
+            output.told()
+        );
     }
     Ok(())
 }

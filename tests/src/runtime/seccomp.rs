@@ -1,4 +1,4 @@
-//! System call filters, by their effect.
+//! Tests that check system call filters by their effect.
 
 use nix::libc;
 use serde_json::{Value, json};
@@ -12,66 +12,75 @@ use crate::support::seccomp::{
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(each_action_has_its_effect),
-    test!(errno_and_default_errno_are_those_asked_for),
-    test!(arguments_decide),
-    test!(calls_newer_than_the_profile_are_not_implemented),
+    test!(each_seccomp_action_has_its_effect),
+    test!(a_filter_returns_the_configured_errno_and_default_errno),
+    test!(a_filter_compares_the_arguments_of_a_system_call),
+    test!(system_calls_newer_than_those_in_the_profile_fail_with_enosys),
     test!(
         programs_of_other_architectures_are_filtered_or_killed,
         CALLS_32
     ),
-    test!(unknown_calls_and_architectures_are_passed_over),
-    test!(flags_are_taken),
-    test!(a_user_without_privileges_is_filtered_too),
-    test!(exec_is_filtered_as_the_container_is),
-    test!(without_a_profile_nothing_is_filtered),
-    test!(a_filter_is_the_programs_concern_alone, Need::Rrun),
+    test!(unknown_system_calls_and_architectures_are_ignored),
+    test!(seccomp_flags_are_accepted),
+    test!(a_filter_applies_to_a_user_without_privileges),
+    test!(the_containers_filter_applies_to_processes_that_exec_starts),
+    test!(a_process_without_a_seccomp_profile_has_no_filter),
     test!(
-        between_a_filter_and_its_program_execve_is_the_only_call,
+        a_filter_does_not_need_to_allow_the_runtimes_own_system_calls,
         Need::Rrun
     ),
     test!(
-        a_program_that_can_not_be_executed_is_reported_under_any_filter,
+        execve_is_the_only_system_call_after_the_filter_is_loaded,
         Need::Rrun
     ),
-    test!(the_right_to_load_a_filter_ends_with_that),
-    test!(a_bad_profile_is_refused_by_its_field, Need::Rrun),
-    test!(features_tell_of_seccomp, Need::Rrun),
     test!(
-        decisions_are_libseccomps,
+        a_program_that_can_not_be_executed_is_reported_with_every_seccomp_filter,
+        Need::Rrun
+    ),
+    test!(the_program_does_not_keep_the_capability_to_load_a_filter),
+    test!(
+        the_error_about_a_bad_profile_names_the_bad_field,
+        Need::Rrun
+    ),
+    test!(features_prints_the_seccomp_support, Need::Rrun),
+    test!(
+        filters_choose_the_same_actions_as_libseccomps_filters,
         Need::Rrun,
         Need::File("/usr/bin/python3"),
     ),
 ];
 
-/// What the kernel's 32-bit entry calls getpid(2).
+/// The number of the 32-bit x86 system call getpid(2).
 const GETPID_32: &str = "20";
 
-/// x86-64, with that entry. The parent of the shell is this program.
+/// A kernel for x86-64 that also supports 32-bit system calls. To check this, a shell runs the
+/// command below. The parent of the shell is the test program, so the command executes the test
+/// program again. Because RRUN_E2E_INSIDE is set, the test program acts as the program `inside`.
 const CALLS_32: Need = Need::Works(
     "32-bit system calls",
     "RRUN_E2E_INSIDE=1 exec /proc/$PPID/exe call32 20",
 );
 
-/// What the program says, and its exit code.
+/// Runs `inside` with the arguments `args` and the seccomp profile `profile`, and returns its exit
+/// code and output.
 fn outcome(profile: Value, args: &[&str]) -> Result<(i32, String)> {
     let output = filtered(profile, args)?.call(&["run"])?.end()?;
     ensure!(
         output.code == 0 || output.stderr.is_empty(),
-        "{}",
+        "the filtered program prints an error:\n{}",
         output.told()
     );
     Ok((output.code, output.text().to_owned()))
 }
 
-fn each_action_has_its_effect() -> Result {
+fn each_seccomp_action_has_its_effect() -> Result {
     let number = getpgid();
     const KILLED: i32 = 128 + libc::SIGSYS;
     for (action, program, code, text) in [
         ("SCMP_ACT_ALLOW", "call", 0, "1"),
         ("SCMP_ACT_LOG", "call", 0, "1"),
         ("SCMP_ACT_ERRNO", "call", 0, "EPERM"),
-        // Nobody traces it.
+        // No tracer is attached, so the system call fails.
         ("SCMP_ACT_TRACE", "call", 0, "ENOSYS"),
         ("SCMP_ACT_TRAP", "call", KILLED, ""),
         ("SCMP_ACT_TRAP", "call-and-catch", 0, "caught SIGSYS"),
@@ -83,24 +92,37 @@ fn each_action_has_its_effect() -> Result {
         ("SCMP_ACT_KILL_PROCESS", "call-in-thread", KILLED, ""),
     ] {
         let got = outcome(for_getpgid(action), &[program, &number])?;
-        ensure_eq!(got, (code, text.to_owned()), "{program} under {action}");
+        ensure_eq!(
+            got,
+            (code, text.to_owned()),
+            "the exit code and output of `inside {program}` with a seccomp filter that answers getpgid with {action}"
+        );
     }
     Ok(())
 }
 
-fn errno_and_default_errno_are_those_asked_for() -> Result {
+fn a_filter_returns_the_configured_errno_and_default_errno() -> Result {
     let mut profile = for_getpgid("SCMP_ACT_ERRNO");
     profile["syscalls"][0]["errnoRet"] = json!(libc::ENOTTY);
     let got = outcome(profile, &["call", &getpgid()])?;
-    ensure_eq!(got.1, "ENOTTY", "errno");
+    ensure_eq!(
+        got.1,
+        "ENOTTY",
+        "the errno of a system call whose rule contains errnoRet"
+    );
     let mut profile = all_but(&["getpgid"], "SCMP_ACT_ERRNO");
     profile["defaultErrnoRet"] = json!(libc::EXDEV);
     let got = outcome(profile, &["call", &getpgid()])?;
-    ensure_eq!(got.1, "EXDEV", "default errno");
+    ensure_eq!(
+        got.1,
+        "EXDEV",
+        "the errno of a system call to which defaultErrnoRet applies"
+    );
     Ok(())
 }
 
-/// Every call that there is is allowed, but these and what is newer than openat2(2).
+/// Returns a profile that allows all system calls with two exceptions: the calls in `forbidden`,
+/// and calls newer than openat2(2).
 fn all_but(forbidden: &[&str], default: &str) -> Value {
     const NEWER: std::ops::Range<u32> = 438..512;
     let names: Vec<&str> = include_str!("../../../runtime/src/seccomp/syscalls.tbl")
@@ -120,8 +142,9 @@ fn all_but(forbidden: &[&str], default: &str) -> Value {
     })
 }
 
-fn arguments_decide() -> Result {
-    // getpriority(2) takes an int, and an id that no process has gives ESRCH.
+fn a_filter_compares_the_arguments_of_a_system_call() -> Result {
+    // The test filters getpriority(2) by its second argument, a process id. getpriority(2) returns
+    // ESRCH if no process has this id.
     let call = libc::SYS_getpriority.to_string();
     let big = (1u64 << 32 | 5).to_string();
     for (op, value, value_two, arg, is_filtered) in [
@@ -150,9 +173,13 @@ fn arguments_decide() -> Result {
             }],
         }]);
         let (_, text) = outcome(but(rule), &["call", &call, "0", arg])?;
-        ensure_eq!(text == "EDOM", is_filtered, "{arg} {op} {value}, {text}");
+        ensure_eq!(
+            text == "EDOM",
+            is_filtered,
+            "whether a rule with the operator {op} and the value {value} matches the argument {arg} (a match returns EDOM; the system call returned {text})"
+        );
     }
-    // Several rules for one call.
+    // The next profile contains several rules for personality(2).
     let personality = |value: u64| {
         json!({
             "names": ["personality"], "action": "SCMP_ACT_ALLOW",
@@ -168,22 +195,34 @@ fn arguments_decide() -> Result {
     let call = libc::SYS_personality.to_string();
     for (value, text) in [("0", "0"), ("8", "0"), ("4294967295", "0"), ("9", "EPERM")] {
         let got = outcome(profile.clone(), &["call", &call, value])?;
-        ensure_eq!(got.1, text, "personality {value}");
+        ensure_eq!(
+            got.1,
+            text,
+            "the result of the system call personality({value})"
+        );
     }
     Ok(())
 }
 
-fn calls_newer_than_the_profile_are_not_implemented() -> Result {
+fn system_calls_newer_than_those_in_the_profile_fail_with_enosys() -> Result {
     for default in ["SCMP_ACT_ERRNO", "SCMP_ACT_KILL_PROCESS"] {
         let profile = all_but(&["getpgid"], default);
         for number in ["9999", "449", "438"] {
             let got = outcome(profile.clone(), &["call", number])?;
-            ensure_eq!(got.1, "ENOSYS", "call {number} under {default}");
+            ensure_eq!(
+                got.1,
+                "ENOSYS",
+                "the result of the system call {number} with the default action {default}"
+            );
         }
     }
     let profile = all_but(&["getpgid"], "SCMP_ACT_ERRNO");
     let got = outcome(profile, &["call", &getpgid()])?;
-    ensure_eq!(got.1, "EPERM", "a call that is older");
+    ensure_eq!(
+        got.1,
+        "EPERM",
+        "the result of a forbidden system call that is older than the newest system call in the profile"
+    );
     Ok(())
 }
 
@@ -196,20 +235,38 @@ fn programs_of_other_architectures_are_filtered_or_killed() -> Result {
     let args = ["call32", GETPID_32];
     let both = json!(["SCMP_ARCH_X86_64", "SCMP_ARCH_X86"]);
     let got = outcome(profile("getpid", both.clone()), &args)?;
-    ensure_eq!(got.1, "EPERM", "getpid of a 32-bit program");
-    // 20 is writev on x86-64.
+    ensure_eq!(
+        got.1,
+        "EPERM",
+        "the result of the 32-bit system call getpid(2), which the profile forbids"
+    );
+    // On x86-64, the number 20 is the system call writev(2), but among the 32-bit system calls it
+    // is getpid(2). A rule for writev(2) must not affect getpid(2).
     let got = outcome(profile("writev", both), &args)?;
-    ensure_eq!(got.1, "1", "getpid of a 32-bit program, not filtered");
+    ensure_eq!(
+        got.1,
+        "1",
+        "the result of the 32-bit system call getpid(2), which the profile allows"
+    );
     let got = outcome(profile("writev", json!(["SCMP_ARCH_X86_64"])), &args)?;
-    ensure_eq!(got.0, 128 + libc::SIGSYS, "exit code, x86 not being listed");
-    // x32 is there or not; not listed, it is death in any case.
+    ensure_eq!(
+        got.0,
+        128 + libc::SIGSYS,
+        "the exit code after a 32-bit system call with a profile that does not list x86"
+    );
+    // If the profile does not list x32, the filter kills the caller of an x32 system call. The
+    // filter does so even if the kernel does not support x32.
     let x32 = (libc::SYS_getpgid | 0x4000_0000).to_string();
     let got = outcome(for_getpgid("SCMP_ACT_LOG"), &["call", &x32])?;
-    ensure_eq!(got.0, 128 + libc::SIGSYS, "exit code, x32 not being listed");
+    ensure_eq!(
+        got.0,
+        128 + libc::SIGSYS,
+        "the exit code after an x32 system call with a profile that does not list x32"
+    );
     Ok(())
 }
 
-fn unknown_calls_and_architectures_are_passed_over() -> Result {
+fn unknown_system_calls_and_architectures_are_ignored() -> Result {
     let mut profile = but(json!([
         { "names": ["not_a_call", "getpgid"], "action": "SCMP_ACT_ERRNO" },
     ]));
@@ -219,11 +276,15 @@ fn unknown_calls_and_architectures_are_passed_over() -> Result {
         "SCMP_ARCH_PPC64LE"
     ]);
     let got = outcome(profile, &["call", &getpgid()])?;
-    ensure_eq!(got.1, "EPERM", "a call beside an unknown one");
+    ensure_eq!(
+        got.1,
+        "EPERM",
+        "the result of a forbidden system call that is in the same rule as an unknown system call"
+    );
     Ok(())
 }
 
-fn flags_are_taken() -> Result {
+fn seccomp_flags_are_accepted() -> Result {
     for flags in [
         json!([]),
         json!(["SECCOMP_FILTER_FLAG_LOG"]),
@@ -235,12 +296,16 @@ fn flags_are_taken() -> Result {
         let mut profile = for_getpgid("SCMP_ACT_ERRNO");
         profile["flags"] = flags.clone();
         let got = outcome(profile, &["call", &getpgid()])?;
-        ensure_eq!(got.1, "EPERM", "with flags {flags}");
+        ensure_eq!(
+            got.1,
+            "EPERM",
+            "the result of a forbidden system call with the filter flags {flags}"
+        );
     }
     Ok(())
 }
 
-fn a_user_without_privileges_is_filtered_too() -> Result {
+fn a_filter_applies_to_a_user_without_privileges() -> Result {
     for no_new_privileges in [true, false] {
         let mut bundle = filtered(for_getpgid("SCMP_ACT_ERRNO"), &["call", &getpgid()])?;
         bundle
@@ -250,50 +315,70 @@ fn a_user_without_privileges_is_filtered_too() -> Result {
         ensure_eq!(
             bundle.run()?.text(),
             "EPERM",
-            "noNewPrivileges {no_new_privileges}"
+            "the result of a forbidden system call with noNewPrivileges set to {no_new_privileges}"
         );
         let report = bundle.report()?;
-        ensure_eq!(report["status"]["Seccomp"], "2", "mode");
+        ensure_eq!(
+            report["status"]["Seccomp"],
+            "2",
+            "the seccomp mode of the process"
+        );
         ensure_eq!(
             report["status"]["CapEff"],
             "0000000000000000",
-            "capabilities"
+            "the effective capabilities of the process"
         );
     }
     Ok(())
 }
 
-fn exec_is_filtered_as_the_container_is() -> Result {
+fn the_containers_filter_applies_to_processes_that_exec_starts() -> Result {
     for no_new_privileges in [true, false] {
         let mut bundle = filtered(for_getpgid("SCMP_ACT_ERRNO"), &["sleep", "60"])?;
         bundle.set("/process/noNewPrivileges", json!(no_new_privileges));
         bundle.start()?;
         let call = bundle.exec(&[], &["call", &getpgid()]).ok()?;
-        ensure_eq!(call.text(), "EPERM", "what exec's call gives");
+        ensure_eq!(
+            call.text(),
+            "EPERM",
+            "the result of a forbidden system call in the process that `exec` starts"
+        );
         let report = bundle.exec(&["--user", "7:7"], &["report"]).ok()?.json()?;
-        ensure_eq!(report["status"]["Seccomp"], "2", "mode");
-        ensure_eq!(report["status"]["Seccomp_filters"], "1", "filters");
+        ensure_eq!(
+            report["status"]["Seccomp"],
+            "2",
+            "the seccomp mode of the process that `exec` starts"
+        );
+        ensure_eq!(
+            report["status"]["Seccomp_filters"],
+            "1",
+            "the number of seccomp filters of the process that `exec` starts"
+        );
         bundle.end()?;
     }
     Ok(())
 }
 
-fn without_a_profile_nothing_is_filtered() -> Result {
+fn a_process_without_a_seccomp_profile_has_no_filter() -> Result {
     let report = Bundle::new(&[])?.report()?;
-    ensure_eq!(report["status"]["Seccomp"], "0", "mode");
+    ensure_eq!(
+        report["status"]["Seccomp"],
+        "0",
+        "the seccomp mode of a process without a seccomp profile"
+    );
     let mut bundle = filtered(json!({ "defaultAction": "SCMP_ACT_ALLOW" }), &[])?;
     let report = bundle.report()?;
     ensure_eq!(
         report["status"]["Seccomp"],
         "2",
-        "mode with a profile that allows all"
+        "the seccomp mode of a process with a profile that allows all system calls"
     );
     Ok(())
 }
 
-/// With noNewPrivileges the filter is loaded right before the program: nothing that rrun does
-/// itself must be allowed.
-fn a_filter_is_the_programs_concern_alone() -> Result {
+/// With noNewPrivileges, rrun loads the filter directly before it executes the program. So the
+/// profile does not need to allow the system calls that rrun itself makes.
+fn a_filter_does_not_need_to_allow_the_runtimes_own_system_calls() -> Result {
     let names = [
         "execve",
         "exit_group",
@@ -332,14 +417,14 @@ fn a_filter_is_the_programs_concern_alone() -> Result {
         "syscalls": [{ "names": names, "action": "SCMP_ACT_ALLOW" }],
     });
     let bundle = filtered(profile, &["echo", "confined"])?;
-    ensure_eq!(bundle.run()?.text(), "confined", "output");
+    ensure_eq!(bundle.run()?.text(), "confined", "the program's output");
     bundle.start()?;
     bundle.wait_status("stopped")?;
     bundle.delete()?;
     Ok(())
 }
 
-fn between_a_filter_and_its_program_execve_is_the_only_call() -> Result {
+fn execve_is_the_only_system_call_after_the_filter_is_loaded() -> Result {
     for (default, no_new_privileges, uid, terminal) in REFUSING.iter().flat_map(|default| {
         [
             (*default, true, 0, false),
@@ -348,7 +433,9 @@ fn between_a_filter_and_its_program_execve_is_the_only_call() -> Result {
             (*default, false, 1000, false),
         ]
     }) {
-        let case = format!("{default}, noNewPrivileges {no_new_privileges}, user {uid}");
+        let case = format!(
+            "the default action {default}, noNewPrivileges {no_new_privileges} and user {uid}"
+        );
         let with = |words| -> Result<Bundle> {
             let mut bundle = with_least_program(least(default), words)?;
             bundle
@@ -370,21 +457,37 @@ fn between_a_filter_and_its_program_execve_is_the_only_call() -> Result {
         let mut bundle = with(2)?;
         bundle.set("/process/terminal", json!(terminal));
         let output = bundle.call(&["run"])?.end()?;
-        ensure_eq!(output.code, 7, "run, {case}: {}", output.told());
+        ensure_eq!(
+            output.code,
+            7,
+            "the exit code of `run` with {case} ({})",
+            output.told()
+        );
 
         let bundle = with(3)?;
         bundle.start()?;
-        ensure_eq!(bundle.status()?, "running", "status after start, {case}");
+        ensure_eq!(
+            bundle.status()?,
+            "running",
+            "the container's status after `start` with {case}"
+        );
         let exec = [&["exec"], &[bundle.id()], &[LEAST_PROGRAM; 2][..]].concat();
         let output = bundle.runtime(&exec).end()?;
-        ensure_eq!(output.code, 7, "exec, {case}: {}", output.told());
+        ensure_eq!(
+            output.code,
+            7,
+            "the exit code of `exec` with {case} ({})",
+            output.told()
+        );
         bundle.end()?;
     }
     Ok(())
 }
 
-/// The filter may forbid the process to report the failure itself.
-fn a_program_that_can_not_be_executed_is_reported_under_any_filter() -> Result {
+/// If the container's process cannot execute the program, it must report this error. A filter can
+/// forbid the system calls for the report. Even with such a filter, the runtime must report the
+/// error.
+fn a_program_that_can_not_be_executed_is_reported_with_every_seccomp_filter() -> Result {
     let nothing = |default: &str| json!({ "defaultAction": default, "syscalls": [] });
     for (profile, program, words) in [
         (
@@ -420,7 +523,7 @@ fn a_program_that_can_not_be_executed_is_reported_under_any_filter() -> Result {
         (
             nothing("SCMP_ACT_ERRNO"),
             LEAST_PROGRAM,
-            "which linux.seccomp may forbid",
+            "which linux.seccomp possibly forbids",
         ),
     ] {
         for no_new_privileges in [true, false] {
@@ -429,13 +532,21 @@ fn a_program_that_can_not_be_executed_is_reported_under_any_filter() -> Result {
                 .set("/process/args", json!([program]))
                 .set("/process/noNewPrivileges", json!(no_new_privileges));
             let output = bundle.call(&["run"])?.exits(1)?;
-            ensure!(output.stderr.contains(words), "{}", output.told());
+            ensure!(
+                output.stderr.contains(words),
+                "the error about the program {program} does not contain {words:?}:\n{}",
+                output.told()
+            );
             let created = bundle.runtime(&["create", bundle.id()]).end()?;
             let output = match created.code {
                 0 => bundle.runtime(&["start", bundle.id()]).end()?,
                 _ => created,
             };
-            ensure!(output.stderr.contains(words), "{}", output.told());
+            ensure!(
+                output.stderr.contains(words),
+                "the error about the program {program} does not contain {words:?}:\n{}",
+                output.told()
+            );
             bundle.end()?;
         }
     }
@@ -450,14 +561,19 @@ fn a_program_that_can_not_be_executed_is_reported_under_any_filter() -> Result {
         ("/bin/text", "exec format error"),
     ] {
         let output = bundle.runtime(&["exec", bundle.id(), program]).exits(255)?;
-        ensure!(output.stderr.contains(words), "{}", output.told());
+        ensure!(
+            output.stderr.contains(words),
+            "the error about the program {program} does not contain {words:?}:\n{}",
+            output.told()
+        );
     }
     bundle.end()?;
     Ok(())
 }
 
-/// The program does not get the capability that loads the filter.
-fn the_right_to_load_a_filter_ends_with_that() -> Result {
+/// Without noNewPrivileges, rrun needs CAP_SYS_ADMIN to load a filter. The program must not keep
+/// this capability.
+fn the_program_does_not_keep_the_capability_to_load_a_filter() -> Result {
     for uid in [0, 1000] {
         let mut bundle = filtered(for_getpgid("SCMP_ACT_ERRNO"), &["report"])?;
         bundle
@@ -466,19 +582,23 @@ fn the_right_to_load_a_filter_ends_with_that() -> Result {
         let filtered = bundle.run()?.json()?;
         bundle.without("/linux/seccomp");
         let free = bundle.run()?.json()?;
-        ensure_eq!(filtered["status"]["Seccomp"], "2", "mode");
+        ensure_eq!(
+            filtered["status"]["Seccomp"],
+            "2",
+            "the seccomp mode of the process"
+        );
         for set in ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"] {
             ensure_eq!(
                 filtered["status"][set],
                 free["status"][set],
-                "{set} of user {uid}"
+                "the capability set {set} of user {uid} with a seccomp filter, which must be the same as without a filter"
             );
         }
     }
     Ok(())
 }
 
-fn a_bad_profile_is_refused_by_its_field() -> Result {
+fn the_error_about_a_bad_profile_names_the_bad_field() -> Result {
     let with = |pointer: &str, value: Value| {
         let mut profile = for_getpgid("SCMP_ACT_ERRNO");
         if let Some(place) = profile.pointer_mut(pointer) {
@@ -532,20 +652,31 @@ fn a_bad_profile_is_refused_by_its_field() -> Result {
     ] {
         let bundle = filtered(profile, &["exit", "0"])?;
         let output = bundle.call(&["run"])?.exits(1)?;
-        ensure!(output.stderr.contains(words), "{words}:\n{}", output.told());
+        ensure!(
+            output.stderr.contains(words),
+            "the error about the invalid profile does not contain {words:?}:\n{}",
+            output.told()
+        );
         ensure!(
             !bundle.root().join(bundle.id()).exists(),
-            "left its directory"
+            "the container's directory still exists"
         );
-        ensure!(!bundle.cgroup().exists(), "left its cgroup");
+        ensure!(
+            !bundle.cgroup().exists(),
+            "the container's cgroup still exists"
+        );
     }
     Ok(())
 }
 
-fn features_tell_of_seccomp() -> Result {
+fn features_prints_the_seccomp_support() -> Result {
     let features = Bundle::new(&[])?.runtime(&["features"]).ok()?.json()?;
     let seccomp = &features["linux"]["seccomp"];
-    ensure_eq!(seccomp["enabled"], true, "enabled");
+    ensure_eq!(
+        seccomp["enabled"],
+        true,
+        "the field linux.seccomp.enabled of `features`"
+    );
     for (list, name) in [
         ("actions", "SCMP_ACT_NOTIFY"),
         ("operators", "SCMP_CMP_MASKED_EQ"),
@@ -553,17 +684,18 @@ fn features_tell_of_seccomp() -> Result {
         ("knownFlags", "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV"),
         ("supportedFlags", "SECCOMP_FILTER_FLAG_LOG"),
     ] {
-        let there = seccomp[list].as_array();
+        let entries = seccomp[list].as_array();
         ensure!(
-            there.is_some_and(|all| all.iter().any(|one| one == name)),
-            "{list} has no {name}: {seccomp}"
+            entries.is_some_and(|all| all.iter().any(|one| one == name)),
+            "the list {list} does not contain the name {name}; the seccomp features: {seccomp}"
         );
     }
     Ok(())
 }
 
-/// Filters of a default profile and of random ones, run beside libseccomp's.
-fn decisions_are_libseccomps() -> Result {
+/// Compares rrun's filters with libseccomp's filters, for a default profile and for random
+/// profiles.
+fn filters_choose_the_same_actions_as_libseccomps_filters() -> Result {
     let directory = Directory::new("seccomp")?;
     let script = directory.join("compare");
     std::fs::write(&script, include_str!("../../seccomp/compare"))?;
@@ -586,7 +718,11 @@ fn decisions_are_libseccomps() -> Result {
         filters.push(json!({ "profile": profile, "program": state["seccomp"]["program"] }));
         bundle.end()?;
     }
-    ensure!(filters.len() >= 40, "only {} profiles", filters.len());
+    ensure!(
+        filters.len() >= 40,
+        "the test compared only {} profiles, but should compare at least 40",
+        filters.len()
+    );
     let compared = python(&["compare"])
         .stdin(serde_json::to_vec(&filters)?)
         .within(deadline() * 4)

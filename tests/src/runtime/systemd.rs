@@ -1,5 +1,6 @@
-//! The systemd cgroup driver: what the runtime's callers, systemd and the kernel see of a
-//! container that is a scope.
+//! Tests of the systemd cgroup driver, which runs each container in a systemd scope. The tests
+//! check the container through the runtime's commands, through systemd, and through the kernel's
+//! cgroup files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -16,34 +17,37 @@ const SYSTEMD: Need = Need::Systemd;
 const SLICE: &str = "e2epods-burstable-pod1.slice";
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(a_scope_lives_and_goes_with_its_container, SYSTEMD),
-    test!(limits_are_properties_and_files, SYSTEMD),
+    test!(a_scope_exists_as_long_as_its_container, SYSTEMD),
+    test!(limits_become_unit_properties_and_cgroup_files, SYSTEMD),
     test!(limits_survive_a_reload_of_systemd, SYSTEMD),
-    test!(an_update_changes_properties_and_files, SYSTEMD),
-    test!(devices_are_what_systemd_allows, SYSTEMD),
-    test!(annotations_are_properties, SYSTEMD),
-    test!(a_single_process_is_enough_for_a_scope, SYSTEMD),
+    test!(an_update_changes_unit_properties_and_cgroup_files, SYSTEMD),
+    test!(allowed_devices_become_unit_properties, SYSTEMD),
+    test!(annotations_become_unit_properties, SYSTEMD),
+    test!(a_scope_works_with_a_pids_limit_of_1, SYSTEMD),
     test!(a_scope_is_paused_and_resumed, SYSTEMD),
-    test!(exec_is_in_the_scope, SYSTEMD),
-    test!(what_dies_badly_leaves_no_unit, SYSTEMD),
+    test!(a_process_that_exec_starts_is_in_the_scope, SYSTEMD),
+    test!(a_killed_container_leaves_no_unit_behind, SYSTEMD),
     test!(
-        a_limit_below_what_is_in_use_is_told_by_its_name,
+        a_limit_below_the_current_usage_is_named_in_the_error,
         SYSTEMD,
         Need::Rrun
     ),
-    test!(a_creation_that_fails_leaves_no_unit, SYSTEMD),
-    test!(without_a_path_the_scope_is_in_the_system_slice, SYSTEMD),
+    test!(create_leaves_no_unit_behind_if_it_fails, SYSTEMD),
     test!(
-        what_is_no_path_of_a_scope_is_refused_by_its_field,
+        a_container_without_a_cgroups_path_is_in_the_system_slice,
+        SYSTEMD
+    ),
+    test!(
+        the_error_about_an_invalid_cgroups_path_names_the_field,
         Need::Rrun
     ),
     test!(
-        a_scope_goes_with_a_container_whose_state_is_damaged,
+        delete_removes_the_scope_of_a_container_with_a_damaged_state_file,
         SYSTEMD,
         Need::Rrun
     ),
     test!(
-        without_systemd_one_sentence_says_so,
+        a_missing_systemd_is_reported_in_one_sentence,
         Need::Absent(needs::SYSTEMD),
         Need::Rrun
     ),
@@ -63,13 +67,17 @@ fn ensure_properties(unit: &str, expected: &[(&str, &str)]) -> Result {
     let properties = properties(unit)?;
     for (name, value) in expected {
         let found = properties.get(*name).map(String::as_str);
-        ensure_eq!(found, Some(*value), "{name} of {unit}");
+        ensure_eq!(
+            found,
+            Some(*value),
+            "the property {name} of the systemd unit {unit}"
+        );
     }
     Ok(())
 }
 
-/// Whether systemd knows the unit, be it as failed.
-fn known(unit: &str) -> Result<bool> {
+/// Returns whether systemd has loaded the unit. A failed unit also counts as loaded.
+fn unit_exists(unit: &str) -> Result<bool> {
     let output = command(
         "systemctl",
         ["list-units", "--all", "--plain", "--no-legend", unit],
@@ -78,25 +86,26 @@ fn known(unit: &str) -> Result<bool> {
     Ok(output.stdout.contains(unit))
 }
 
-fn ensure_gone(bundle: &Bundle) -> Result {
-    wait_for("systemd to forget the scope", || {
-        Ok((!known(&bundle.unit())? && !bundle.cgroup().exists()).then_some(()))
+fn ensure_removed(bundle: &Bundle) -> Result {
+    wait_for("systemd to remove the scope", || {
+        Ok((!unit_exists(&bundle.unit())? && !bundle.cgroup().exists()).then_some(()))
     })?;
-    forget_slices()
+    stop_slices()
 }
 
-/// The slices were made on demand, and are not the runtime's to stop.
-fn forget_slices() -> Result {
+/// Stops the slices that systemd has created on demand for the scopes. The runtime must not stop
+/// slices, so the test must stop them.
+fn stop_slices() -> Result {
     command("systemctl", ["stop", "e2epods.slice"]).ok()?;
-    wait_for("the slices to go", || {
+    wait_for("systemd to remove the slices", || {
         Ok((!Path::new("/sys/fs/cgroup/e2epods.slice").exists()).then_some(()))
     })
 }
 
-fn a_scope_lives_and_goes_with_its_container() -> Result {
+fn a_scope_exists_as_long_as_its_container() -> Result {
     let bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.call(&["create"])?.ok()?;
-    ensure_eq!(bundle.status()?, "created", "status");
+    ensure_eq!(bundle.status()?, "created", "the container's status");
     ensure_properties(
         &bundle.unit(),
         &[
@@ -118,7 +127,7 @@ fn a_scope_lives_and_goes_with_its_container() -> Result {
     ensure_eq!(
         bundle.cgroup_file("cgroup.procs")?,
         pid,
-        "processes of the scope"
+        "the processes in the scope's cgroup"
     );
     let group = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     ensure!(
@@ -126,18 +135,22 @@ fn a_scope_lives_and_goes_with_its_container() -> Result {
             "e2epods.slice/e2epods-burstable.slice/{SLICE}/{}",
             bundle.unit()
         )),
-        "it is in {group}"
+        "the container's cgroup is not its scope, but {group}"
     );
     bundle.end()?;
-    ensure_gone(&bundle)?;
+    ensure_removed(&bundle)?;
 
-    // And as `run` does it.
+    // `run` must also remove the scope of its container.
     let bundle = Bundle::in_slice(SLICE, &["cat", "/proc/self/cgroup"])?;
-    ensure_eq!(bundle.run()?.text(), "0::/", "its own view of the cgroup");
-    ensure_gone(&bundle)
+    ensure_eq!(
+        bundle.run()?.text(),
+        "0::/",
+        "the cgroup path that the container sees"
+    );
+    ensure_removed(&bundle)
 }
 
-/// All that systemd has a property for.
+/// Returns a bundle with every limit for which systemd has a unit property.
 fn limited(args: &[&str]) -> Result<Bundle> {
     let mut bundle = Bundle::in_slice(SLICE, args)?;
     bundle.set(
@@ -167,12 +180,16 @@ const LIMITED_FILES: &[(&str, &str)] = &[
 
 fn ensure_files(bundle: &Bundle, expected: &[(&str, &str)]) -> Result {
     for (file, value) in expected {
-        ensure_eq!(bundle.cgroup_file(file)?, *value, "{file}");
+        ensure_eq!(
+            bundle.cgroup_file(file)?,
+            *value,
+            "the content of the cgroup file {file}"
+        );
     }
     Ok(())
 }
 
-fn limits_are_properties_and_files() -> Result {
+fn limits_become_unit_properties_and_cgroup_files() -> Result {
     let bundle = limited(&["sleep", "600"])?;
     bundle.start()?;
     ensure_properties(
@@ -193,7 +210,7 @@ fn limits_are_properties_and_files() -> Result {
     )?;
     ensure_files(&bundle, LIMITED_FILES)?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
 fn limits_survive_a_reload_of_systemd() -> Result {
@@ -201,15 +218,19 @@ fn limits_survive_a_reload_of_systemd() -> Result {
     bundle.start()?;
     command("systemctl", ["daemon-reload"]).ok()?;
     ensure_files(&bundle, LIMITED_FILES)?;
-    // Another unit beside it makes systemd look at the slice again.
+    // When another unit starts in the slice, systemd applies the slice's settings again.
     command("systemd-run", ["--wait", "--slice", SLICE, "true"]).ok()?;
     ensure_files(&bundle, LIMITED_FILES)?;
-    ensure_eq!(bundle.status()?, "running", "status after the reload");
+    ensure_eq!(
+        bundle.status()?,
+        "running",
+        "the container's status after `systemctl daemon-reload`"
+    );
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-fn an_update_changes_properties_and_files() -> Result {
+fn an_update_changes_unit_properties_and_cgroup_files() -> Result {
     let bundle = limited(&["sleep", "600"])?;
     bundle.start()?;
     let update = json!({
@@ -241,10 +262,10 @@ fn an_update_changes_properties_and_files() -> Result {
     ensure_properties(&bundle.unit(), &properties)?;
     ensure_files(&bundle, &files)?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-fn devices_are_what_systemd_allows() -> Result {
+fn allowed_devices_become_unit_properties() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.set(
         "/linux/resources/devices",
@@ -258,7 +279,7 @@ fn devices_are_what_systemd_allows() -> Result {
     ensure_eq!(
         properties.get("DevicePolicy").map(String::as_str),
         Some("strict"),
-        "DevicePolicy"
+        "the scope's DevicePolicy"
     );
     let allowed = command("systemctl", ["show", "-p", "DeviceAllow", &bundle.unit()])
         .ok()?
@@ -271,17 +292,18 @@ fn devices_are_what_systemd_allows() -> Result {
     ] {
         ensure!(
             allowed.contains(entry),
-            "{entry} is not among what is allowed:\n{allowed}"
+            "the scope's property DeviceAllow does not contain the entry {entry}: {allowed}"
         );
     }
-    // In the container: what is allowed can be opened, under systemd's program and rrun's.
+    // Two BPF programs check each open of a device: one from systemd and one from rrun. The
+    // container can still open the allowed devices.
     bundle.exec(&[], &["stat", "/dev/null"]).ok()?;
     bundle.exec(&[], &["write", "/dev/null", "x"]).ok()?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-fn annotations_are_properties() -> Result {
+fn annotations_become_unit_properties() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.set(
         "/annotations",
@@ -301,33 +323,33 @@ fn annotations_are_properties() -> Result {
         ],
     )?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-fn a_single_process_is_enough_for_a_scope() -> Result {
+fn a_scope_works_with_a_pids_limit_of_1() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.set("/linux/resources/pids", json!({ "limit": 1 }));
     bundle.start()?;
     ensure_files(&bundle, &[("pids.max", "1"), ("pids.current", "1")])?;
     ensure_properties(&bundle.unit(), &[("TasksMax", "1")])?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
 fn a_scope_is_paused_and_resumed() -> Result {
     let bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.start()?;
     bundle.runtime(&["pause", bundle.id()]).ok()?;
-    ensure_eq!(bundle.status()?, "paused", "status");
+    ensure_eq!(bundle.status()?, "paused", "the container's status");
     ensure_files(&bundle, &[("cgroup.freeze", "1")])?;
     bundle.runtime(&["resume", bundle.id()]).ok()?;
-    ensure_eq!(bundle.status()?, "running", "status");
+    ensure_eq!(bundle.status()?, "running", "the container's status");
     bundle.runtime(&["pause", bundle.id()]).ok()?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-fn exec_is_in_the_scope() -> Result {
+fn a_process_that_exec_starts_is_in_the_scope() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.set("/linux/resources/pids", json!({ "limit": 10 }));
     bundle.start()?;
@@ -336,16 +358,17 @@ fn exec_is_in_the_scope() -> Result {
         .ok()?
         .says("children, Resource temporarily unavailable")?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-/// The kernel may kill the container for it, and systemd take its scope away, before all limits are
-/// written: what is told then is the limit, not a file that is gone.
-fn a_limit_below_what_is_in_use_is_told_by_its_name() -> Result {
+/// The new memory limit can make the kernel kill the container while rrun still writes other
+/// limits. systemd can then remove the scope. Even then, the error of rrun must name the limit
+/// instead of a missing file.
+fn a_limit_below_the_current_usage_is_named_in_the_error() -> Result {
     for _ in 0..5 {
         let bundle = Bundle::in_slice(SLICE, &["allocate", "64"])?;
         bundle.start()?;
-        wait_for("it to use much of 64 MB", || {
+        wait_for("the container to use most of 64 MB", || {
             let used: u64 = bundle.cgroup_file("memory.current")?.parse()?;
             Ok((used > 48 << 20).then_some(()))
         })?;
@@ -353,18 +376,19 @@ fn a_limit_below_what_is_in_use_is_told_by_its_name() -> Result {
         ensure!(
             output.code == 0
                 || output.stderr.contains("memory.limit") && output.stderr.contains("8388608"),
-            "{}",
+            "the error of the failed `update` does not name the memory limit:\n{}",
             output.told()
         );
-        // Dead or, where there is swap, alive.
+        // The kernel has killed the container or, on a machine with swap, the container still runs.
+        // In both cases, `delete` must succeed.
         let delete = ["delete", "--force", bundle.id()];
         bundle.runtime(&delete).ok()?;
-        ensure_gone(&bundle)?;
+        ensure_removed(&bundle)?;
     }
     Ok(())
 }
 
-fn what_dies_badly_leaves_no_unit() -> Result {
+fn a_killed_container_leaves_no_unit_behind() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &["allocate", "256"])?;
     bundle.set(
         "/linux/resources/memory",
@@ -373,33 +397,36 @@ fn what_dies_badly_leaves_no_unit() -> Result {
     bundle.start()?;
     bundle.wait_status("stopped")?;
     bundle.delete()?;
-    ensure_gone(&bundle)?;
+    ensure_removed(&bundle)?;
 
     let bundle = Bundle::in_slice(SLICE, &["deaf"])?;
     bundle.start()?;
     command("kill", ["-KILL", &bundle.pid()?.to_string()]).ok()?;
     bundle.wait_status("stopped")?;
     bundle.delete()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-fn a_creation_that_fails_leaves_no_unit() -> Result {
+fn create_leaves_no_unit_behind_if_it_fails() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &[])?;
     bundle.set("/process/args", json!(["/no/such/program"]));
     let output = bundle.call(&["create"])?.end()?;
-    ensure!(output.code != 0, "it was made");
-    ensure_gone(&bundle)?;
+    ensure!(
+        output.code != 0,
+        "`create` succeeded although the program does not exist"
+    );
+    ensure_removed(&bundle)?;
 
-    // The same name again: nothing is in its way.
+    // A container with the same id can be created again after it was deleted.
     let bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.start()?;
     bundle.end()?;
     bundle.start()?;
     bundle.end()?;
-    ensure_gone(&bundle)
+    ensure_removed(&bundle)
 }
 
-fn without_a_path_the_scope_is_in_the_system_slice() -> Result {
+fn a_container_without_a_cgroups_path_is_in_the_system_slice() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.without("/linux/cgroupsPath");
     bundle.start()?;
@@ -414,11 +441,14 @@ fn without_a_path_the_scope_is_in_the_system_slice() -> Result {
         &[("ActiveState", "active"), ("Slice", "system.slice")],
     )?;
     bundle.end()?;
-    ensure!(!known(&unit)?, "{unit} is still known");
+    ensure!(
+        !unit_exists(&unit)?,
+        "the systemd unit {unit} still exists after the container was deleted"
+    );
     Ok(())
 }
 
-fn what_is_no_path_of_a_scope_is_refused_by_its_field() -> Result {
+fn the_error_about_an_invalid_cgroups_path_names_the_field() -> Result {
     let mut bundle = Bundle::in_slice(SLICE, &["exit", "0"])?;
     for path in [
         "/some/path",
@@ -431,36 +461,45 @@ fn what_is_no_path_of_a_scope_is_refused_by_its_field() -> Result {
         let output = bundle.call(&["create"])?.exits(1)?;
         ensure!(
             output.stderr.contains("linux.cgroupsPath"),
-            "{path}: the field is not named:\n{}",
+            "the error about the invalid cgroups path {path} does not name the field linux.cgroupsPath:\n{}",
             output.told()
         );
     }
     Ok(())
 }
 
-fn without_systemd_one_sentence_says_so() -> Result {
+fn a_missing_systemd_is_reported_in_one_sentence() -> Result {
     let bundle = Bundle::in_slice(SLICE, &["exit", "0"])?;
     let output = bundle.call(&["create"])?.exits(1)?;
     ensure!(
         output
             .stderr
-            .contains("reach systemd at /run/systemd/private: No such file"),
-        "{}",
+            .contains("connect to systemd at /run/systemd/private: No such file"),
+        "the error of `create` does not report the missing systemd:\n{}",
         output.told()
     );
     Ok(())
 }
 
-fn a_scope_goes_with_a_container_whose_state_is_damaged() -> Result {
+fn delete_removes_the_scope_of_a_container_with_a_damaged_state_file() -> Result {
     let bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
     bundle.start()?;
-    ensure!(known(&bundle.unit())?, "no unit was made");
+    ensure!(
+        unit_exists(&bundle.unit())?,
+        "the runtime created no systemd unit"
+    );
     fs::write(
         bundle.root().join(bundle.id()).join("state.json"),
         "{ damaged",
     )?;
     bundle.end()?;
-    ensure!(!known(&bundle.unit())?, "the unit is left");
-    ensure!(!bundle.cgroup().exists(), "the cgroup is left");
-    forget_slices()
+    ensure!(
+        !unit_exists(&bundle.unit())?,
+        "the container's systemd unit still exists"
+    );
+    ensure!(
+        !bundle.cgroup().exists(),
+        "the container's cgroup still exists"
+    );
+    stop_slices()
 }

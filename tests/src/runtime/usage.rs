@@ -1,5 +1,5 @@
-//! The runtime's command line used well and wrongly: help, exit codes, the words of refusals that
-//! callers look for, the log.
+//! Tests of correct and wrong use of the runtime's command line. The tests cover the help, the exit
+//! codes, the messages that callers parse, and the log.
 
 use std::fs;
 
@@ -12,12 +12,12 @@ use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
-    test!(help_is_there_for_all_and_for_each_command),
-    test!(bash_completes_each_word_once, Need::Rrun, COMPLETIONS),
-    test!(wrong_use_has_runcs_exit_codes_and_words),
-    test!(refusals_have_runcs_words),
-    test!(the_log_is_text_or_json_and_grows),
-    test!(an_empty_signal_is_sigterm),
+    test!(help_describes_the_program_and_each_command),
+    test!(bash_offers_each_completion_once, Need::Rrun, COMPLETIONS),
+    test!(wrong_usage_is_refused_with_runcs_exit_codes_and_messages),
+    test!(refusals_contain_runcs_messages),
+    test!(the_log_format_is_text_or_json_and_each_call_appends_to_the_log),
+    test!(kill_sends_sigterm_for_an_empty_signal_name),
 ];
 
 const COMPLETIONS: Need = Need::File("/src/contrib/completions/bash/rrun");
@@ -107,7 +107,7 @@ const COMMANDS: [(&str, &[&str]); 15] = [
     ),
 ];
 
-fn help_is_there_for_all_and_for_each_command() -> Result {
+fn help_describes_the_program_and_each_command() -> Result {
     let bundle = Bundle::new(&[])?;
     let global = [
         "--debug",
@@ -129,16 +129,20 @@ fn help_is_there_for_all_and_for_each_command() -> Result {
     ] {
         let output = bundle.runtime(args).ok()?;
         for (name, _) in COMMANDS {
-            let there = output
+            let listed = output
                 .stdout
                 .lines()
                 .any(|line| line.split_whitespace().next() == Some(name));
-            ensure!(there, "no {name} in {}", output.told());
+            ensure!(
+                listed,
+                "the help does not list the command {name}:\n{}",
+                output.told()
+            );
         }
         for flag in global {
             ensure!(
                 output.stdout.contains(flag),
-                "no {flag} in {}",
+                "the help does not list the flag {flag}:\n{}",
                 output.told()
             );
         }
@@ -149,7 +153,7 @@ fn help_is_there_for_all_and_for_each_command() -> Result {
             for flag in flags.iter().chain([&name]) {
                 ensure!(
                     output.stdout.contains(flag),
-                    "no {flag} in {}",
+                    "the help of the command {name} does not contain {flag}:\n{}",
                     output.told()
                 );
             }
@@ -158,14 +162,15 @@ fn help_is_there_for_all_and_for_each_command() -> Result {
     Ok(())
 }
 
-/// What bash offers for the last of these words.
-fn offered(program: &str, words: &[&str]) -> Result<Vec<String>> {
+/// Returns the completions that bash offers for the last word in `words`.
+fn completions(program: &str, words: &[&str]) -> Result<Vec<String>> {
     const SCRIPT: &str = r#"
         . "/src/contrib/completions/bash/$1"
         function=_${1/-/_} COMP_WORDS=("${@:2}") COMP_CWORD=$(($# - 2)) COMP_LINE="${*:2}"
         "$function"
         printf '%s\n' "${COMPREPLY[@]}""#;
-    let path = program_path(program).ok_or("no such program")?;
+    let path = program_path(program)
+        .ok_or("the program whose completions the test checks is not in PATH")?;
     let output = command("bash", ["-c", SCRIPT, "bash", program])
         .arg(path)
         .args(words)
@@ -177,7 +182,7 @@ fn offered(program: &str, words: &[&str]) -> Result<Vec<String>> {
         .collect())
 }
 
-fn bash_completes_each_word_once() -> Result {
+fn bash_offers_each_completion_once() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     bundle.start()?;
     let root = bundle.root().display().to_string();
@@ -187,15 +192,18 @@ fn bash_completes_each_word_once() -> Result {
         ("rrun", &[""]),
         ("rrun-cri", &["--"]),
     ] {
-        let mut all = offered(program, words)?;
-        ensure!(all.len() > 5, "{program} {words:?} offers {all:?}");
+        let mut all = completions(program, words)?;
+        ensure!(
+            all.len() > 5,
+            "bash offers too few completions for the command {program} with the words {words:?}; the completions: {all:?}"
+        );
         let count = all.len();
         all.sort();
         all.dedup();
         ensure_eq!(
             all.len(),
             count,
-            "words offered once of {program} {words:?}"
+            "the number of distinct completions for the command {program} with the words {words:?}"
         );
     }
     let id = bundle.id();
@@ -222,24 +230,28 @@ fn bash_completes_each_word_once() -> Result {
         ("rrun-cri", &["config", ""], &["default", "check"]),
         ("rrun-cri", &["config", "check", "--"], &["--config"]),
     ] {
-        ensure_eq!(offered(program, words)?, expected, "{program} {words:?}");
+        ensure_eq!(
+            completions(program, words)?,
+            expected,
+            "the completions for the command {program} with the words {words:?}"
+        );
     }
     bundle.end()?;
     Ok(())
 }
 
-/// The last line of standard error must hold this.
+/// Checks that the last line of standard error contains `words`.
 fn complains(output: &Output, words: &str) -> Result {
     let line = output.stderr.trim_end().lines().last().unwrap_or_default();
     ensure!(
         line.contains(words),
-        "should say {words:?}:\n{}",
+        "the last line of standard error does not contain {words:?}:\n{}",
         output.told()
     );
     Ok(())
 }
 
-fn wrong_use_has_runcs_exit_codes_and_words() -> Result {
+fn wrong_usage_is_refused_with_runcs_exit_codes_and_messages() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     bundle.write_config()?;
     fs::create_dir(bundle.root())?;
@@ -250,20 +262,20 @@ fn wrong_use_has_runcs_exit_codes_and_words() -> Result {
         let output = bundle.runtime(&[name, "--nosuch"]).exits(1)?;
         complains(&output, no_flag)?;
     }
-    let takes_none = ["features", "list", "spec"];
-    let takes_more = ["exec", "kill", "ps"];
+    let without_arguments = ["features", "list", "spec"];
+    let with_more_arguments = ["exec", "kill", "ps"];
     for (name, _) in COMMANDS
         .iter()
-        .filter(|(name, _)| !takes_none.contains(name))
+        .filter(|(name, _)| !without_arguments.contains(name))
     {
         let output = bundle.runtime(&[name]).exits(1)?;
         complains(&output, "argument")?;
-        if !takes_more.contains(name) {
+        if !with_more_arguments.contains(name) {
             let output = bundle.runtime(&[name, "one", "two"]).exits(1)?;
             complains(&output, "argument")?;
         }
     }
-    for name in takes_none {
+    for name in without_arguments {
         complains(&bundle.runtime(&[name, "extra"]).exits(1)?, "argument")?;
     }
     bundle.runtime(&["kill", "one", "TERM", "three"]).exits(1)?;
@@ -281,14 +293,14 @@ fn wrong_use_has_runcs_exit_codes_and_words() -> Result {
     ] {
         complains(&bundle.runtime(args).exits(1)?, words)?;
     }
-    // A flag's other forms.
+    // A boolean flag can also begin with one dash, and can have a value.
     bundle.runtime(&["delete", "-force", "x"]).ok()?;
     bundle.runtime(&["delete", "--force=true", "x"]).ok()?;
     bundle.runtime(&["delete", "--force=false", "x"]).exits(1)?;
     Ok(())
 }
 
-fn refusals_have_runcs_words() -> Result {
+fn refusals_contain_runcs_messages() -> Result {
     let bundle = Bundle::new(&["sleep", "600"])?;
     let says = |args: &[&str], code: i32, words: &str| -> Result {
         complains(&bundle.call(args)?.exits(code)?, words)
@@ -326,13 +338,13 @@ fn refusals_have_runcs_words() -> Result {
         &bundle.runtime(&["exec", bundle.id(), "true"]).exits(255)?,
         "cannot exec in a stopped container",
     )?;
-    // Whom a signal for all of them finds no more is no error.
+    // `kill --all` does not fail if no process of the container is left.
     bundle.call(&["kill", "--all"])?.arg("KILL").ok()?;
     bundle.delete()?;
     Ok(())
 }
 
-/// A line `time="…" level=error msg="…"`.
+/// Returns whether a line has the form `time="…" level=error msg="…"`.
 fn is_text_line(line: &str) -> bool {
     let rest = line.strip_prefix("time=\"").unwrap_or_default();
     let (time, rest) = rest.split_once("\" level=").unwrap_or_default();
@@ -340,7 +352,7 @@ fn is_text_line(line: &str) -> bool {
     is_time(time) && level == "error" && message.ends_with('"')
 }
 
-fn the_log_is_text_or_json_and_grows() -> Result {
+fn the_log_format_is_text_or_json_and_each_call_appends_to_the_log() -> Result {
     let bundle = Bundle::new(&["exit", "0"])?;
     for format in ["text", "json"] {
         let log = bundle.join(format);
@@ -349,47 +361,74 @@ fn the_log_is_text_or_json_and_grows() -> Result {
             let output = bundle
                 .runtime(&["--log", &path, "--log-format", format, "state", "nobody"])
                 .exits(1)?;
-            // The sentence alone goes to standard error, too.
+            // The runtime also writes the message to standard error, without the other fields of
+            // the log line.
             let text = fs::read_to_string(&log)?;
-            let said = output.stderr.trim_end();
+            let message = output.stderr.trim_end();
             ensure!(
-                said.starts_with("container does not exist") && text.contains(said),
-                "{}\nthe log: {text}",
+                message.starts_with("container does not exist") && text.contains(message),
+                "the log does not contain the error that was written to standard error:\n{}\nthe log:\n{text}",
                 output.told()
             );
-            ensure_eq!(text.lines().count(), lines, "lines of the log");
+            ensure_eq!(
+                text.lines().count(),
+                lines,
+                "the number of lines in the log"
+            );
             for line in text.lines() {
                 if format == "text" {
-                    ensure!(is_text_line(line), "in the log: {line}");
+                    ensure!(
+                        is_text_line(line),
+                        "the log contains a line that is not in the text format: {line}"
+                    );
                     continue;
                 }
                 let line: Value = serde_json::from_str(line)?;
-                ensure_eq!(keys(&line), ["level", "msg", "time"], "fields of {line}");
-                ensure_eq!(line["level"], "error", "level");
-                ensure_eq!(line["msg"], json!(said), "msg");
-                ensure!(line["time"].as_str().is_some_and(is_time), "{line}");
+                ensure_eq!(
+                    keys(&line),
+                    ["level", "msg", "time"],
+                    "the fields of the log line {line}"
+                );
+                ensure_eq!(line["level"], "error", "the level of the log line");
+                ensure_eq!(line["msg"], json!(message), "the message of the log line");
+                ensure!(
+                    line["time"].as_str().is_some_and(is_time),
+                    "the field `time` of the log line is not in RFC 3339 format; the line: {line}"
+                );
             }
         }
     }
-    // Without a file both go to standard error.
+    // Without a log file, the runtime writes log lines to standard error.
     let text = bundle.runtime(&["state", "nobody"]).exits(1)?;
-    ensure!(is_text_line(text.stderr.trim_end()), "{}", text.told());
+    ensure!(
+        is_text_line(text.stderr.trim_end()),
+        "standard error is not a log line in the text format:\n{}",
+        text.told()
+    );
     let json = bundle
         .runtime(&["--log-format", "json", "state", "nobody"])
         .exits(1)?;
     let line: Value = serde_json::from_str(&json.stderr)?;
-    ensure_eq!(keys(&line), ["level", "msg", "time"], "fields of {line}");
+    ensure_eq!(
+        keys(&line),
+        ["level", "msg", "time"],
+        "the fields of the log line {line}"
+    );
     Ok(())
 }
 
-fn an_empty_signal_is_sigterm() -> Result {
+fn kill_sends_sigterm_for_an_empty_signal_name() -> Result {
     let bundle = Bundle::new(&["wait"])?;
-    let mut running = bundle.run_beside()?;
-    wait_for("the program's first line", || {
+    let mut running = bundle.run_in_background()?;
+    wait_for("the program to print its first line", || {
         Ok(running.stdout().contains("ready").then_some(()))
     })?;
     bundle.call(&["kill"])?.arg("").ok()?;
     let output = running.end()?;
-    ensure_eq!(output.stdout, "ready\nSIGTERM\n", "what it heard");
+    ensure_eq!(
+        output.stdout,
+        "ready\nSIGTERM\n",
+        "the program's output after `kill` with an empty signal name"
+    );
     Ok(())
 }

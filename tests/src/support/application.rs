@@ -1,5 +1,6 @@
-//! The application of kubelet's tests, as its pods' manifests have it and as it answers: a Flask
-//! service with all that such pods can have (`tests/images/app.py`).
+//! The application that the kubelet and cluster tests run: a Flask service (`tests/images/app.py`).
+//! Its pods use features that applications often need, such as volumes, probes and init containers.
+//! This module contains the pods' manifests and checks the service's responses.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -13,35 +14,36 @@ use crate::support::node::{BUSYBOX, Node};
 
 pub(crate) const FLASK: &str = "127.0.0.1:5000/demo/flask:1";
 
-/// How many lines a container logs while kubelet rotates its log.
+/// The number of lines in the log of a container whose log kubelet rotates.
 pub(crate) const LINES: usize = 9000;
 
-/// What the pods mount from the host.
+/// Writes the files that the pods mount from the host.
 pub(crate) fn write_config(node: &Node) -> Result {
     for (name, text) in [
         ("config/greeting", "hello from a file"),
-        ("secret/password", "not told to anyone"),
+        ("secret/password", "a password from the Secret"),
         ("host/.keep", ""),
     ] {
         let path = node.join(name);
-        let dir = path.parent().ok_or("no directory")?;
+        let dir = path.parent().ok_or("the path has no parent directory")?;
         fs::create_dir_all(dir)?;
         fs::write(&path, text)?;
     }
-    // Users other than root write to it.
+    // The pods write to this directory as a user other than root.
     fs::set_permissions(node.join("host"), fs::Permissions::from_mode(0o777))?;
     Ok(())
 }
 
-/// The first process of a PID namespace ends at a SIGTERM only if it has said so.
+/// The shell command that makes a container exit on SIGTERM. The first process of a PID namespace
+/// exits on SIGTERM only if it handles SIGTERM explicitly.
 const TRAP: &str = "trap exit TERM";
 
-/// The manifest of one replica.
+/// Returns the manifest of one replica of the application.
 pub(crate) fn replica(node: &Node, number: usize) -> Value {
     let host_path = |name: &str| json!({ "path": node.join(name), "type": "Directory" });
     let talks = format!(
         "i=0; while [ $i -lt {LINES} ]; do i=$((i+1)); \
-         echo \"line $i of a log that is rotated while it is written, and must not lose any\"; \
+         echo \"line $i of a log that kubelet rotates while the container writes it\"; \
          [ $((i % 1000)) -ne 0 ] || sleep 3; done;"
     );
     let talks = if number == 1 { &talks } else { "" };
@@ -52,7 +54,8 @@ pub(crate) fn replica(node: &Node, number: usize) -> Value {
     static_pod(
         &format!("app-{number}"),
         &json!({
-            // Far more than any of them takes, under emulation too.
+            // The grace period is far longer than any container needs to exit, even under
+            // emulation.
             "terminationGracePeriodSeconds": 60,
             "securityContext": { "runAsUser": 1000, "runAsGroup": 1000, "fsGroup": 2000 },
             "initContainers": [
@@ -138,17 +141,20 @@ pub(crate) fn replica(node: &Node, number: usize) -> Value {
     )
 }
 
-/// The node's port that leads to this replica.
+/// Returns the host port of the replica `number`.
 fn host_port(number: usize) -> usize {
     18_080 + number
 }
 
 pub(crate) fn address(pod: &Value) -> Result<&str> {
     let address = pod["status"]["podIP"].as_str();
-    Ok(address.ok_or(format!("no podIP: {}", pod["status"]))?)
+    Ok(address.ok_or(format!(
+        "the pod's status contains no podIP: {}",
+        pod["status"]
+    ))?)
 }
 
-/// POST to the application, which it answers with ok.
+/// Sends a POST request to the application, which must respond with "ok".
 pub(crate) fn tells(pod: &Value, path: &str) -> Result {
     let url = format!("http://{}:5000{path}", address(pod)?);
     command("curl", ["-fsS", "-X", "POST", &url])
@@ -162,60 +168,72 @@ pub(crate) fn answers(pod: &Value) -> Result<Value> {
     command("curl", ["-fsS", &url]).ok()?.json()
 }
 
-pub(crate) fn answer_shows_what_it_was_given(pod: &Value, number: usize) -> Result {
-    // The neighbour's first request is answered when it has talked.
-    let told = answers(pod)?;
-    for (what, is, should) in [
-        ("version", &told["version"], json!("1")),
-        ("host", &told["host"], pod["metadata"]["name"].clone()),
-        ("user", &told["user"], json!([1000, 1000, [1000, 2000]])),
+pub(crate) fn answer_shows_the_manifests_values(pod: &Value, number: usize) -> Result {
+    // The container `neighbour` of the first replica sends its first request only after it has
+    // written all its log lines. So this function checks the requests of `neighbour` only for other
+    // replicas.
+    let answer = answers(pod)?;
+    for (field, actual, expected) in [
+        ("version", &answer["version"], json!("1")),
+        ("host", &answer["host"], pod["metadata"]["name"].clone()),
+        ("user", &answer["user"], json!([1000, 1000, [1000, 2000]])),
         (
-            "APP_COLOR",
-            &told["environment"]["APP_COLOR"],
+            "environment.APP_COLOR",
+            &answer["environment"]["APP_COLOR"],
             json!("green"),
         ),
         (
-            "APP_ADDRESS",
-            &told["environment"]["APP_ADDRESS"],
+            "environment.APP_ADDRESS",
+            &answer["environment"]["APP_ADDRESS"],
             pod["status"]["podIP"].clone(),
         ),
         (
-            "config",
-            &told["config"]["greeting"],
+            "config.greeting",
+            &answer["config"]["greeting"],
             json!("hello from a file"),
         ),
         (
-            "secret",
-            &told["secret"]["password"],
-            json!("not told to anyone"),
+            "secret.password",
+            &answer["secret"]["password"],
+            json!("a password from the Secret"),
         ),
         (
-            "downward name",
-            &told["downward"]["name"],
+            "downward.name",
+            &answer["downward"]["name"],
             pod["metadata"]["name"].clone(),
         ),
         (
-            "init container",
-            &told["shared"]["init"],
+            "shared.init",
+            &answer["shared"]["init"],
             json!("prepared\n"),
         ),
-        ("sidecar", &told["shared"]["sidecar"], json!("beside\n")),
+        (
+            "shared.sidecar",
+            &answer["shared"]["sidecar"],
+            json!("beside\n"),
+        ),
     ] {
-        ensure_eq!(*is, should, "{what} of {}", pod_name(pod));
+        ensure_eq!(
+            *actual,
+            expected,
+            "the field `{field}` in the response of the pod {}",
+            pod_name(pod)
+        );
     }
     for node in ["127.0.0.1", "192.0.2.2"] {
         let url = format!("http://{node}:{}/", host_port(number));
-        let told = command("curl", ["-fsS", &url]).ok()?.json()?;
+        let answer = command("curl", ["-fsS", &url]).ok()?.json()?;
         ensure_eq!(
-            told["host"],
+            answer["host"],
             pod["metadata"]["name"],
-            "who answers on {url}"
+            "the name of the pod that responds at {url}"
         );
     }
     if number > 1 {
-        wait_for("the second container to have reached the first", || {
-            Ok((answers(pod)?["shared"]["client"] == "ok\n").then_some(()))
-        })?;
+        wait_for(
+            "the container `neighbour` to receive a response from the container `web`",
+            || Ok((answers(pod)?["shared"]["client"] == "ok\n").then_some(())),
+        )?;
     }
     Ok(())
 }

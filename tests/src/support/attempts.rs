@@ -1,6 +1,7 @@
-//! Runs a test, and compares the machine before and after it. A test that fails is repeated once,
-//! immediately. A test that passes the second time counts as passed, and its name is reported. So
-//! one unlucky wait does not fail the run, and does not stay hidden.
+//! Runs a test, and compares the machine before and after the test. A test that fails is repeated
+//! once, immediately. A test that passes on its second attempt counts as passed, but the report
+//! lists it as flaky. So a single random timeout does not fail the whole run, but is visible in the
+//! report.
 
 use std::fs;
 use std::path::Path;
@@ -13,7 +14,8 @@ use crate::ensure;
 use crate::support::leak_check::Snapshot;
 use crate::support::needs::Test;
 
-/// The directory with one file for each flaky test. The views keep /out after a run.
+/// The directory that contains one file for each flaky test. `tests/native/run` and `tests/vm/run`
+/// keep /out after a run.
 const KEPT: &str = "/out/flaky";
 
 struct Flaky {
@@ -24,7 +26,7 @@ struct Flaky {
 static FLAKY: Mutex<Vec<Flaky>> = Mutex::new(Vec::new());
 static TOOK: Mutex<Vec<(Duration, &'static str)>> = Mutex::new(Vec::new());
 
-/// Runs one test, and repeats it once if it fails.
+/// Runs one test, and repeats the test once if it fails.
 pub(crate) fn run(name: &'static str, test: &Test) -> Result<Completion, Failed> {
     if let Some(lacking) = test.needs.iter().find_map(|need| need.lacking()) {
         return Ok(Completion::ignored_with(lacking));
@@ -42,7 +44,7 @@ pub(crate) fn run(name: &'static str, test: &Test) -> Result<Completion, Failed>
             }
         }
         Outcome::Failed { first, second } => {
-            let both = format!("{second}\n\nThe attempt before this one failed, too:\n{first}");
+            let both = format!("{second}\n\nThe first attempt failed, too:\n{first}");
             return Err(both.into());
         }
     }
@@ -55,8 +57,8 @@ enum Outcome {
     Failed { first: String, second: String },
 }
 
-/// Runs a test, and repeats it once if it fails. `look` records what is on the machine before the
-/// test, and `unchanged` compares the machine with that record afterwards.
+/// Runs a test, and repeats the test once if it fails. Before the test, `look` records the state of
+/// the machine. After the test, `unchanged` compares the machine with this record.
 fn attempts<M>(
     run: impl Fn() -> Result<(), Failed>,
     look: impl Fn() -> M,
@@ -66,8 +68,9 @@ fn attempts<M>(
     let (first, before) = match run() {
         Ok(()) => match unchanged(&before) {
             Ok(()) => return Outcome::Passed,
-            // The second attempt is compared with the machine before the first one. Otherwise a
-            // file that the test leaves at the same path each time would count as there before.
+            // After the second attempt, the machine is compared with its state before the first
+            // attempt. If both attempts leave a file at the same path, a comparison with the state
+            // between the attempts would not find this file.
             Err(first) => (first, before),
         },
         Err(first) => (first, look()),
@@ -87,20 +90,26 @@ fn message(failed: &Failed) -> String {
 }
 
 fn left_unchanged(before: &Snapshot) -> Result<(), Failed> {
-    let left = before.leavings();
-    ensure!(left.is_empty(), "left behind:\n  {}", left.join("\n  "));
+    let left = before.leftovers();
+    ensure!(
+        left.is_empty(),
+        "the test left these entries behind:\n  {}",
+        left.join("\n  ")
+    );
     let lost = before.losses();
     ensure!(
         lost.is_empty(),
-        "took away what was not its own:\n  {}",
+        "the test removed entries that it did not create:\n  {}",
         lost.join("\n  ")
     );
     Ok(())
 }
 
-/// Prints what `tests/run` collects after all tests: `flaky: NAME`, with the output of the failed
-/// attempt indented below it, and `took SECONDS NAME` for the slowest ones. Both outputs of a
-/// flaky test are kept in /out/flaky, too.
+/// Prints the lines that `tests/run` collects. The harness calls this function after all tests. For
+/// each flaky test, the function prints a line that begins with `flaky:` and contains the test's
+/// name. The indented output of the failed attempt follows this line. The function also writes this
+/// output to a file in /out/flaky. Lines that begin with `took` contain the times and names of the
+/// slowest tests.
 pub(crate) fn report() {
     for flaky in FLAKY.lock().iter().flat_map(|flaky| flaky.iter()) {
         println!("flaky: {}", flaky.name);
@@ -129,7 +138,7 @@ mod tests {
 
     use super::*;
 
-    /// A test that fails the first `times` times.
+    /// Returns a test that fails on its first `times` attempts.
     fn fails(times: u32) -> impl Fn() -> Result<(), Failed> {
         let attempt = Cell::new(0);
         move || {
@@ -144,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_test_that_passes_is_run_once() {
+    fn a_test_that_passes_runs_only_once() {
         let runs = Cell::new(0);
         let count = || {
             runs.set(runs.get() + 1);
@@ -155,22 +164,22 @@ mod tests {
     }
 
     #[test]
-    fn a_test_that_fails_once_passes_and_its_first_failure_is_kept() {
+    fn if_a_test_passes_on_its_second_attempt_its_first_failure_is_recorded() {
         let outcome = attempts_of(fails(1));
         assert!(matches!(outcome, Outcome::PassedSecond { first } if first == "attempt 1"));
     }
 
     #[test]
-    fn a_test_that_fails_twice_fails_with_both_failures() {
+    fn a_test_that_fails_twice_reports_both_failures() {
         let outcome = attempts_of(fails(2));
         let Outcome::Failed { first, second } = outcome else {
-            panic!("it did not fail");
+            panic!("the test did not fail twice");
         };
         assert_eq!((first, second), ("attempt 1".into(), "attempt 2".into()));
     }
 
     #[test]
-    fn a_test_that_always_leaves_the_same_file_fails() {
+    fn a_test_fails_if_both_attempts_leave_the_same_file() {
         let files = RefCell::new(Vec::new());
         let leave = || {
             let mut files = files.borrow_mut();
@@ -180,7 +189,7 @@ mod tests {
             Ok(())
         };
         let unchanged = |before: &Vec<&str>| {
-            ensure!(*before == *files.borrow(), "left behind");
+            ensure!(*before == *files.borrow(), "the test left a file behind");
             Ok(())
         };
         let outcome = attempts(leave, || files.borrow().clone(), unchanged);

@@ -1,5 +1,7 @@
-//! OCI bundles, and the runtime under test: `RRUN_TEST_RUNTIME`, `rrun` if unset. The same tests
-//! run against runc and crun, which keeps them honest.
+//! OCI bundles, and the runtime under test. The environment variable `RRUN_TEST_RUNTIME` contains
+//! the name of the runtime. Without this variable, the tests run `rrun`. The same tests also run
+//! against runc and crun. If a test fails with these runtimes, the test may expect more than the
+//! OCI runtime specification requires.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,22 +15,24 @@ pub(crate) fn runtime_program() -> String {
     std::env::var("RRUN_TEST_RUNTIME").unwrap_or_else(|_| "rrun".to_owned())
 }
 
-/// A bundle on disk and the containers made from it. Dropped, all of it goes.
+/// A bundle on the disk. Dropping the value deletes the bundle and the container that the runtime
+/// created from the bundle.
 pub(crate) struct Bundle {
     directory: Directory,
-    /// What config.json will say; written by each [`Bundle::call`].
+    /// The content of config.json. [`Bundle::call`] writes the file before it runs the runtime.
     pub(crate) config: Value,
     id: String,
-    /// Given before every command.
+    /// The runtime's global options, which precede every command.
     flags: Vec<&'static str>,
 }
 
-/// The program of `inside`: hard-linked into each root file system, so that each costs nothing.
+/// Returns the path of the program `inside`. Each root file system contains a hard link to this
+/// file. Hard links need no additional disk space.
 fn program() -> Result<&'static Path> {
     static PROGRAM: OnceLock<std::result::Result<PathBuf, String>> = OnceLock::new();
     let made = PROGRAM.get_or_init(|| {
         let bytes = fs::read("/proc/self/exe").map_err(|error| error.to_string())?;
-        if wants_a_loader(&bytes) {
+        if needs_a_loader(&bytes) {
             return Err(
                 "rrun-e2e must be linked statically (-C target-feature=+crt-static)".to_owned(),
             );
@@ -41,8 +45,10 @@ fn program() -> Result<&'static Path> {
     Ok(made.as_deref().map_err(|error| error.clone())?)
 }
 
-/// elf(5): a PT_INTERP program header names a dynamic loader, and a container here has none.
-fn wants_a_loader(elf: &[u8]) -> bool {
+/// Returns whether a program needs a dynamic loader. The ELF file of such a program has a PT_INTERP
+/// program header, which names the loader (elf(5)). The tests' containers contain no loader, so
+/// such a program cannot run in them.
+fn needs_a_loader(elf: &[u8]) -> bool {
     const PT_INTERP: [u8; 4] = 3u32.to_le_bytes();
     let number = |at: usize| {
         elf.get(at..at + 2)
@@ -55,12 +61,15 @@ fn wants_a_loader(elf: &[u8]) -> bool {
     })
 }
 
-/// Makes what tests share, so that no test is blamed for it.
+/// Creates the file of the program `inside`, which all tests share. The leak check reports a new
+/// file as a leak of the current test. The harness therefore calls this function before it runs the
+/// tests.
 pub(crate) fn prepare() {
     let _ = program();
 }
 
-/// Puts a root file system there that holds the program `/bin/inside` and little else.
+/// Creates a root file system at `path`. The root file system contains the program `/bin/inside`
+/// and a few directories.
 pub(crate) fn make_rootfs(path: &Path) -> Result {
     for dir in ["bin", "dev", "etc", "proc", "sys", "tmp", "data"] {
         fs::create_dir_all(path.join(dir))?;
@@ -77,8 +86,8 @@ pub(crate) fn make_rootfs(path: &Path) -> Result {
 }
 
 impl Bundle {
-    /// A bundle whose container runs `inside` with these arguments; everything else is as `runc
-    /// spec` has it, but for the terminal.
+    /// Creates a bundle whose container runs `inside` with the arguments `args`. The rest of the
+    /// configuration is like the output of `runc spec`, but `process.terminal` is false.
     pub(crate) fn new(args: &[&str]) -> Result<Self> {
         static NEXT: std::sync::atomic::AtomicU32 = std::sync::atomic::AtomicU32::new(1);
         let number = NEXT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
@@ -96,7 +105,8 @@ impl Bundle {
         Ok(bundle)
     }
 
-    /// The same under the systemd cgroup driver, as a scope in this slice.
+    /// Like [`Bundle::new`], but for the systemd cgroup driver, which creates a scope for the
+    /// container in `slice`.
     pub(crate) fn in_slice(slice: &str, args: &[&str]) -> Result<Self> {
         let mut bundle = Bundle::new(args)?;
         let path = format!("{slice}:e2e:{}", bundle.id);
@@ -105,7 +115,8 @@ impl Bundle {
         Ok(bundle)
     }
 
-    /// The unit of systemd that a container of [`Bundle::in_slice`] is.
+    /// Returns the name of the container's systemd unit, for a bundle that [`Bundle::in_slice`]
+    /// created.
     pub(crate) fn unit(&self) -> String {
         format!("e2e-{}.scope", self.id)
     }
@@ -118,7 +129,7 @@ impl Bundle {
         self.directory.path()
     }
 
-    /// A path below the bundle's directory.
+    /// Returns the path of the file `name` in the bundle's directory.
     pub(crate) fn join(&self, name: &str) -> PathBuf {
         self.directory.join(name)
     }
@@ -127,19 +138,20 @@ impl Bundle {
         self.directory.join("rootfs")
     }
 
-    /// Where the runtime keeps its state: with the bundle, so that it shows what it leaves.
+    /// Returns the runtime's state directory. The state directory is inside the bundle's directory.
+    /// There a test can check which files the runtime leaves behind.
     pub(crate) fn root(&self) -> PathBuf {
         self.directory.join("state")
     }
 
-    /// The container's cgroup directory.
+    /// Returns the container's cgroup directory.
     pub(crate) fn cgroup(&self) -> PathBuf {
         let path = self.config["linux"]["cgroupsPath"]
             .as_str()
             .unwrap_or_default();
         let root = PathBuf::from("/sys/fs/cgroup");
         match path.split_once(':') {
-            // a-b.slice is in a.slice.
+            // The directory a-b.slice is in the directory a.slice (systemd.slice(5)).
             Some((slice, _)) => {
                 let name = slice.trim_end_matches(".slice");
                 let ends = name.match_indices('-').map(|(at, _)| at);
@@ -154,23 +166,25 @@ impl Bundle {
 
     pub(crate) fn cgroup_file(&self, name: &str) -> Result<String> {
         let path = self.cgroup().join(name);
-        let text =
-            fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+        let text = fs::read_to_string(&path)
+            .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
         Ok(text.trim_end().to_owned())
     }
 
-    /// A number of a file of lines such as `oom_kill 1`.
+    /// Returns the number after `key` in a cgroup file that consists of lines such as `oom_kill 1`.
     pub(crate) fn cgroup_count(&self, file: &str, key: &str) -> Result<u64> {
         let text = self.cgroup_file(file)?;
         let line = text
             .lines()
             .find_map(|line| line.strip_prefix(key)?.strip_prefix(' '));
         Ok(line
-            .ok_or(format!("{file} has no {key}: {text}"))?
+            .ok_or(format!(
+                "the cgroup file {file} contains no line for the key `{key}`; the file's content:\n{text}"
+            ))?
             .parse()?)
     }
 
-    /// The arguments of `inside`.
+    /// Sets the arguments of `inside`.
     pub(crate) fn args(&mut self, args: &[&str]) -> &mut Self {
         let mut all = vec!["/bin/inside"];
         all.extend(args);
@@ -178,7 +192,8 @@ impl Bundle {
         self
     }
 
-    /// Sets the value at this JSON pointer; objects on the way are made.
+    /// Sets the value at the JSON pointer `pointer`, and creates missing objects on the path to the
+    /// value.
     pub(crate) fn set(&mut self, pointer: &str, value: Value) -> &mut Self {
         let mut place = &mut self.config;
         for key in pointer.split('/').skip(1) {
@@ -191,7 +206,8 @@ impl Bundle {
         self
     }
 
-    /// Adds to the array at this JSON pointer; it is made if it is not there.
+    /// Appends `value` to the array at the JSON pointer `pointer`, and creates the array if it does
+    /// not exist.
     pub(crate) fn add(&mut self, pointer: &str, value: Value) -> &mut Self {
         let mut all = self
             .config
@@ -203,13 +219,13 @@ impl Bundle {
         self.set(pointer, Value::Array(all))
     }
 
-    /// The entries of `mounts`, to be changed.
+    /// Returns mutable references to the entries of `mounts`.
     pub(crate) fn mounts(&mut self) -> impl Iterator<Item = &mut Value> {
         let mounts = self.config["mounts"].as_array_mut();
         mounts.into_iter().flatten()
     }
 
-    /// Takes the key out.
+    /// Removes the key at the JSON pointer `pointer`.
     pub(crate) fn without(&mut self, pointer: &str) -> &mut Self {
         if let Some((parent, key)) = pointer.rsplit_once('/')
             && let Some(Value::Object(map)) = self.config.pointer_mut(parent)
@@ -219,7 +235,8 @@ impl Bundle {
         self
     }
 
-    /// Takes the namespace of this type out: the container shares the runtime's.
+    /// Removes the namespace of the type `kind` from the configuration. The container then shares
+    /// the runtime's namespace.
     pub(crate) fn without_namespace(&mut self, kind: &str) -> &mut Self {
         if let Some(Value::Array(all)) = self.config.pointer_mut("/linux/namespaces") {
             all.retain(|namespace| namespace["type"] != kind);
@@ -234,7 +251,7 @@ impl Bundle {
         )?)
     }
 
-    /// The runtime with these arguments, as they are.
+    /// Returns a command that calls the runtime with the global options and the arguments `args`.
     pub(crate) fn runtime(&self, args: &[&str]) -> Run {
         command(&runtime_program(), ["--root"])
             .arg(self.root())
@@ -243,31 +260,33 @@ impl Bundle {
             .dir(self.path())
     }
 
-    /// `RUNTIME COMMAND OPTION… ID`.
+    /// Writes config.json, and returns a command that calls the runtime. The arguments of this
+    /// command are `args` (a command and its options) and the container's id.
     pub(crate) fn call(&self, args: &[&str]) -> Result<Run> {
         self.write_config()?;
         Ok(self.runtime(args).arg(&self.id))
     }
 
-    /// `run`, which must end well.
+    /// Calls `run`, which must succeed.
     pub(crate) fn run(&self) -> Result<Output> {
         self.call(&["run"])?.ok()
     }
 
-    /// `run` of a container that reports on itself.
+    /// Calls `run` for a container whose program is `inside report`, and returns the report.
     pub(crate) fn report(&mut self) -> Result<Value> {
         self.args(&["report"]).run()?.json()
     }
 
-    /// `create` and `start`. Gives what tells of the container's output.
+    /// Calls `create` and `start`, and returns the output of `create`.
     pub(crate) fn start(&self) -> Result<Output> {
         let created = self.call(&["create"])?.ok()?;
         self.call(&["start"])?.ok()?;
         Ok(created)
     }
 
-    /// Runs it in the background: its output can be read while it runs.
-    pub(crate) fn run_beside(&self) -> Result<Running> {
+    /// Calls `run` in the background. A test can then read the container's output while the
+    /// container runs.
+    pub(crate) fn run_in_background(&self) -> Result<Running> {
         let running = self.call(&["run"])?.start()?;
         self.wait_status("running")?;
         Ok(running)
@@ -300,7 +319,7 @@ impl Bundle {
     }
 
     pub(crate) fn wait_status(&self, status: &str) -> Result {
-        wait_for(&format!("{} to be {status}", self.id), || {
+        wait_for(&format!("the container {} to be {status}", self.id), || {
             Ok((self.status()? == status).then_some(()))
         })
     }
@@ -309,7 +328,7 @@ impl Bundle {
         self.runtime(&["delete", &self.id]).ok()
     }
 
-    /// Ends it in whatever state it is.
+    /// Deletes the container with `delete --force`, which works in any state.
     pub(crate) fn end(&self) -> Result<Output> {
         self.runtime(&["delete", "--force", &self.id]).ok()
     }
@@ -317,14 +336,14 @@ impl Bundle {
 
 impl Drop for Bundle {
     fn drop(&mut self) {
-        // After a test that went well there is nothing to delete.
+        // A test that failed can leave its container behind.
         if self.root().join(&self.id).exists() {
             let _ = self.runtime(&["delete", "--force", &self.id]).end();
         }
     }
 }
 
-/// A configuration as `runc spec` writes it, without a terminal.
+/// Returns a configuration like the output of `runc spec`, but `process.terminal` is false.
 fn config(cgroup: &str) -> Value {
     let capabilities = json!(["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]);
     json!({

@@ -1,4 +1,6 @@
-//! A program that calls the runtime: how it is called itself, the image it runs, what it leaves.
+//! Programs that call the runtime, such as podman. A test implements the trait [`Caller`] for such
+//! a program. This module also checks the operations that docker and podman have in common. The
+//! type [`Leftovers`] removes the files that a caller leaves behind.
 
 use std::path::{Path, PathBuf};
 
@@ -12,28 +14,30 @@ pub(crate) const IMAGE: Need = Need::File(ARCHIVE);
 pub(crate) const IMAGE_NAME: &str = "localhost/demo/busybox:latest";
 
 pub(crate) trait Caller {
-    /// The program and its global options, after variables of its environment.
+    /// Returns the arguments for env(1): variables for the program's environment, the program, and
+    /// its global options.
     fn program(&self) -> Vec<String>;
 
-    /// Runs a program in a container that is removed afterwards.
+    /// Runs `program` in a container. The caller removes the container after the run.
     fn run(&self, options: &[&str], program: &[&str]) -> Run;
 
     fn call(&self, args: &[&str]) -> Run {
         command("env", self.program()).args(args)
     }
 
-    /// The same at a terminal. Of a program that ends at once the client may show nothing, with
-    /// whatever runtime (podman on a busy machine: two of 120, with crun as with rrun): then it is
-    /// asked again.
+    /// Runs the caller, such as podman, on a terminal. If the container's program exits
+    /// immediately, the caller sometimes shows no output, regardless of the runtime. On a busy
+    /// machine, podman showed no output in two of 120 calls, both with crun and with rrun. So this
+    /// function repeats a call without output at most four times.
     fn at_terminal(&self, args: &str) -> Result<Output> {
         let line = format!("env {} {args}", self.program().join(" "));
-        let ask = || command("script", ["-qec", &line, "/dev/null"]).ok();
-        let mut output = ask()?;
+        let attempt = || command("script", ["-qec", &line, "/dev/null"]).ok();
+        let mut output = attempt()?;
         for _ in 0..4 {
             if !output.stdout.is_empty() {
                 break;
             }
-            output = ask()?;
+            output = attempt()?;
         }
         Ok(output)
     }
@@ -42,16 +46,17 @@ pub(crate) trait Caller {
         let output = self.run(options, program).ok()?;
         ensure!(
             output.text() == text,
-            "should print {text:?}:\n{}",
+            "the container's program should print {text:?}:\n{}",
             output.told()
         );
         Ok(())
     }
 }
 
-/// What docker and podman have a container do from its first exec to its removal. It runs, under this
-/// name, `sh -c "echo begun; exec sleep 600"`.
-pub(crate) fn lives(caller: &impl Caller, name: &str) -> Result {
+/// Checks the container operations that docker and podman have in common, from the first exec to
+/// the removal of the container. The test must already have started the container `name` with the
+/// command `sh -c "echo begun; exec sleep 600"`.
+pub(crate) fn check_life_cycle(caller: &impl Caller, name: &str) -> Result {
     let exec = |args: &[&str]| caller.call(&["exec"]).args(args);
     exec(&[name, "ps"]).ok()?.says("sleep 600")?;
     exec(&[
@@ -86,13 +91,21 @@ pub(crate) fn lives(caller: &impl Caller, name: &str) -> Result {
         Ok(output.text().to_owned())
     };
     caller.call(&["pause", name]).ok()?;
-    ensure_eq!(status()?, "paused", "after pause");
+    ensure_eq!(status()?, "paused", "the container's status after `pause`");
     caller.call(&["unpause", name]).ok()?;
-    ensure_eq!(status()?, "running", "after unpause");
+    ensure_eq!(
+        status()?,
+        "running",
+        "the container's status after `unpause`"
+    );
     caller.call(&["restart", "-t", "0", name]).ok()?;
-    ensure_eq!(status()?, "running", "after restart");
+    ensure_eq!(
+        status()?,
+        "running",
+        "the container's status after `restart`"
+    );
     caller.call(&["stop", "-t", "0", name]).ok()?;
-    ensure_eq!(status()?, "exited", "after stop");
+    ensure_eq!(status()?, "exited", "the container's status after `stop`");
     caller.call(&["start", name]).ok()?;
     caller.call(&["kill", "-s", "KILL", name]).ok()?;
     caller.call(&["wait", name]).ok()?.says("137")?;
@@ -100,8 +113,8 @@ pub(crate) fn lives(caller: &impl Caller, name: &str) -> Result {
     Ok(())
 }
 
-/// What docker and podman make of a container's world by the same options.
-pub(crate) fn shapes(caller: &impl Caller) -> Result {
+/// Checks the container settings for which docker and podman have the same options.
+pub(crate) fn check_options(caller: &impl Caller) -> Result {
     let status = |field: &'static str| ["grep", field, "/proc/self/status"];
     caller.prints(&[], &status("Seccomp:"), "Seccomp:\t2")?;
     caller.prints(
@@ -152,26 +165,31 @@ pub(crate) fn shapes(caller: &impl Caller) -> Result {
     Ok(())
 }
 
-/// The directory of the cgroup that a process is in, by its id as a caller prints it.
+/// Returns the directory of the cgroup that contains the process `pid`. `pid` is a process id that
+/// docker or podman printed.
 pub(crate) fn cgroup_of(pid: &str) -> Result<PathBuf> {
     let cgroup = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let path = cgroup.lines().find_map(|line| line.strip_prefix("0::/"));
-    Ok(Path::new("/sys/fs/cgroup").join(path.ok_or("no cgroup")?))
+    Ok(Path::new("/sys/fs/cgroup").join(path.ok_or(format!(
+        "/proc/{pid}/cgroup contains no line that begins with 0::/ ({cgroup})"
+    ))?))
 }
 
-/// What a caller makes beside its own directory, at places that it shares with others of its kind.
-/// Dropped, mounts below its directory go, and of those places the ones that were not there before.
-pub(crate) struct Leavings {
+/// The files that a caller (such as podman) creates at fixed paths, outside the test's directory.
+/// Dropping the value unmounts all mounts below the test's directory. The drop also removes the
+/// fixed paths that did not exist before the test.
+pub(crate) struct Leftovers {
     directory: PathBuf,
     made: Vec<PathBuf>,
 }
 
-impl Leavings {
-    /// To be called before it is started.
-    pub(crate) fn of(directory: &Path, places: &[&str]) -> Leavings {
-        Leavings {
+impl Leftovers {
+    /// Records which of `paths` do not exist. A test calls this function before it starts the
+    /// caller.
+    pub(crate) fn of(directory: &Path, paths: &[&str]) -> Leftovers {
+        Leftovers {
             directory: directory.to_owned(),
-            made: places
+            made: paths
                 .iter()
                 .map(PathBuf::from)
                 .filter(|path| !path.exists())
@@ -180,7 +198,7 @@ impl Leavings {
     }
 }
 
-impl Drop for Leavings {
+impl Drop for Leftovers {
     fn drop(&mut self) {
         unmount_below(&self.directory);
         for path in &self.made {

@@ -1,4 +1,4 @@
-//! Calls of the CRI by gRPC, as kubelet makes them.
+//! CRI requests over gRPC, as kubelet sends them.
 
 use rrun_proto::v1::image_service_client::ImageServiceClient;
 use rrun_proto::v1::runtime_service_client::RuntimeServiceClient;
@@ -10,10 +10,10 @@ use tonic::transport::{Channel, Endpoint};
 use crate::support::machine::{Result, deadline};
 use crate::support::node::{BUSYBOX, Node};
 
-/// The client of the runtime service, as [`Calls::runtime`] gives it.
+/// The client of the CRI's runtime service. [`Calls::runtime`] returns such a client.
 pub(crate) type RuntimeClient = RuntimeServiceClient<Channel>;
 
-/// A connection to a node's server.
+/// A gRPC connection to a node's CRI server.
 pub(crate) struct Calls {
     threads: tokio::runtime::Runtime,
     channel: Channel,
@@ -37,15 +37,16 @@ impl Calls {
         ImageServiceClient::new(self.channel.clone())
     }
 
-    /// Runs this to its end, within the deadline of everything.
+    /// Runs the future `work` to completion. Fails if the future does not complete within
+    /// [`deadline`].
     pub(crate) fn wait<T>(&self, work: impl Future<Output = T>) -> Result<T> {
         let limited = async { tokio::time::timeout(deadline(), work).await };
         self.threads
             .block_on(limited)
-            .map_err(|_| format!("no answer within {:?}", deadline()).into())
+            .map_err(|_| format!("the server did not respond within {:?}", deadline()).into())
     }
 
-    /// Runs all of these at the same time.
+    /// Runs the futures `work` concurrently, and returns their results.
     pub(crate) fn together<T: Send + 'static>(
         &self,
         work: impl IntoIterator<Item = impl Future<Output = T> + Send + 'static>,
@@ -59,7 +60,7 @@ impl Calls {
     }
 }
 
-/// A pod as kubelet would ask for it.
+/// Returns the configuration of a pod as kubelet would request it.
 pub(crate) fn pod(name: &str) -> PodSandboxConfig {
     PodSandboxConfig {
         metadata: Some(PodSandboxMetadata {
@@ -73,7 +74,7 @@ pub(crate) fn pod(name: &str) -> PodSandboxConfig {
     }
 }
 
-/// A container of busybox that runs this command.
+/// Returns the configuration of a busybox container that runs `command`.
 pub(crate) fn container(name: &str, command: &[&str]) -> ContainerConfig {
     ContainerConfig {
         metadata: Some(ContainerMetadata {

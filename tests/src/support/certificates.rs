@@ -1,4 +1,4 @@
-//! Certificates that openssl makes for a test.
+//! Certificates that openssl creates for a test.
 
 use std::path::Path;
 
@@ -7,12 +7,12 @@ use crate::support::needs::Need;
 
 pub(crate) const OPENSSL: Need = Need::Program("openssl");
 
-/// An authority, a certificate for 127.0.0.1 and one for a client.
+/// Creates a certificate authority, a certificate for 127.0.0.1 and a client certificate.
 pub(crate) fn certificates(dir: &Path) -> Result {
     certificates_by("test-ca", dir)
 }
 
-/// As [`certificates`], by an authority of this name.
+/// Like [`certificates`], but the certificate authority has the name `authority`.
 pub(crate) fn certificates_by(authority: &str, dir: &Path) -> Result {
     let script = r#"
         openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj "/CN=$1" \

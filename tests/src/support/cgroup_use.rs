@@ -1,4 +1,4 @@
-//! What a cgroup's processes use, as the kernel counts it.
+//! Measurements of the resources that a cgroup's processes use.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,14 +10,15 @@ use crate::ensure;
 use crate::support::bundle::Bundle;
 use crate::support::machine::{Failed, Result, note};
 
-/// One file of the group, without the last line end.
+/// Returns the content of a cgroup's file `name`, without the final newlines.
 pub(crate) fn file(group: &Path, name: &str) -> Result<String> {
     let path = group.join(name);
-    let text = fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let text = fs::read_to_string(&path)
+        .map_err(|error| format!("cannot read {}: {error}", path.display()))?;
     Ok(text.trim_end().to_owned())
 }
 
-/// Groups below this one, the deepest first.
+/// Returns all cgroups below `dir`. In the result, each cgroup precedes its parent.
 pub(crate) fn groups_below(dir: &Path) -> Vec<PathBuf> {
     let mut all = Vec::new();
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
@@ -29,18 +30,21 @@ pub(crate) fn groups_below(dir: &Path) -> Vec<PathBuf> {
     all
 }
 
-/// CPU time used so far, in microseconds.
+/// Returns a cgroup's CPU time in microseconds.
 fn usage(group: &Path) -> Result<f64> {
     let stat = file(group, "cpu.stat")?;
     let line = stat
         .lines()
         .find_map(|line| line.strip_prefix("usage_usec "));
-    Ok(line.ok_or("cpu.stat has no usage_usec")?.parse::<f64>()?)
+    Ok(line
+        .ok_or("cpu.stat contains no line that begins with usage_usec")?
+        .parse::<f64>()?)
 }
 
-/// Which parts of one CPU the processes of these groups used over five seconds.
-pub(crate) fn parts_of_a_cpu(groups: &[&Path]) -> Result<Vec<f64>> {
-    // Past their start, and the first whole period of a quota.
+/// Measures the CPU time of the cgroups in `groups` for five seconds. Returns one number for each
+/// cgroup: the fraction of one CPU that the processes of the cgroup use.
+pub(crate) fn cpu_fractions(groups: &[&Path]) -> Result<Vec<f64>> {
+    // During this second, the processes start and the first whole period of a CPU quota passes.
     std::thread::sleep(Duration::from_secs(1));
     let started = Instant::now();
     let before = groups
@@ -60,7 +64,9 @@ pub(crate) fn parts_of_a_cpu(groups: &[&Path]) -> Result<Vec<f64>> {
         .collect())
 }
 
-/// Two spinning containers on CPU 0 with these CPU resources: what part of the sum the first got.
+/// Runs two containers with busy loops on CPU 0. The first container has the resources `first`, and
+/// the second container has the resources `second`. Returns the first container's share of the CPU
+/// time that both containers used.
 pub(crate) fn split_of_a_cpu(first: Value, second: Value) -> Result<f64> {
     let bundles = [first, second]
         .into_iter()
@@ -73,27 +79,29 @@ pub(crate) fn split_of_a_cpu(first: Value, second: Value) -> Result<f64> {
         })
         .collect::<Result<Vec<_>>>()?;
     let groups: Vec<_> = bundles.iter().map(Bundle::cgroup).collect();
-    let used = parts_of_a_cpu(&groups.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
+    let used = cpu_fractions(&groups.iter().map(PathBuf::as_path).collect::<Vec<_>>())?;
     for bundle in &bundles {
         bundle.end()?;
     }
     Ok(used[0] / (used[0] + used[1]))
 }
 
-/// Whether processes that never rest are held to this part of a CPU, ± 5 of a hundred.
+/// Checks that the kernel limits busy processes in `group` to the fraction `limit` of a CPU, ± 5
+/// percentage points.
 ///
-/// At no time may they get more. They must get as much in one of several windows, or, on a machine
-/// that is too busy otherwise to give it, have been stopped by their quota, or their parent's: what
-/// has none never is.
+/// No measurement may exceed the limit, and at least one measurement must reach the limit. On a
+/// busy machine, perhaps no measurement reaches the limit. The function then only checks that the
+/// kernel throttled the cgroup or its parent cgroup. The kernel never throttles a cgroup without a
+/// CPU quota. Throttling therefore shows that the quota is in effect.
 pub(crate) fn held_to(limit: f64, group: &Path) -> Result<f64> {
     let mut all = Vec::new();
     let before = throttling(group)?;
     for _ in 0..6 {
-        let used = part_of_a_cpu(group)?;
+        let used = cpu_fraction(group)?;
         all.push(used);
         ensure!(
             used <= limit + 0.05,
-            "used {:.1} % of a CPU, more than {:.0} + 5",
+            "the processes used {:.1} % of a CPU, which is more than the limit {:.0} % + 5 %",
             used * 100.0,
             limit * 100.0
         );
@@ -104,30 +112,33 @@ pub(crate) fn held_to(limit: f64, group: &Path) -> Result<f64> {
     let after = throttling(group)?;
     let stopped = (after.1 - before.1) / (after.0 - before.0).max(1.0);
     note(format!(
-        "too busy a machine: {all:.3?} of a CPU, stopped in {stopped:.2} of the periods"
+        "the machine is too busy. The processes used these fractions of a CPU: {all:.3?}. \
+         The kernel throttled the processes in the fraction {stopped:.2} of the quota's periods"
     ));
     ensure!(
         stopped > 0.0,
-        "used {all:.3?} of a CPU, never {limit} ± 0.05, and was never stopped"
+        "the processes used these fractions of a CPU: {all:.3?}. \
+         Each fraction is less than {limit} - 0.05, but the kernel never throttled the cgroup or its parent"
     );
     Ok(all.iter().copied().fold(0.0, f64::max))
 }
 
-/// The quota's periods so far, and how many of them ended with the group stopped, or its parent.
+/// Returns two counts: all past periods of the CPU quota, and the periods in which the kernel
+/// throttled the cgroup or its parent.
 fn throttling(group: &Path) -> Result<(f64, f64)> {
     let count = |group: &Path, key: &str| {
         let stat = file(group, "cpu.stat")?;
         let line = stat.lines().find_map(|line| line.strip_prefix(key));
         Ok::<_, Failed>(line.map_or(0.0, |number| number.trim().parse().unwrap_or(0.0)))
     };
-    let parent = group.parent().ok_or("a group without a parent")?;
+    let parent = group.parent().ok_or("the cgroup has no parent")?;
     let stopped = count(group, "nr_throttled ")? + count(parent, "nr_throttled ").unwrap_or(0.0);
     Ok((count(group, "nr_periods ")?, stopped))
 }
 
-/// Which part of one CPU the processes of this group used over five seconds.
-fn part_of_a_cpu(group: &Path) -> Result<f64> {
-    Ok(parts_of_a_cpu(&[group])?
+/// Returns the fraction of one CPU that the cgroup's processes use, measured over five seconds.
+fn cpu_fraction(group: &Path) -> Result<f64> {
+    Ok(cpu_fractions(&[group])?
         .first()
         .copied()
         .unwrap_or_default())

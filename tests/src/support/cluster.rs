@@ -1,4 +1,5 @@
-//! A whole cluster of one node over the CRI server, and kubectl on it.
+//! A Kubernetes cluster with one node that uses the CRI server under test, and kubectl calls to
+//! this cluster.
 
 use std::time::Duration;
 
@@ -13,7 +14,8 @@ pub(crate) const APISERVER: Need = Need::Program("kube-apiserver");
 
 const SCRIPT: &str = "/src/tests/setup/cluster.sh";
 
-/// What the streams of kubectl go over: what it speaks now, and what it spoke before.
+/// The protocol of kubectl's streams. kubectl uses WebSocket by default, and older versions used
+/// SPDY.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Transport {
     WebSocket,
@@ -22,17 +24,19 @@ pub(crate) enum Transport {
 
 pub(crate) const TRANSPORTS: [Transport; 2] = [Transport::WebSocket, Transport::Spdy];
 
-/// A cluster; dropped, it is stopped, and what its parts keep is removed.
+/// A cluster. Dropping the value stops the cluster and removes the cluster's files.
 pub(crate) struct Cluster<'a> {
     pub(crate) kubelet: Kubelet<'a>,
 }
 
-/// How long a cluster takes at most for anything: its parts act on each other's clocks.
+/// Returns the timeout for each operation of a cluster. The timeout is long because the cluster's
+/// components wait for each other's periodic loops.
 pub(crate) fn cluster_timeout() -> Duration {
     deadline() * 5
 }
 
-/// Waits until the cluster gives this. kubectl costs too much CPU time to be asked all the time.
+/// Calls `probe` until it returns a value. `probe` runs kubectl, which needs much CPU time. So this
+/// function pauses between two calls of `probe`.
 pub(crate) fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     wait_within(cluster_timeout(), what, || {
         let found = probe();
@@ -43,25 +47,26 @@ pub(crate) fn eventually<T>(what: &str, mut probe: impl FnMut() -> Result<Option
     })
 }
 
-/// How long a cluster takes at most, as kubectl's flag.
+/// Returns the cluster's timeout as a kubectl flag.
 pub(crate) fn timeout_flag() -> String {
     format!("--timeout={}s", cluster_timeout().as_secs())
 }
 
-/// Whether limits can be set on this machine.
-pub(crate) fn counts() -> bool {
+/// Returns whether this machine has the cgroup controllers that the pods' limits require.
+pub(crate) fn has_controllers() -> bool {
     let controllers = ["cpu", "memory", "pids"].map(Need::Controller);
     controllers.iter().all(|need| need.lacking().is_none())
 }
 
 impl<'a> Cluster<'a> {
     pub(crate) fn start(node: &mut Node) -> Result<Self> {
-        Self::configured(node, if counts() { "" } else { UNCOUNTED })
+        Self::configured(node, if has_controllers() { "" } else { UNCOUNTED })
     }
 
-    /// One whose kubelet has these lines in its configuration: [`UNCOUNTED`] where that is so.
+    /// Starts a cluster. `config` contains additional lines for kubelet's configuration. On a
+    /// machine without cgroup controllers, the caller must pass [`UNCOUNTED`].
     pub(crate) fn configured(node: &mut Node, config: &'a str) -> Result<Self> {
-        if !counts() {
+        if !has_controllers() {
             without_limits(node)?;
         }
         let options = Options {
@@ -74,13 +79,13 @@ impl<'a> Cluster<'a> {
         };
         let output = cluster.kubelet.launch(&[SCRIPT, "start"])?;
         note(format!(
-            "a cluster's node was Ready {:.0} s after its start",
+            "the cluster's node was Ready {:.0} s after the start of the cluster",
             output.took.as_secs_f64()
         ));
         Ok(cluster)
     }
 
-    /// Adds the metrics API to it.
+    /// Adds the metrics API to the cluster.
     pub(crate) fn serve_metrics(&self) -> Result {
         let metrics = command(SCRIPT, ["metrics"]).within(cluster_timeout());
         metrics.ok().map(|_| ())
@@ -97,7 +102,7 @@ impl<'a> Cluster<'a> {
             .within(cluster_timeout())
     }
 
-    /// kubectl with these arguments, which must succeed: its standard output.
+    /// Runs kubectl with the arguments `args`. kubectl must succeed. Returns the standard output.
     pub(crate) fn asks(&self, args: &[&str]) -> Result<String> {
         Ok(self.kubectl(args).ok()?.text().to_owned())
     }
@@ -106,7 +111,8 @@ impl<'a> Cluster<'a> {
         self.kubectl(args).args(["-o", "json"]).ok()?.json()
     }
 
-    /// What `kubectl get` lists of this, in the order of the names.
+    /// Returns the objects that `kubectl get` lists for the arguments `what`, in the order of the
+    /// objects' names.
     pub(crate) fn list(&self, what: &[&str]) -> Result<Vec<Value>> {
         let list = self.json(&[&["get"], what].concat())?;
         Ok(list["items"].as_array().cloned().unwrap_or_default())
@@ -125,7 +131,7 @@ impl Drop for Cluster<'_> {
     }
 }
 
-/// kubectl's environment, as words for env(1).
+/// Returns kubectl's environment variables in the form `NAME=VALUE`, as arguments for env(1).
 pub(crate) fn environment(transport: Transport) -> Vec<String> {
     let websockets = transport == Transport::WebSocket;
     vec![

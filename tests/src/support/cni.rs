@@ -1,4 +1,5 @@
-//! CNI on a node: what Debian's plugins need, their configuration, and what they leave.
+//! CNI on a node. This module defines what the tests of CNI plugins require from the machine. It
+//! also writes the configuration of the plugins, and removes the files of the plugins.
 
 use std::fs;
 use std::path::Path;
@@ -10,22 +11,25 @@ use crate::support::node::Node;
 /// Debian's CNI plugins.
 pub(crate) const PLUGINS: Need = Need::File("/usr/lib/cni/bridge");
 
-/// A kernel whose iptables the plugins portmap and firewall can call.
+/// A machine on which iptables works. The CNI plugins `portmap` and `firewall` call iptables.
 pub(crate) const FIREWALL: Need = Need::Works(
-    "iptables, which the plugins portmap and firewall call",
+    "working iptables, which the CNI plugins portmap and firewall call",
     "iptables -w -t nat -S && ip6tables -w -t nat -S && iptables -w -S",
 );
 
-/// Puts a configuration file in its place, as installers do.
+/// Writes a CNI configuration file and renames it to its final name, as the installers of CNI
+/// plugins do.
 pub(crate) fn write(node: &Node, file: &str, text: &str) -> Result {
     let new = node.join("cni").join(format!(".{file}"));
     fs::write(&new, text)?;
     Ok(fs::rename(new, node.join("cni").join(file))?)
 }
 
-/// What plugins keep outside of their configuration's reach.
+/// Removes the files that CNI plugins store outside the test's directories.
 pub(crate) fn tidy() {
-    // Where systemd is, the package's tmpfiles.d has made this one, empty, at boot.
+    // On a machine with systemd, the tmpfiles.d entry of the plugins' package created the parent
+    // directory /var/lib/cni/networks at boot. So this function removes only the test's own
+    // directory there.
     let leases = if Path::new("/run/systemd/system").exists() {
         "/var/lib/cni/networks/wire"
     } else {

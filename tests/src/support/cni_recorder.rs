@@ -1,4 +1,5 @@
-//! A CNI plugin that writes down how it was called, and does as it is told: a shell script.
+//! A CNI plugin that is a shell script. The plugin records its calls, and runs the shell commands
+//! that a test specifies.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,10 +10,10 @@ use crate::support::cni::write;
 use crate::support::machine::Result;
 use crate::support::node::Node;
 
-/// What the plugin answers to ADD.
+/// The address that the plugin returns for ADD.
 pub(crate) const ADDRESS: &str = "10.77.0.2";
 
-/// One call of the plugin.
+/// One recorded call of the plugin.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) environment: Vec<String>,
@@ -26,8 +27,9 @@ impl Call {
     }
 }
 
-/// Puts the plugin under this name into a directory of its own, which the server looks into first,
-/// and starts the server again; `settings` go into its `[cni]`, `mode` is `network.mode`.
+/// Installs the plugin in a separate directory, once for each name in `plugins`. Then restarts the
+/// server. The restarted server searches for plugins first in this directory. `settings` are lines
+/// for the `[cni]` table of the server's configuration, and `mode` is the value of `network.mode`.
 pub(crate) fn install(node: &mut Node, plugins: &[&str], mode: &str, settings: &str) -> Result {
     let bin = node.join("bin");
     for dir in ["bin", "calls", "behave"] {
@@ -59,7 +61,8 @@ pub(crate) fn install(node: &mut Node, plugins: &[&str], mode: &str, settings: &
     node.start_server()
 }
 
-/// A configuration of these plugins; those without a prefix ask for every capability.
+/// Writes a CNI configuration list with the plugins `plugins`. Each plugin requests every
+/// capability.
 pub(crate) fn configure(node: &Node, file: &str, version: &str, plugins: &[&str]) -> Result {
     let capabilities = json!({
         "portMappings": true, "bandwidth": true, "ipRanges": true, "dns": true, "mac": true,
@@ -73,7 +76,9 @@ pub(crate) fn configure(node: &Node, file: &str, version: &str, plugins: &[&str]
     write(node, file, &list.to_string())
 }
 
-/// Lines of shell that the plugin runs on this command (`DEL`, or `NAME-DEL`); empty: none.
+/// Sets the shell commands that the plugin runs for a CNI command. If `command` is a CNI command
+/// such as `DEL`, all plugins run `script`. If `command` is `PLUGIN-DEL`, only the plugin with the
+/// name PLUGIN runs `script`. An empty `script` removes the shell commands.
 pub(crate) fn behave(node: &Node, command: &str, script: &str) -> Result {
     let path = node.join("behave").join(command);
     if script.is_empty() {
@@ -84,7 +89,7 @@ pub(crate) fn behave(node: &Node, command: &str, script: &str) -> Result {
     Ok(fs::rename(new, path)?)
 }
 
-/// All calls so far with this command, in their order.
+/// Returns all calls so far with the CNI command `command`, in the order of the calls.
 pub(crate) fn calls(node: &Node, command: &str) -> Result<Vec<Call>> {
     let mut names = Vec::new();
     for entry in fs::read_dir(node.join("calls"))? {
@@ -97,16 +102,19 @@ pub(crate) fn calls(node: &Node, command: &str) -> Result<Vec<Call>> {
     let mut all = Vec::new();
     for name in names {
         let text = fs::read_to_string(node.join("calls").join(&name))?;
-        let (environment, input) = text.split_once("\n\n").ok_or("no input was written")?;
+        let (environment, input) = text
+            .split_once("\n\n")
+            .ok_or("the record of a CNI plugin's call contains no input")?;
         let environment: Vec<String> = environment.lines().map(str::to_owned).collect();
         let call = Call {
             environment,
             input: match input.trim() {
-                // Its server was killed before it told it anything.
+                // If the server was killed before it wrote the plugin's input, the recorded input
+                // is empty.
                 "" => Value::Null,
-                input => {
-                    serde_json::from_str(input).map_err(|error| format!("{error}: {input}"))?
-                }
+                input => serde_json::from_str(input).map_err(|error| {
+                    format!("cannot parse the CNI plugin's input: {error}; the input: {input}")
+                })?,
             },
         };
         if call.variable("CNI_COMMAND") == Some(command) {

@@ -1,4 +1,4 @@
-//! critest, the CRI's own suite.
+//! critest, the CRI's own test suite.
 
 use std::time::Duration;
 
@@ -6,5 +6,6 @@ use crate::support::needs::Need;
 
 pub(crate) const CRITEST: Need = Need::Program("critest");
 
-/// Three minutes with containerd on an idle machine, fifteen under emulation.
+/// The timeout of a critest run. With containerd, critest takes three minutes on an idle machine,
+/// and fifteen minutes under emulation.
 pub(crate) const CRITEST_TIMEOUT: Duration = Duration::from_secs(3600);

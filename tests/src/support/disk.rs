@@ -1,4 +1,4 @@
-//! A small disk for what a node keeps.
+//! A small disk for a node's files.
 
 use std::fs;
 use std::path::PathBuf;
@@ -11,17 +11,18 @@ use crate::support::machine::{MIB, Result};
 use crate::support::node::Node;
 use crate::{ensure, ensure_eq};
 
-/// The size of the disk.
+/// The size of a [`Disk`].
 pub(crate) const DISK_MIB: u64 = 384;
 
-/// How much of it kubelet is to keep free.
+/// The eviction threshold in the tests' kubelet configuration. If less space on the disk is free,
+/// kubelet removes unused images and evicts pods.
 pub(crate) const FREE_MIB: u64 = 96;
 
-/// A disk of [`DISK_MIB`] MiB.
+/// A tmpfs of [`DISK_MIB`] MiB that a test uses as a small disk.
 pub(crate) struct Disk(PathBuf);
 
 impl Disk {
-    /// For what is kept in this directory.
+    /// Mounts a disk at the directory `place`.
     pub(crate) fn at(place: PathBuf) -> Result<Self> {
         let size = format!("size={DISK_MIB}m,mode=755");
         let flags = MsFlags::empty();
@@ -35,7 +36,8 @@ impl Disk {
         Ok(Disk(place))
     }
 
-    /// For the images and containers of a node that has none yet; it goes with the node.
+    /// Mounts a disk for the images and containers of `node`. `node` must not have images or
+    /// containers yet. Dropping the node also unmounts the disk.
     pub(crate) fn of_the_images(node: &mut Node) -> Result<Self> {
         node.terminate_server()?;
         let disk = Disk::at(node.join("root"))?;
@@ -52,11 +54,11 @@ impl Disk {
     }
 
     pub(crate) fn free(&self) -> Result<u64> {
-        let told = statvfs(&self.0)?;
-        Ok(told.blocks_available() * told.fragment_size())
+        let statistics = statvfs(&self.0)?;
+        Ok(statistics.blocks_available() * statistics.fragment_size())
     }
 
-    /// Fills it until no more than this is free.
+    /// Fills the disk until at most `bytes` bytes are free.
     pub(crate) fn leave(&self, bytes: u64) -> Result {
         let size = self.free()?.saturating_sub(bytes);
         let old = fs::metadata(self.ballast()).map_or(0, |file| file.len());
@@ -65,18 +67,19 @@ impl Disk {
     }
 }
 
-/// Whether kubelet tells the size of this disk, and what is free, which is given.
-pub(crate) fn is_told(told: &Value, disk: &Disk) -> Result<u64> {
+/// Checks that kubelet reports the size and the free space of `disk` correctly. Returns the free
+/// space in bytes.
+pub(crate) fn kubelet_reports_the_disk(reported: &Value, disk: &Disk) -> Result<u64> {
     let free = disk.free()?;
     ensure_eq!(
-        told["capacityBytes"],
+        reported["capacityBytes"],
         DISK_MIB * MIB,
-        "the capacity in {told}"
+        "capacity of the disk in kubelet's report {reported}"
     );
-    let available = told["availableBytes"].as_u64();
+    let available = reported["availableBytes"].as_u64();
     ensure!(
         available.is_some_and(|available| available.abs_diff(free) < MIB),
-        "free are {free}, told is {told}"
+        "{free} bytes of the disk are free, but kubelet reports {available:?} bytes: {reported}"
     );
     Ok(free)
 }

@@ -1,8 +1,8 @@
-//! Fields of the JSON objects that the runtime writes.
+//! Fields of the JSON objects that the runtime prints.
 
 use serde_json::Value;
 
-/// The names of an object's fields, sorted.
+/// Returns the sorted names of an object's fields.
 pub(crate) fn keys(value: &Value) -> Vec<&str> {
     let mut keys: Vec<&str> = value
         .as_object()
@@ -13,7 +13,7 @@ pub(crate) fn keys(value: &Value) -> Vec<&str> {
     keys
 }
 
-/// RFC 3339 in UTC, as Go's RFC3339Nano writes it.
+/// Returns whether a text is an RFC 3339 time in UTC, in Go's format RFC3339Nano.
 pub(crate) fn is_time(text: &str) -> bool {
     let (date, time) = text.split_once('T').unwrap_or_default();
     let digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());

@@ -1,19 +1,27 @@
-//! Images made by hand, a registry that misbehaves, and pulls from it.
+//! Images for the tests, a misbehaving registry, and a function that pulls images from this
+//! registry.
 
 use rrun_proto::v1::{AuthConfig, ImageSpec, PullImageRequest};
 
 use crate::support::calls::Calls;
 use crate::support::machine::Result;
 
-// Both belong to the library's own tests.
-#[allow(dead_code, reason = "what only the library's tests want of it")]
+// The tests of the library `rrun-images` use the same modules `build` and `server`.
+#[allow(
+    dead_code,
+    reason = "only the tests of rrun-images use the other items"
+)]
 #[path = "../../../cri-shim/images/tests/images/build.rs"]
 pub(crate) mod build;
-#[allow(dead_code, reason = "what only the library's tests want of it")]
+#[allow(
+    dead_code,
+    reason = "only the tests of rrun-images use the other items"
+)]
 #[path = "../../../cri-shim/images/tests/images/server.rs"]
 pub(crate) mod server;
 
-/// PullImage as kubelet asks for it: the image's reference, or what went wrong.
+/// Sends a PullImage request, as kubelet does. Returns the image's reference, or the error that the
+/// server returned.
 pub(crate) fn pull(
     calls: &Calls,
     image: &str,

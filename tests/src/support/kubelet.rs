@@ -1,5 +1,6 @@
-//! The real kubelet over the CRI server, with static pods and no API server: its start, what it says,
-//! and what must be gone after its pods.
+//! The real kubelet, which uses the CRI server under test. By default, kubelet runs static pods
+//! without an API server. This module starts kubelet and reads kubelet's reports. The module also
+//! checks that nothing of a removed pod remains on the node.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -15,34 +16,36 @@ use crate::support::machine::{Output, Result, Running, command, note, wait_for, 
 use crate::support::needs::Need;
 use crate::support::node::{A_NODE, BUSYBOX, Node, WITHOUT_LIMITS, is_pods_interface, is_rrun};
 
-/// The newest kubelet, on a node.
+/// The program `kubelet` in PATH, and the requirements of every test that starts a [`Node`].
 pub(crate) const KUBELET: Need = Need::All(&[Need::Program("kubelet"), A_NODE]);
 
-/// A machine whose limits are kubelet's to set.
+/// A machine on which kubelet can set limits.
 pub(crate) const COUNTED: Need = Need::All(&[
     Need::OwnMachine,
     Need::Controller("cpu"),
     Need::Controller("memory"),
 ]);
 
-/// For what takes kubelet several rounds of its own clocks.
+/// The timeout for operations that take several rounds of kubelet's periodic loops.
 pub(crate) const KUBELET_TIMEOUT: Duration = Duration::from_secs(1200);
 
-/// Where kubelet's own endpoint is to be had without TLS.
+/// The URL at which a proxy makes kubelet's HTTPS endpoint available without TLS.
 pub(crate) const ENDPOINT: &str = "http://127.0.0.1:10251";
 
-/// Where kubelet keeps its pods' cgroups, by either driver.
+/// The parent cgroups of kubelet's pods, with the cgroupfs driver and with the systemd driver.
 const GROUPS: [&str; 2] = ["/sys/fs/cgroup/kubepods", "/sys/fs/cgroup/kubepods.slice"];
 
-/// For a kernel's view without controllers: kubelet makes no groups, and no limit is held.
+/// Additional lines for kubelet's configuration on a machine without cgroup controllers. With these
+/// lines, kubelet creates no cgroups and enforces no limits.
 pub(crate) const UNCOUNTED: &str = "\
 cgroupsPerQOS: false
 enforceNodeAllocatable: []
 cpuCFSQuota: false
 ";
 
-/// Has the server run its containers by runtimes that are told of no limits: kubelet asks for CPU
-/// shares whatever it is told itself.
+/// Configures the server to call the runtimes through a wrapper that removes all limits. kubelet
+/// always requests CPU shares. On a machine without cgroup controllers, the runtimes cannot set CPU
+/// shares and need this wrapper.
 pub(crate) fn without_limits(node: &mut Node) -> Result {
     let mut config = "default_runtime = 'unlimited'\n".to_owned();
     for (handler, runtime) in [("unlimited", "rrun"), ("runc", "runc")] {
@@ -59,32 +62,34 @@ pub(crate) fn without_limits(node: &mut Node) -> Result {
     node.start_server()
 }
 
-/// How kubelet is to run.
+/// The options of a kubelet.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Options<'a> {
-    /// Another kubelet than the one in PATH.
+    /// The path of the kubelet program. `None` means the kubelet in PATH.
     pub(crate) program: Option<&'a str>,
-    /// Lines for its configuration.
+    /// Additional lines for kubelet's configuration.
     pub(crate) config: &'a str,
-    /// The API server that it belongs to, by a kubeconfig file; none, for static pods alone.
+    /// The kubeconfig file with which kubelet registers at the API server. `None` means that
+    /// kubelet runs only static pods.
     pub(crate) kubeconfig: Option<&'a str>,
 }
 
-/// A kubelet; dropped, it is stopped, and what it keeps is removed.
+/// A kubelet. Dropping the value stops kubelet and removes kubelet's files.
 pub(crate) struct Kubelet<'a> {
     socket: PathBuf,
     manifests: PathBuf,
     options: Options<'a>,
-    /// Speaks TLS to kubelet's endpoint for clients that do not.
+    /// The proxy (socat) that forwards connections without TLS to kubelet's HTTPS endpoint.
     tls: Option<Running>,
-    /// Whether there was mount(8)'s directory before; kubelet calls that.
+    /// True if the directory [`MOUNT_TABLE`] existed before kubelet started. kubelet calls
+    /// mount(8), and mount(8) creates this directory.
     had_mount_table: bool,
 }
 
 const MOUNT_TABLE: &str = "/run/mount";
 
 impl<'a> Kubelet<'a> {
-    /// One that does not run yet.
+    /// Creates a [`Kubelet`] value, but does not start kubelet.
     pub(crate) fn new(node: &Node, options: Options<'a>) -> Self {
         Kubelet {
             socket: node.socket(),
@@ -109,13 +114,15 @@ impl<'a> Kubelet<'a> {
     pub(crate) fn begin(&self) -> Result {
         let output = self.launch(&["/src/tests/setup/kubelet.sh", "start"])?;
         note(format!(
-            "kubelet answered {:.0} s after its start",
+            "kubelet responded {:.0} s after its start",
             output.took.as_secs_f64()
         ));
         Ok(())
     }
 
-    /// Runs a script that starts it, as [`Options`] say.
+    /// Runs `script`, which starts kubelet. `self.options` is passed to `script` in environment
+    /// variables, such as `KUBELET_CONFIG`. The arguments of `script` are the paths of the server's
+    /// socket and of the manifests.
     pub(crate) fn launch(&self, script: &[&str]) -> Result<Output> {
         let program = self.options.program.unwrap_or("kubelet");
         let mut environment = vec![
@@ -124,7 +131,8 @@ impl<'a> Kubelet<'a> {
         ];
         if let Some(kubeconfig) = self.options.kubeconfig {
             environment.push(format!("KUBELET_KUBECONFIG={kubeconfig}"));
-            // The API server asks for it by the node's address.
+            // The API server connects to kubelet at the node's address, so kubelet must not listen
+            // only on the loopback address.
             environment.push("KUBELET_ADDRESS=0.0.0.0".to_owned());
         }
         command("env", environment)
@@ -141,9 +149,10 @@ impl<'a> Kubelet<'a> {
             .map(|_| ())
     }
 
-    /// Has kubelet run this pod.
+    /// Writes a pod's manifest. kubelet then runs the pod.
     pub(crate) fn write_manifest(&self, pod: &Value) -> Result {
-        // kubelet passes over what begins with a dot: it never sees half a manifest.
+        // kubelet ignores files whose names begin with a dot. The dot hides the manifest until it
+        // is complete.
         let partial = self.manifests.join(".partial");
         fs::write(&partial, serde_json::to_vec(pod)?)?;
         Ok(fs::rename(partial, self.manifest(pod))?)
@@ -158,7 +167,7 @@ impl<'a> Kubelet<'a> {
         self.manifests.join(format!("{name}.json"))
     }
 
-    /// What kubelet says of its pods, in the order of their names.
+    /// Returns the pods that kubelet reports, in the order of their names.
     pub(crate) fn pods(&self) -> Result<Vec<Value>> {
         let pods = self.asks("/pods")?;
         let mut pods = pods["items"].as_array().cloned().unwrap_or_default();
@@ -166,85 +175,108 @@ impl<'a> Kubelet<'a> {
         Ok(pods)
     }
 
-    /// What is to be read without credentials.
+    /// Requests `path` from kubelet's port without authentication, and returns the JSON of the
+    /// response.
     pub(crate) fn asks(&self, path: &str) -> Result<Value> {
         Ok(serde_json::from_str(&self.reads(path)?)?)
     }
 
-    /// The same, as the text that it is.
+    /// Like [`Kubelet::asks`], but returns the response as text.
     pub(crate) fn reads(&self, path: &str) -> Result<String> {
         let url = format!("http://127.0.0.1:10255{path}");
         Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
     }
 
-    /// The pod of this name, as it is now.
+    /// Returns kubelet's current report about `pod`.
     pub(crate) fn pod(&self, pod: &Value) -> Result<Value> {
         let name = &pod["metadata"]["name"];
         let found = self
             .pods()?
             .into_iter()
             .find(|pod| pod["metadata"]["name"] == *name);
-        Ok(found.ok_or(format!("kubelet knows no pod {name}"))?)
+        Ok(found.ok_or(format!("kubelet reports no pod {name}"))?)
     }
 
-    /// Waits until as many pods are Ready.
+    /// Waits until exactly `count` pods are Ready, and returns kubelet's reports about all pods.
     pub(crate) fn ready(&self, count: usize) -> Result<Vec<Value>> {
         wait_within(
             KUBELET_TIMEOUT,
-            &format!("{count} pods to be Ready"),
+            &format!("exactly {count} pods to be Ready"),
             || {
                 let pods = self.pods()?;
                 let ready = pods.iter().filter(|pod| is_ready(pod)).count();
-                ensure!(ready == count, "{ready} are Ready among {}", states(&pods));
+                ensure!(
+                    ready == count,
+                    "{ready} pods are Ready instead of {count}: {}",
+                    states(&pods)
+                );
                 Ok(Some(pods))
             },
         )
     }
 
-    /// Removes the pods, and waits until nothing is left of them.
+    /// Removes the manifests in `manifests`, and waits until nothing of any pod remains on the
+    /// node.
     pub(crate) fn removes(&self, node: &Node, manifests: &[Value]) -> Result {
         for pod in manifests {
             self.remove_manifest(pod)?;
         }
-        wait_within(KUBELET_TIMEOUT, "kubelet's pods to be gone", || {
+        wait_within(KUBELET_TIMEOUT, "kubelet to report no pods", || {
             Ok(self.pods()?.is_empty().then_some(()))
         })?;
         Self::has_left_nothing(node)
     }
 
-    /// Waits until nothing of any pod is on the node.
+    /// Waits until nothing of any pod remains on the node, not even a log.
     pub(crate) fn has_left_nothing(node: &Node) -> Result {
         Self::has_stopped_everything(node)?;
-        // kubelet does this once a minute.
-        wait_within(KUBELET_TIMEOUT, "the pods' logs to be gone", || {
+        // kubelet removes logs only once a minute, so this wait needs the long timeout.
+        wait_within(KUBELET_TIMEOUT, "kubelet to remove the pods' logs", || {
             let left = entries("/var/log/pods");
-            ensure!(left.is_empty(), "left: {}", left.join(" "));
+            ensure!(
+                left.is_empty(),
+                "these logs of pods still exist: {}",
+                left.join(" ")
+            );
             Ok(Some(()))
         })
     }
 
-    /// Waits until nothing of any pod runs or is mounted on the node; kubelet keeps the logs longer.
+    /// Waits until no process, cgroup, mount or interface of any pod remains on the node. The pods'
+    /// logs are allowed to remain, because kubelet removes them later.
     pub(crate) fn has_stopped_everything(node: &Node) -> Result {
-        wait_within(KUBELET_TIMEOUT, "everything of the pods to be gone", || {
-            let mut left: Vec<String> = pods_groups()
-                .into_iter()
-                .map(|group| group.display().to_string())
-                .collect();
-            left.extend(entries("/var/lib/kubelet/pods"));
-            ensure!(left.is_empty(), "left: {}", left.join(" "));
-            // kubelet collects dead pods of the CRI a minute after, or on its own occasions.
-            if is_rrun() {
-                let pods = node.asks(&["pods", "--quiet", "--state", "Ready"])?;
-                ensure!(pods.is_empty(), "pods are left: {pods}");
-            }
-            Ok(Some(()))
-        })?;
-        wait_for("the pods' interfaces to be gone", || {
+        wait_within(
+            KUBELET_TIMEOUT,
+            "the cgroups and directories of all pods to be removed",
+            || {
+                let mut left: Vec<String> = pods_groups()
+                    .into_iter()
+                    .map(|group| group.display().to_string())
+                    .collect();
+                left.extend(entries("/var/lib/kubelet/pods"));
+                ensure!(
+                    left.is_empty(),
+                    "these cgroups and directories of pods still exist: {}",
+                    left.join(" ")
+                );
+                // kubelet waits at least a minute before it removes exited pods from the CRI
+                // server. This check therefore ignores exited pods.
+                if is_rrun() {
+                    let pods = node.asks(&["pods", "--quiet", "--state", "Ready"])?;
+                    ensure!(pods.is_empty(), "these pods are still Ready: {pods}");
+                }
+                Ok(Some(()))
+            },
+        )?;
+        wait_for("the pods' interfaces to be deleted", || {
             let names = fs::read_dir("/sys/class/net")?.flatten();
             let left: Vec<_> = names
                 .filter(|name| is_pods_interface(&name.file_name().to_string_lossy()))
                 .collect();
-            ensure!(left.is_empty(), "{left:?}");
+            ensure!(
+                left.is_empty(),
+                "these network interfaces of pods still exist: {left:?}"
+            );
             Ok(Some(()))
         })
     }
@@ -257,7 +289,7 @@ impl Drop for Kubelet<'_> {
             tls.signal(nix::sys::signal::Signal::SIGTERM);
             let _ = tls.end();
         }
-        // What a test that failed has left to kubelet.
+        // The pods of a failed test can still have mounts in this directory.
         unmount_below(Path::new("/var/lib/kubelet/pods"));
         for dir in [
             "/var/lib/kubelet",
@@ -270,7 +302,7 @@ impl Drop for Kubelet<'_> {
         if !self.had_mount_table {
             let _ = fs::remove_dir_all(MOUNT_TABLE);
         }
-        // Its own groups, which outlive the pods in them.
+        // kubelet does not remove the parent cgroups of its pods, so this function removes them.
         if Path::new(GROUPS[1]).exists() {
             let _ = command("systemctl", ["stop", "kubepods.slice"]).end();
         }
@@ -283,7 +315,7 @@ impl Drop for Kubelet<'_> {
     }
 }
 
-/// A pod that runs one container, and what else its specification says.
+/// Returns the manifest of a static pod with the specification `spec`.
 pub(crate) fn static_pod(name: &str, spec: &Value) -> Value {
     json!({
         "apiVersion": "v1",
@@ -293,7 +325,8 @@ pub(crate) fn static_pod(name: &str, spec: &Value) -> Value {
     })
 }
 
-/// A static pod of one container, `c`, of busybox, which is killed when it is to end.
+/// Returns the manifest of a static pod with one busybox container. The container's name is `c`.
+/// The pod has no grace period.
 pub(crate) fn busybox_pod(name: &str, command: &[&str]) -> Value {
     static_pod(
         name,
@@ -309,18 +342,19 @@ pub(crate) fn busybox_pod(name: &str, command: &[&str]) -> Value {
     )
 }
 
-/// The pod's name, by its manifest or its status.
+/// Returns a pod's name. `pod` is the pod's manifest or kubelet's report about the pod.
 pub(crate) fn pod_name(pod: &Value) -> &str {
     pod["metadata"]["name"].as_str().unwrap_or_default()
 }
 
-/// The URL of a pod at kubelet's own endpoint.
+/// Returns the URL of kubelet's endpoint `path` for a pod. The URL ends with `rest`.
 pub(crate) fn url(path: &str, pod: &Value, rest: &str) -> String {
     format!("{ENDPOINT}/{path}/default/{}{rest}", pod_name(pod))
 }
 
-/// What the container has logged, by kubelet. All of it: minutes can have gone by on a busy machine,
-/// with a probe's line each second.
+/// Requests all log lines of a container from kubelet. The last lines are not enough, because a
+/// probe logs one line each second. On a busy machine, the test's request can be minutes late, and
+/// the expected line is then no longer one of the last lines.
 pub(crate) fn logs(pod: &Value, container: &str) -> Result<String> {
     let url = url("containerLogs", pod, &format!("/{container}"));
     Ok(command("curl", ["-fsS", &url]).ok()?.stdout)
@@ -347,7 +381,7 @@ fn entries(dir: &str) -> Vec<String> {
         .collect()
 }
 
-/// The groups of single pods.
+/// Returns the cgroups of all pods, without kubelet's parent cgroups.
 fn pods_groups() -> Vec<PathBuf> {
     let all = GROUPS.iter().flat_map(|root| groups_below(Path::new(root)));
     all.filter(|group| {
@@ -357,27 +391,35 @@ fn pods_groups() -> Vec<PathBuf> {
     .collect()
 }
 
-/// What kubelet says of this container, a sidecar too.
+/// Returns the status that kubelet reports for the container `name`. The container can also be a
+/// sidecar.
 pub(crate) fn container_status(pod: &Value, name: &str) -> Result<Value> {
     let status = ["containerStatuses", "initContainerStatuses"]
         .iter()
         .flat_map(|list| pod["status"][list].as_array().into_iter().flatten())
         .find(|status| status["name"] == name);
     Ok(status
-        .ok_or(format!("no container {name} in {}", pod["status"]))?
+        .ok_or(format!(
+            "the pod's status contains no container {name}: {}",
+            pod["status"]
+        ))?
         .clone())
 }
 
-/// The container's id without the runtime's name before it.
+/// Returns the container's id without the prefix that names the container runtime.
 pub(crate) fn container_id(pod: &Value, name: &str) -> Result<String> {
     let status = container_status(pod, name)?;
     let id = status["containerID"].as_str();
     let id = id.and_then(|id| id.split("://").nth(1));
-    Ok(id.ok_or(format!("no containerID in {status}"))?.to_owned())
+    Ok(id
+        .ok_or(format!(
+            "the container's status contains no containerID: {status}"
+        ))?
+        .to_owned())
 }
 
-/// What must stay as it is while kubelet and the server come and go: every container's id, process
-/// and restarts.
+/// Returns the id, process id and number of restarts of each running container. A restart of
+/// kubelet or of the server must not change these values.
 pub(crate) fn lives(node: &Node, pods: &[Value]) -> Result<Vec<(String, i32, i64)>> {
     let mut all = Vec::new();
     for pod in pods {

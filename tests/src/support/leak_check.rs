@@ -1,5 +1,5 @@
-//! What a test may leave behind: nothing. The machine is looked at before and after, and the
-//! difference of the two sets is the complaint.
+//! This module checks that a test leaves nothing behind. The check compares the state of the
+//! machine before and after the test, and reports the differences.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use crate::support::node::is_rrun;
 
-/// The kernel lets go of namespaces and interfaces a little after their last user.
+/// The longest time that the leak check waits for the kernel to delete namespaces and interfaces.
+/// The kernel deletes a namespace only after the exit of the last process in the namespace.
 const CLEANUP_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Trees in which runtimes and servers keep things, and how deep a new entry is worth a line.
+/// The directory trees in which runtimes and servers store files. Each entry also contains the
+/// depth down to which the check reports new files.
 const TREES: &[(&str, usize)] = &[
     ("/run", 3),
     ("/tmp", 1),
@@ -21,10 +23,13 @@ const TREES: &[(&str, usize)] = &[
     ("/dev/shm", 1),
 ];
 
-/// Made by whoever pins a network namespace first, and by nobody removed; what is in there counts.
+/// The directory of pinned network namespaces. The first program that pins a namespace creates this
+/// directory, and no program removes it. So the check ignores the directory itself, and reports
+/// only its entries.
 const NETNS: &str = "/run/netns";
 
-/// Services of the machine itself, whose groups and files come and go by themselves.
+/// The cgroups and files of the machine's own services. The check ignores these paths, because the
+/// services create and delete them at any time.
 const NOT_OURS: &[&str] = &[
     "/sys/fs/cgroup/system.slice",
     "/sys/fs/cgroup/user.slice",
@@ -35,8 +40,9 @@ const NOT_OURS: &[&str] = &[
 ];
 
 pub(crate) struct Snapshot {
-    things: BTreeSet<String>,
-    /// By their number: the parent's number, and what they are.
+    entries: BTreeSet<String>,
+    /// The running processes. The key is the process id, and the value contains the parent's
+    /// process id and a description of the process.
     processes: BTreeMap<u32, (u32, String)>,
 }
 
@@ -52,17 +58,18 @@ impl Snapshot {
             all.insert(format!("interface {name}"));
         }
         Snapshot {
-            things: all,
+            entries: all,
             processes: processes(),
         }
     }
 
-    /// What is there now and was not when this was looked at; waits a little for it to go.
-    pub(crate) fn leavings(&self) -> Vec<String> {
+    /// Returns the entries that exist now but do not exist in this snapshot. If such entries exist,
+    /// the function waits for the kernel to delete them, but at most [`CLEANUP_TIMEOUT`].
+    pub(crate) fn leftovers(&self) -> Vec<String> {
         let started = Instant::now();
         loop {
             let now = Snapshot::look();
-            let mut left: Vec<String> = now.things.difference(&self.things).cloned().collect();
+            let mut left: Vec<String> = now.entries.difference(&self.entries).cloned().collect();
             left.extend(self.new_processes(&now));
             if left.is_empty() || started.elapsed() > CLEANUP_TIMEOUT {
                 return left;
@@ -71,8 +78,10 @@ impl Snapshot {
         }
     }
 
-    /// A child of what was there before is its parent's affair (the guest's init has a loop with
-    /// a sleep in it); children of PID 1 are whoever was orphaned.
+    /// Returns new processes that the test may have left behind. Other processes in this snapshot
+    /// can also start children during the test. The function ignores these children, because the
+    /// test did not start them. But the function reports new children of PID 1, because an orphaned
+    /// process of the test becomes a child of PID 1.
     fn new_processes(&self, now: &Snapshot) -> Vec<String> {
         let own = std::process::id();
         now.processes
@@ -85,17 +94,18 @@ impl Snapshot {
             .collect()
     }
 
-    /// What was there when this was looked at and is there no more. (A test must not tidy away
-    /// what was not its own either.)
+    /// Returns the entries of this snapshot that no longer exist. A test must remove only files,
+    /// cgroups and mounts that it created.
     pub(crate) fn losses(&self) -> Vec<String> {
-        self.things
-            .difference(&Snapshot::look().things)
+        self.entries
+            .difference(&Snapshot::look().entries)
             .cloned()
             .collect()
     }
 }
 
-/// What the peer that can be tested in rrun-cri's place keeps, and its plugins.
+/// The paths that containerd and its CNI plugins create. If the tests run against containerd
+/// instead of rrun-cri, the check ignores these paths.
 pub(crate) const PEERS: &[&str] = &[
     "/run/containerd",
     "/run/e2e-cni",
@@ -136,7 +146,8 @@ fn cgroups(dir: &Path, all: &mut BTreeSet<String>) {
     }
 }
 
-/// proc_pid_mountinfo(5): the fifth field is the mount point, the first after " - " the type.
+/// Adds all mounts to `all`. In a line of mountinfo, the fifth field is the mount point. The first
+/// field after " - " is the file system type (proc_pid_mountinfo(5)).
 fn mounts(all: &mut BTreeSet<String>) {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for line in table.lines() {
@@ -148,7 +159,8 @@ fn mounts(all: &mut BTreeSet<String>) {
         if !ours(Path::new(point)) {
             continue;
         }
-        // The same point can be covered several times: each is worth a line.
+        // Several mounts can be stacked on one mount point. The suffix ` again` distinguishes the
+        // entries of these mounts.
         let mut text = format!("mount of {kind} on {point}");
         while !all.insert(text.clone()) {
             text.push_str(" again");
@@ -167,7 +179,9 @@ fn processes() -> BTreeMap<u32, (u32, String)> {
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else {
             continue;
         };
-        // pid (name) state ppid pgrp session tty tpgid flags: a name can hold blanks and brackets.
+        // The fields of /proc/PID/stat are: pid (name) state ppid pgrp session tty tpgid flags. A
+        // process name can contain spaces and parentheses, so the code splits the line at the last
+        // parenthesis.
         let Some((head, rest)) = stat.rsplit_once(')') else {
             continue;
         };
@@ -215,7 +229,8 @@ fn files(dir: &Path, depth: usize, all: &mut BTreeSet<String>) {
     }
 }
 
-/// Mount points below this directory, the last first.
+/// Returns the mount points at and below `directory`. The list is in the reverse order of
+/// mountinfo. A test can unmount the paths in the order of the list.
 pub(crate) fn mounts_below(directory: &Path) -> Vec<PathBuf> {
     let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     let points = table.lines().rev();
@@ -226,14 +241,15 @@ pub(crate) fn mounts_below(directory: &Path) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Unmounts all below a directory, as far as it can be.
+/// Unmounts all mounts at and below `directory`, and ignores errors.
 pub(crate) fn unmount_below(directory: &Path) {
     for point in mounts_below(directory) {
         let _ = nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH);
     }
 }
 
-/// Removes a tree of empty cgroups, or of files.
+/// Removes `path` and everything below it. `path` is a file, a directory, or a cgroup without
+/// processes.
 pub(crate) fn remove(path: &Path) {
     if !path.starts_with("/sys/fs/cgroup") {
         unmount_below(path);

@@ -1,4 +1,5 @@
-//! Running commands: with a deadline, with their output kept, and told in full when they fail.
+//! Commands that run with a deadline. If a command fails, the test's error message contains the
+//! whole command line and the command's output.
 
 use std::ffi::OsStr;
 use std::fs::File;
@@ -16,7 +17,7 @@ pub(crate) use libtest_mimic::Failed;
 
 pub(crate) type Result<T = ()> = std::result::Result<T, Failed>;
 
-/// Ends the test with a message unless the condition holds.
+/// Fails the test with a message unless the condition holds.
 #[macro_export]
 macro_rules! ensure {
     ($condition:expr, $($message:tt)+) => {
@@ -27,38 +28,41 @@ macro_rules! ensure {
     };
 }
 
-/// Ends the test unless both are equal; the message says what they are of.
+/// Fails the test unless the values `is` and `should` are equal. The error message begins with
+/// `what`, a description of the compared value.
 #[macro_export]
 macro_rules! ensure_eq {
     ($is:expr, $should:expr, $($what:tt)+) => {
-        // A match, not a let: what the expressions borrow from lives as long as it.
+        // The macro uses `match` and not `let`, because temporary values in the expressions must
+        // live until the end of the comparison.
         match (&$is, &$should) {
             (is, should) if is != should => {
-                return Err(format!("{}: is {is:?}, should be {should:?}", format!($($what)+)).into());
+                return Err(format!("{}: the observed value is {is:?}, but the expected value is {should:?}", format!($($what)+)).into());
             }
             _ => {}
         }
     };
 }
 
-/// Nothing that is waited for may take longer; the guest computes twenty times slower than a host.
+/// Returns the longest time for which a test waits for an event. In the guest machine, programs are
+/// twenty times slower than on a host. The time is therefore longer in the guest machine.
 pub(crate) fn deadline() -> Duration {
     let guest = std::env::var("RRUN_TEST_VIEW").is_ok_and(|view| view.starts_with("vm"));
     Duration::from_secs(if guest { 120 } else { 30 })
 }
 
-/// Whether this is `make test-full`.
+/// Returns true in a run of `make test-full`.
 pub(crate) fn full() -> bool {
     std::env::var_os("RRUN_TEST_FULL").is_some()
 }
 
-/// How often something random is tried: seldom, or, for `make test-full`, as often as the
-/// specification has it.
+/// Returns how many times a test repeats a random attempt. `make test-full` uses `many`, the number
+/// from the project's specification. Other runs use `few`.
 pub(crate) fn rounds(few: u64, many: u64) -> u64 {
     if full() { many } else { few }
 }
 
-/// Numbers of no pattern: xorshift64 from the clock. The seed is told with a failure.
+/// A random number generator: xorshift64, seeded from the clock. Failure messages contain the seed.
 pub(crate) struct Dice {
     pub(crate) seed: u64,
     state: u64,
@@ -74,7 +78,7 @@ impl Dice {
         }
     }
 
-    /// From 0 to below `end`.
+    /// Returns a random number that is less than `end`.
     pub(crate) fn below(&mut self, end: u64) -> u64 {
         self.state ^= self.state << 13;
         self.state ^= self.state >> 7;
@@ -85,7 +89,7 @@ impl Dice {
 
 pub(crate) const MIB: u64 = 1 << 20;
 
-/// Where PATH has this program.
+/// Returns the path of the program `name`. If `name` contains no slash, the function searches PATH.
 pub(crate) fn program_path(name: &str) -> Option<PathBuf> {
     if name.contains('/') {
         return Some(PathBuf::from(name)).filter(|path| path.exists());
@@ -96,36 +100,39 @@ pub(crate) fn program_path(name: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// A command to run. Its output goes to anonymous files, not pipes: a container that it leaves
-/// behind holds them open, and nobody must wait for that.
+/// A command to run. The command writes its output to anonymous files, not to pipes. If the command
+/// left a container behind, the container would keep a pipe open. The reader of the pipe would then
+/// wait for the container's exit.
 pub(crate) struct Run {
     command: Command,
     stdin: Option<Vec<u8>>,
     deadline: Duration,
 }
 
-/// What a command did.
+/// The result of a command.
 #[derive(Debug)]
 pub(crate) struct Output {
     pub(crate) command: String,
-    /// The exit code, or 128 + the signal's number.
+    /// The exit code, or 128 plus the number of the signal that killed the command.
     pub(crate) code: i32,
     pub(crate) stdout: String,
     pub(crate) stderr: String,
     pub(crate) took: Duration,
 }
 
-/// `strace` of all opens of a program and its children. Each thread gets a trace of its own in the
-/// directory, because a shared one would contain interrupted lines.
+/// Returns an strace command, to which a test adds a program and its arguments. strace records each
+/// file that the program or one of its children opens. For each thread, strace writes a separate
+/// trace file to the directory `traces`. In a single file for all threads, the lines for the system
+/// calls of different threads would be mixed up.
 pub(crate) fn strace_opens(traces: &Path) -> Result<Run> {
     std::fs::create_dir_all(traces)?;
     let calls = "trace=open,openat,openat2";
     Ok(command("strace", ["-ff", "-y", "-e", calls, "-o"]).arg(traces.join("of")))
 }
 
-/// Fails if a traced program opened a file whose path ends with `path`, other than with O_PATH. This
-/// includes an open through a descriptor: `strace -y` adds the path of the opened file to its number.
-/// Returns whether a program looked the file up.
+/// Checks that the traced program opened files only with O_PATH if their paths end with `path`.
+/// Returns whether the program opened such a file at all. `strace -y` prints the real path of each
+/// opened file. The check therefore recognises the file even if the program used another path.
 pub(crate) fn only_looked_up(traces: &Path, path: &str) -> Result<bool> {
     let mut looked_up = false;
     let (argument, result) = (format!("{path}\""), format!("{path}<"));
@@ -135,7 +142,10 @@ pub(crate) fn only_looked_up(traces: &Path, path: &str) -> Result<bool> {
             let opened = returned.contains(&result) || returned.ends_with(&format!("{path}>"));
             if call.contains(&argument) || opened {
                 looked_up = true;
-                ensure!(call.contains("O_PATH"), "{path} was opened: {line}");
+                ensure!(
+                    call.contains("O_PATH"),
+                    "the traced program opened {path} without O_PATH: {line}"
+                );
             }
         }
     }
@@ -178,7 +188,7 @@ impl Run {
         self
     }
 
-    fn told(&self) -> String {
+    fn command_line(&self) -> String {
         std::iter::once(self.command.get_program())
             .chain(self.command.get_args())
             .map(|word| word.to_string_lossy())
@@ -186,9 +196,9 @@ impl Run {
             .join(" ")
     }
 
-    /// Starts it and leaves it running.
+    /// Starts the command in the background.
     pub(crate) fn start(mut self) -> Result<Running> {
-        let told = self.told();
+        let command_line = self.command_line();
         let (out, out_end) = output_file()?;
         let (err, err_end) = output_file()?;
         let stdin = match &self.stdin {
@@ -207,9 +217,9 @@ impl Run {
             .stdout(out_end)
             .stderr(err_end)
             .spawn()
-            .map_err(|error| format!("{told}: {error}"))?;
+            .map_err(|error| format!("cannot start the command {command_line}: {error}"))?;
         Ok(Running {
-            told,
+            command_line,
             child,
             out,
             err,
@@ -217,23 +227,23 @@ impl Run {
         })
     }
 
-    /// Runs it to its end, whatever that is.
+    /// Runs the command until it exits. The command is allowed to fail.
     pub(crate) fn end(self) -> Result<Output> {
         let deadline = self.deadline;
         self.start()?.end_within(deadline)
     }
 
-    /// Runs it; it must succeed.
+    /// Runs the command, which must exit with 0.
     pub(crate) fn ok(self) -> Result<Output> {
         self.exits(0)
     }
 
-    /// Runs it; it must exit with this code.
+    /// Runs the command, which must exit with the code `code`.
     pub(crate) fn exits(self, code: i32) -> Result<Output> {
         let output = self.end()?;
         ensure!(
             output.code == code,
-            "should exit with {code}:\n{}",
+            "the command should exit with the exit code {code}:\n{}",
             output.told()
         );
         Ok(output)
@@ -255,37 +265,42 @@ impl Output {
     }
 
     pub(crate) fn json(&self) -> Result<Value> {
-        serde_json::from_str(&self.stdout)
-            .map_err(|error| format!("not JSON ({error}):\n{}", self.told()).into())
+        serde_json::from_str(&self.stdout).map_err(|error| {
+            format!(
+                "the command's standard output is not JSON ({error}):\n{}",
+                self.told()
+            )
+            .into()
+        })
     }
 
-    /// Standard output without the last newline.
+    /// Returns the standard output without its final newlines.
     pub(crate) fn text(&self) -> &str {
         self.stdout.trim_end_matches('\n')
     }
 
-    /// Standard output must have this in it.
+    /// Fails unless the standard output contains `what`.
     pub(crate) fn says(self, what: &str) -> Result<Self> {
         ensure!(
             self.stdout.contains(what),
-            "should say {what:?}:\n{}",
+            "the standard output should contain {what:?}:\n{}",
             self.told()
         );
         Ok(self)
     }
 
-    /// It must have failed, and told why on standard error in these words.
+    /// Fails unless the command failed and its standard error contains `why`.
     pub(crate) fn fails_with(&self, why: &str) -> Result {
         ensure!(
             self.code != 0 && self.stderr.contains(why),
-            "should fail and tell {why:?}:\n{}",
+            "the command should fail, and its standard error should contain {why:?}:\n{}",
             self.told()
         );
         Ok(())
     }
 }
 
-/// The end of a text, at most `most` bytes of it.
+/// Returns at most the last `most` bytes of `text`.
 pub(crate) fn tail(text: &str, most: usize) -> String {
     if text.len() <= most {
         return text.to_owned();
@@ -302,12 +317,14 @@ pub(crate) fn tail(text: &str, most: usize) -> String {
 
 fn output_file() -> Result<(File, OwnedFd)> {
     let end = memfd_create(c"output", MFdFlags::MFD_CLOEXEC)
-        .map_err(|errno| format!("memfd_create: {errno}"))?;
+        .map_err(|errno| format!("cannot create an anonymous file (memfd_create): {errno}"))?;
     Ok((File::from(end.try_clone()?), end))
 }
 
 fn contents(file: &mut File) -> String {
-    // The offset is shared with the writer: read by a path of its own.
+    // `file` and the running command share one file offset. If this function moved the offset, the
+    // command would write to a wrong position. So this function opens the file again through /proc,
+    // which creates a separate offset.
     let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(file));
     let mut bytes = Vec::new();
     if let Ok(mut again) = File::open(path) {
@@ -316,9 +333,9 @@ fn contents(file: &mut File) -> String {
     String::from_utf8_lossy(&bytes).into_owned()
 }
 
-/// A command that runs. Dropped, it is killed.
+/// A running command. Dropping the value kills the command.
 pub(crate) struct Running {
-    told: String,
+    command_line: String,
     child: Child,
     out: File,
     err: File,
@@ -338,7 +355,7 @@ impl Running {
         contents(&mut self.err)
     }
 
-    /// Whether it has not ended yet.
+    /// Returns whether the command is still running.
     pub(crate) fn lives(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
     }
@@ -352,17 +369,21 @@ impl Running {
     }
 
     pub(crate) fn end_within(mut self, deadline: Duration) -> Result<Output> {
-        let asked = Instant::now();
+        let started = Instant::now();
         let mut pause = Duration::from_millis(1);
         let status = loop {
             if let Some(status) = self.child.try_wait()? {
                 break status;
             }
-            if asked.elapsed() > deadline {
+            if started.elapsed() > deadline {
                 let _ = self.child.kill();
                 let _ = self.child.wait();
                 let output = self.output(-1);
-                return Err(format!("did not end within {deadline:?}:\n{}", output.told()).into());
+                return Err(format!(
+                    "the command did not exit within {deadline:?}:\n{}",
+                    output.told()
+                )
+                .into());
             }
             std::thread::sleep(pause);
             pause = (pause * 2).min(Duration::from_millis(20));
@@ -375,7 +396,7 @@ impl Running {
 
     fn output(&mut self, code: i32) -> Output {
         Output {
-            command: self.told.clone(),
+            command: self.command_line.clone(),
             code,
             stdout: contents(&mut self.out),
             stderr: contents(&mut self.err),
@@ -393,41 +414,50 @@ impl Drop for Running {
     }
 }
 
-/// Waits until this gives a value; `what` says what was waited for in vain.
+/// Calls `probe` until it returns a value. `what` describes the expected event in the message of a
+/// timeout.
 pub(crate) fn wait_for<T>(what: &str, mut probe: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     wait_within(deadline(), what, &mut probe)
 }
 
-/// As [`wait_for`], with a deadline of the caller's own.
+/// Like [`wait_for`], with a deadline that the caller specifies.
 pub(crate) fn wait_within<T>(
     deadline: Duration,
     what: &str,
     mut probe: impl FnMut() -> Result<Option<T>>,
 ) -> Result<T> {
     let started = Instant::now();
-    let mut last = String::new();
+    let mut last_failure = String::new();
     loop {
         match probe() {
             Ok(Some(value)) => return Ok(value),
             Ok(None) => {}
-            Err(failed) => last = failed.message().unwrap_or_default().to_owned(),
+            Err(failed) => last_failure = failed.message().unwrap_or_default().to_owned(),
         }
         if started.elapsed() > deadline {
-            return Err(format!("waited {deadline:?} in vain for {what}\n{last}").into());
+            return Err(format!(
+                "timeout after {deadline:?} while waiting for {what}\n{last_failure}"
+            )
+            .into());
         }
         std::thread::sleep(Duration::from_millis(20));
     }
 }
 
-/// A directory under /tmp that goes with its owner.
+/// A temporary directory in /tmp. Dropping the value deletes the directory.
 pub(crate) struct Directory(PathBuf);
 
 impl Directory {
     pub(crate) fn new(name: &str) -> Result<Self> {
         let path = std::env::temp_dir().join(format!("rrun-e2e-{name}-XXXXXX"));
-        let path = nix::unistd::mkdtemp(&path)
-            .map_err(|errno| format!("mkdtemp {}: {errno}", path.display()))?;
-        // mkdtemp makes it 0700; a user namespace's root must be able to pass.
+        let path = nix::unistd::mkdtemp(&path).map_err(|errno| {
+            format!(
+                "cannot create a temporary directory {}: {errno}",
+                path.display()
+            )
+        })?;
+        // mkdtemp creates the directory with mode 0700. But the directory must be searchable for
+        // the root user of a container's user namespace. On the host, this user is unprivileged.
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
         Ok(Directory(path))
     }
@@ -449,7 +479,8 @@ impl Drop for Directory {
 
 static NOTES: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
 
-/// A figure worth reading, shown after all tests; nothing may depend on it.
+/// Records a measurement. The harness prints all measurements after the tests. A measurement must
+/// not affect a test's result.
 pub(crate) fn note(text: String) {
     if let Ok(mut notes) = NOTES.lock() {
         notes.push(text);

@@ -1,5 +1,6 @@
-//! What the tests of several subjects use: the harness, the machine, the programs under test, and their
-//! clients. No subject imports from another one; what two of them need is here.
+//! The common modules of the tests. These modules contain the harness, and code for the machine,
+//! the programs under test and the clients of these programs. Test modules do not import each
+//! other. All code that several test modules use is therefore in this directory.
 
 pub(crate) mod application;
 pub(crate) mod attempts;

@@ -1,24 +1,28 @@
-//! What mountinfo says of a container's mounts, as `inside report` shows it.
+//! The lines of /proc/PID/mountinfo for a container's mounts, as `inside report` prints them.
 
 use serde_json::Value;
 
 use crate::support::machine::Result;
 
-/// The line of mountinfo for this mount point.
+/// Returns the line of `report` that describes the mount at the mount point `point`. If several
+/// mounts have this mount point, the function returns the last of their lines.
 pub(crate) fn line(report: &Value, point: &str) -> Result<String> {
     let lines = report["mounts"]
         .as_array()
-        .ok_or("no mounts in the report")?;
+        .ok_or("the report of `inside` contains no field `mounts`")?;
     let found = lines
         .iter()
         .filter_map(Value::as_str)
         .rfind(|line| line.split(' ').nth(4).is_some_and(|there| there == point));
     Ok(found
-        .ok_or(format!("nothing is mounted on {point} in {lines:#?}"))?
+        .ok_or(format!(
+            "the container's mountinfo contains no mount on {point}: {lines:#?}"
+        ))?
         .to_owned())
 }
 
-/// The mount's own options, sorted.
+/// Returns the mount options of the mount at `point`, without the options of the mounted file
+/// system.
 pub(crate) fn options(report: &Value, point: &str) -> Result<Vec<String>> {
     let line = line(report, point)?;
     let own = line.split(' ').nth(5).unwrap_or_default();

@@ -1,4 +1,5 @@
-//! A test, and what it needs of the machine: what lacks is told, and counted as skipped.
+//! Tests, and their requirements on the machine. If the machine does not satisfy a requirement, the
+//! harness skips the test and reports the reason.
 
 use std::path::Path;
 
@@ -6,14 +7,15 @@ use crate::support::bundle::runtime_program;
 use crate::support::machine::{Result, command, full, program_path};
 use crate::support::node::{is_rrun, server_program};
 
-/// One test. Its name reads as a sentence of the specification.
+/// A test. The test's name is a sentence about the expected behaviour.
 pub(crate) struct Test {
     pub(crate) name: &'static str,
     pub(crate) needs: &'static [Need],
     pub(crate) run: fn() -> Result,
 }
 
-/// A test by its function: `test!(name)` or `test!(name, Need, Need)`.
+/// Creates a [`Test`](crate::support::needs::Test) from the function that runs the test. The
+/// further arguments are the test's requirements, as in `test!(function, Need, Need)`.
 #[macro_export]
 macro_rules! test {
     ($function:ident $(, $need:expr)* $(,)?) => {
@@ -25,84 +27,93 @@ macro_rules! test {
     };
 }
 
-/// The socket that systemd has where it is PID 1.
+/// A socket of systemd. The socket exists only if systemd is PID 1.
 pub(crate) const SYSTEMD: &str = "/run/systemd/private";
 
-/// The profiles that the kernel has, if it has AppArmor.
+/// The file that lists the loaded AppArmor profiles. The file exists only if the kernel supports
+/// AppArmor.
 pub(crate) const APPARMOR_PROFILES: &str = "/sys/kernel/security/apparmor/profiles";
 pub(crate) const APPARMOR: Need = Need::File(APPARMOR_PROFILES);
 
-/// Only the guest of `tests/vm/run --selinux` has it.
+/// The file that contains SELinux's mode. Only the guest machine that `tests/vm/run --selinux`
+/// starts has SELinux.
 pub(crate) const SELINUX: Need = Need::File("/sys/fs/selinux/enforce");
 
-/// Something that not every machine has.
+/// A requirement that not every machine satisfies.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Need {
-    /// A cgroup v2 controller, handed down to the root's children or ready to be.
+    /// A cgroup v2 controller that must be available in the root cgroup.
     Controller(&'static str),
-    /// A program in PATH.
+    /// A program that must be in PATH.
     Program(&'static str),
-    /// A file or directory.
+    /// A file or directory that must exist.
     File(&'static str),
-    /// Nothing at this path: what is asked for is how its lack is told.
+    /// A path that must not exist on the machine. If the path is missing, rrun reports an error,
+    /// and the test checks this error.
     Absent(&'static str),
-    /// A machine of its own, whoever keeps its cgroups.
+    /// A separate machine (`tests/vm/run`) on which no other program manages cgroups.
     OwnMachine,
-    /// This machine's own kernel, not the guest's.
+    /// The native view (`tests/native/run`), which uses this machine's kernel instead of the guest
+    /// machine's kernel.
     Native,
-    /// What takes long, for `make test-full` (RRUN_TEST_FULL).
+    /// A run of `make test-full` (RRUN_TEST_FULL). Tests that take a long time have this
+    /// requirement.
     Long,
-    /// What takes long only under emulation.
+    /// The native view (`tests/native/run`) or a run of `make test-full`. Tests that take a long
+    /// time in the emulated guest machine have this requirement.
     NativeOrLong,
     /// systemd as PID 1 (`tests/vm/run --systemd`).
     Systemd,
-    /// The CRI server under test, and what it runs.
+    /// The CRI server under test, and the programs that it starts.
     CriServer,
-    /// The runtime under test must be rrun itself: what is asserted goes beyond what runc does.
+    /// rrun as the runtime under test. The test requires behaviour that runc does not have.
     Rrun,
-    /// The CRI server under test must be rrun-cri itself, for the same reason.
+    /// rrun-cri as the CRI server under test. The test requires behaviour that other servers do not
+    /// have.
     RrunCri,
-    /// What a machine lacks on which this shell command fails.
+    /// A feature of the machine. The first string is the feature's name. The second string is a
+    /// shell command that succeeds if the machine has the feature.
     Works(&'static str, &'static str),
-    /// All of these.
+    /// Several requirements. The machine must satisfy all of them.
     All(&'static [Need]),
 }
 
 impl Need {
-    /// Why this is not to be had here; `None` if it is.
+    /// Returns why this machine does not satisfy the requirement, or `None` if the machine
+    /// satisfies the requirement.
     pub(crate) fn lacking(self) -> Option<String> {
         match self {
             Need::Controller(name) => {
-                let there = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
-                let there = there.unwrap_or_default();
-                (!there
+                let controllers = std::fs::read_to_string("/sys/fs/cgroup/cgroup.controllers");
+                let controllers = controllers.unwrap_or_default();
+                (!controllers
                     .split_whitespace()
                     .any(|controller| controller == name))
-                .then(|| format!("no cgroup v2 controller {name} here"))
+                .then(|| format!("this machine has no cgroup v2 controller {name}"))
             }
             Need::Program(name) => no_program(name),
-            Need::File(path) => (!Path::new(path).exists()).then(|| format!("no {path} here")),
+            Need::File(path) => (!Path::new(path).exists())
+                .then(|| format!("{path} does not exist on this machine")),
             Need::Absent(path) => Path::new(path)
                 .exists()
-                .then(|| format!("there is {path} here")),
+                .then(|| format!("{path} exists on this machine")),
             Need::OwnMachine => {
                 let view = std::env::var("RRUN_TEST_VIEW").unwrap_or_default();
-                (!view.starts_with("vm")).then(|| "wants the guest machine".to_owned())
+                (!view.starts_with("vm")).then(|| "the test needs the guest machine (tests/vm/run)".to_owned())
             }
-            Need::Native => Need::OwnMachine
-                .lacking()
-                .is_none()
-                .then(|| "wants the native view: the guest has more than this".to_owned()),
-            Need::Long => (!full())
-                .then(|| "takes long: `make test-full` runs it (RRUN_TEST_FULL)".to_owned()),
+            Need::Native => Need::OwnMachine.lacking().is_none().then(|| {
+                "the test needs the native view (tests/native/run), which has fewer features than the guest machine".to_owned()
+            }),
+            Need::Long => (!full()).then(|| {
+                "the test takes a long time, so only `make test-full` runs the test (RRUN_TEST_FULL)".to_owned()
+            }),
             Need::NativeOrLong => Need::OwnMachine
                 .lacking()
                 .is_none()
                 .then(|| Need::Long.lacking())
                 .flatten(),
-            Need::Systemd => {
-                (!Path::new(SYSTEMD).exists()).then(|| "no systemd is PID 1 here".to_owned())
-            }
+            Need::Systemd => (!Path::new(SYSTEMD).exists())
+                .then(|| "PID 1 of this machine is not systemd".to_owned()),
             Need::CriServer => {
                 let server = server_program();
                 let programs = match server.as_str() {
@@ -113,16 +124,19 @@ impl Need {
             }
             Need::RrunCri => (!is_rrun()).then(|| {
                 let server = server_program();
-                format!("goes beyond what {server} does")
+                format!("the test requires behaviour that the CRI server {server} does not have")
             }),
-            Need::Works(what, script) => {
+            Need::Works(feature, script) => {
                 let works = command("sh", ["-c", script]).ok();
-                works.is_err().then(|| format!("no {what} here"))
+                works
+                    .is_err()
+                    .then(|| format!("this machine has no {feature}"))
             }
             Need::All(needs) => needs.iter().find_map(|need| need.lacking()),
             Need::Rrun => {
                 let runtime = runtime_program();
-                (!runtime.ends_with("rrun")).then(|| format!("goes beyond what {runtime} does"))
+                (!runtime.ends_with("rrun"))
+                    .then(|| format!("the test requires behaviour that the runtime {runtime} does not have"))
             }
         }
     }
@@ -131,5 +145,5 @@ impl Need {
 fn no_program(name: &str) -> Option<String> {
     program_path(name)
         .is_none()
-        .then(|| format!("no program {name} in PATH"))
+        .then(|| format!("there is no program {name} in PATH"))
 }

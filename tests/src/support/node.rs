@@ -1,7 +1,10 @@
-//! A node to itself: a registry, a CRI server with throw-away directories, and crictl on it.
+//! This module starts a separate node for each test. A node consists of a registry and a CRI server
+//! with temporary directories. The tests call the server with crictl.
 //!
-//! `RRUN_TEST_CRI=containerd` puts containerd in rrun-cri's place, which keeps the tests honest; with
-//! `RUNTIME` besides, another OCI runtime in runc's.
+//! With `RRUN_TEST_CRI=containerd`, the tests run against containerd instead of rrun-cri. In this
+//! case, the variable `RUNTIME` contains the name of the OCI runtime that containerd calls. The
+//! default of `RUNTIME` is runc. If a test fails with containerd, the test may expect more than the
+//! CRI requires.
 
 use std::fs;
 use std::os::unix::net::UnixStream;
@@ -24,20 +27,21 @@ pub(crate) const IMAGES: Need = Need::File("/images/registry");
 pub(crate) const CRICTL: Need = Need::Program("crictl");
 pub(crate) const SERVER: Need = Need::CriServer;
 
-/// What every test needs that calls [`on_a_node`].
+/// The requirements of every test that calls [`on_a_node`].
 pub(crate) const A_NODE: Need = Need::All(&[CRICTL, SERVER, REGISTRY, IMAGES]);
 
-/// Where rrun-cri serves its metrics.
+/// The address at which rrun-cri serves its metrics.
 pub(crate) const METRICS: &str = "127.0.0.1:9464";
 
-/// A runtime that drops all limits and calls the real one.
+/// A wrapper script that removes all limits from the container's configuration and then calls the
+/// real runtime.
 pub(crate) const WITHOUT_LIMITS: &str = "/src/tests/setup/runc-without-limits";
 
 pub(crate) const PORT: &str = "5000";
 pub(crate) const WEB: &str = "127.0.0.1:5000/demo/web:1";
 pub(crate) const BUSYBOX: &str = "127.0.0.1:5000/demo/busybox:latest";
 
-/// The server under test.
+/// Returns the name of the CRI server under test.
 pub(crate) fn server_program() -> String {
     std::env::var("RRUN_TEST_CRI").unwrap_or_else(|_| "rrun-cri".to_owned())
 }
@@ -49,19 +53,20 @@ pub(crate) fn is_rrun() -> bool {
 pub(crate) struct Node {
     directory: Directory,
     server: Option<Running>,
-    /// What earlier lives of the server have written.
+    /// The log of earlier runs of the server.
     old_log: String,
 }
 
-/// Runs a test on a node of its own; afterwards everything on it is removed, and nothing may be
-/// left. What the server wrote is told with a failure.
+/// Runs `test` on a separate node. After the test, this function removes all pods and images from
+/// the node, and checks that nothing remains. If the test fails, the failure message contains the
+/// server's log.
 pub(crate) fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
     let mut node = Node::start()?;
     let result = test(&mut node);
-    let pods = match &result {
+    let containers = match &result {
         Ok(()) => String::new(),
         Err(_) => node.crictl(&["ps", "--all"]).end().map_or_else(
-            |_| "crictl does not answer".to_owned(),
+            |_| "`crictl ps --all` fails, too".to_owned(),
             |output| output.told(),
         ),
     };
@@ -69,7 +74,11 @@ pub(crate) fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
     let log = tail(&node.log(), 6000);
     if let Err(failed) = result.and(ended) {
         let message = failed.message().unwrap_or_default();
-        return Err(format!("{message}\n{pods}\n{} wrote:\n{log}", server_program()).into());
+        return Err(format!(
+            "{message}\n{containers}\nthe log of {}:\n{log}",
+            server_program()
+        )
+        .into());
     }
     Ok(())
 }
@@ -114,7 +123,9 @@ impl Node {
             .map(|name| self.join(name).display().to_string());
         let socket = self.socket().display().to_string();
         let text = if is_rrun() {
-            // The native view's host has no CAP_SYS_RESOURCE.
+            // In the native view (tests/native/run), the server does not have CAP_SYS_RESOURCE,
+            // which it needs to lower an oom_score_adj. So the server's configuration must enable
+            // restrict_oom_score_adj.
             format!(
                 "root = {root:?}\nstate = {state:?}\nlisten = \"unix://{socket}\"\n\
                  netns_dir = \"{state}/netns\"\n\
@@ -125,7 +136,8 @@ impl Node {
             )
         } else {
             self.has_cni_bridge()?;
-            // containerd gives every pod a CPU weight, where none can be given too.
+            // containerd sets a CPU weight for every pod, even if the machine has no cpu
+            // controller. On such a machine, a wrapper around runc removes the CPU weight.
             let cpu = Need::Controller("cpu").lacking().is_none();
             let runc = if cpu {
                 std::env::var("RUNTIME").unwrap_or_else(|_| "runc".to_owned())
@@ -156,90 +168,94 @@ impl Node {
         Ok(fs::write(self.join("config.toml"), text)?)
     }
 
-    /// Gives pods their network by Debian's CNI plugins, with host ports.
+    /// Configures Debian's CNI plugins, which then create the pods' network and host ports.
     pub(crate) fn has_cni_bridge(&self) -> Result {
         Ok(fs::write(self.join("cni/10-bridge.conflist"), CNI)?)
     }
 
-    /// Starts the server, and waits until it answers.
+    /// Starts the server, and waits until the server responds.
     pub(crate) fn start_server(&mut self) -> Result {
         let program = server_program();
         let config = self.join("config.toml");
         let mut server = command(&program, ["--config"]).arg(config).start()?;
-        let answers = wait_for(&format!("{program} to listen"), || {
+        let answers = wait_for(&format!("the server {program} to listen"), || {
             ensure!(
                 server.lives(),
-                "{program} ended:\n{}",
+                "the server {program} exited; its standard error:\n{}",
                 tail(&server.stderr(), 4000)
             );
             Ok(UnixStream::connect(self.socket()).ok().map(|_| ()))
         });
         self.server = Some(server);
         answers?;
-        wait_for(&format!("{program} to answer"), || {
-            self.crictl(&["version"]).ok().map(Some)
-        })?;
+        wait_for(
+            &format!("the server {program} to respond to `crictl version`"),
+            || self.crictl(&["version"]).ok().map(Some),
+        )?;
         Ok(())
     }
 
-    /// Has the server read its configuration again.
+    /// Sends SIGHUP to the server, which then reads its configuration again.
     pub(crate) fn hang_up_server(&self) {
         if let Some(server) = &self.server {
             server.signal(Signal::SIGHUP);
         }
     }
 
-    /// Ends the server as a crash would; nothing else.
+    /// Kills the server's process with SIGKILL, as a crash would. The pods' monitors continue to
+    /// run.
     pub(crate) fn kill_server(&mut self) -> Result {
         self.stop_server(Signal::SIGKILL).map(|_| ())
     }
 
-    /// Ends the server as an upgrade would.
+    /// Terminates the server with SIGTERM, as an upgrade does.
     pub(crate) fn terminate_server(&mut self) -> Result {
         let code = self.stop_server(Signal::SIGTERM)?;
         ensure!(
             code == 0 || !is_rrun(),
-            "the server ended with {code} after SIGTERM"
+            "the server exited with the exit code {code} after SIGTERM"
         );
         Ok(())
     }
 
-    /// Sends the server a signal that it lives through.
+    /// Sends `signal` to the server. `signal` must not be a signal that terminates the server.
     pub(crate) fn signal_server(&self, signal: Signal) {
         if let Some(server) = &self.server {
             server.signal(signal);
         }
     }
 
-    /// What the server takes of memory, in kB (proc(5), VmRSS).
+    /// Returns the server's resident memory in kB (proc(5), VmRSS).
     pub(crate) fn server_resident(&self) -> Result<u64> {
-        let server = self.server.as_ref().ok_or("the server does not run")?;
+        let server = self.server.as_ref().ok_or("the server is not running")?;
         let status = fs::read_to_string(format!("/proc/{}/status", server.pid()))?;
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
         let word = line.and_then(|line| line.split_whitespace().next());
-        Ok(word.ok_or("no VmRSS")?.parse()?)
+        Ok(word
+            .ok_or("/proc/PID/status of the server contains no VmRSS")?
+            .parse()?)
     }
 
-    /// The server's process.
+    /// Returns the server's process id.
     pub(crate) fn server_pid(&self) -> Result<i32> {
-        let server = self.server.as_ref().ok_or("the server does not run")?;
+        let server = self.server.as_ref().ok_or("the server is not running")?;
         Ok(server.pid())
     }
 
-    /// How many descriptors the server has open, and how many threads it has.
+    /// Returns the number of the server's open descriptors and the number of its threads.
     pub(crate) fn server_holds(&self) -> Result<(usize, usize)> {
-        let server = self.server.as_ref().ok_or("the server does not run")?;
+        let server = self.server.as_ref().ok_or("the server is not running")?;
         let count = |what| Ok(fs::read_dir(format!("/proc/{}/{what}", server.pid()))?.count());
         count("fd").and_then(|fds| Ok((fds, count("task")?)))
     }
 
-    /// The process that looks after a pod.
+    /// Returns the process id of a pod's monitor.
     pub(crate) fn monitor(&self, pod_id: &str) -> Result<Pid> {
         let info = self.json(&["inspectp", pod_id])?;
         let pid = info.pointer("/info/monitor").and_then(Value::as_i64);
-        Ok(Pid::from_raw(i32::try_from(
-            pid.ok_or("no pid of the monitor")?,
-        )?))
+        Ok(Pid::from_raw(i32::try_from(pid.ok_or(
+            "the output of `crictl inspectp` contains no process id of the monitor",
+        )?)?))
     }
 
     fn stop_server(&mut self, signal: Signal) -> Result<i32> {
@@ -253,7 +269,7 @@ impl Node {
         Ok(output?.code)
     }
 
-    /// crictl with these arguments.
+    /// Returns a crictl command with the arguments `args`.
     pub(crate) fn crictl(&self, args: &[&str]) -> Run {
         let endpoint = format!("unix://{}", self.socket().display());
         let timeout = format!("{}s", deadline().as_secs());
@@ -266,14 +282,16 @@ impl Node {
         .within(deadline() + Duration::from_secs(5))
     }
 
-    /// crictl with these arguments, which must succeed: its standard output.
+    /// Runs crictl with the arguments `args`. crictl must succeed. Returns the standard output.
     pub(crate) fn asks(&self, args: &[&str]) -> Result<String> {
         Ok(self.crictl(args).ok()?.text().to_owned())
     }
 
-    /// crictl with this command's `--output json`.
+    /// Runs the crictl command `args` with `--output json`, and returns the JSON.
     pub(crate) fn json(&self, args: &[&str]) -> Result<Value> {
-        let (command, rest) = args.split_first().ok_or("no command")?;
+        let (command, rest) = args
+            .split_first()
+            .ok_or("the test calls crictl without a command")?;
         self.crictl(&[command, "--output", "json"])
             .args(rest)
             .ok()?
@@ -284,21 +302,22 @@ impl Node {
         self.asks(&["pull", image]).map(|_| ())
     }
 
-    /// Writes a configuration to a file for crictl.
+    /// Writes the configuration `value` to a file for crictl, and returns the file's path.
     fn file(&self, name: &str, value: &Value) -> Result<String> {
         let path = self.join(&format!("{name}.json"));
         fs::write(&path, serde_json::to_vec_pretty(value)?)?;
         Ok(path.display().to_string())
     }
 
-    /// A pod's configuration; logs go to a directory of its own.
+    /// Returns a pod's configuration. Each pod has a separate log directory.
     pub(crate) fn pod(&self, name: &str) -> Value {
         json!({
             "metadata": { "name": name, "namespace": "default", "uid": format!("uid-{name}"), "attempt": 0 },
             "hostname": name,
             "log_directory": self.join("logs").join(name),
             "labels": { "app": name },
-            // As kubelet has it; the default of the CRI is one PID namespace for all.
+            // Like kubelet, the tests request a separate PID namespace for each container (mode 1).
+            // The CRI's default is one PID namespace for all containers of a pod.
             "linux": { "security_context": { "namespace_options": { "pid": 1 } } },
         })
     }
@@ -307,21 +326,24 @@ impl Node {
         self.runp_by("", pod)
     }
 
-    /// `runp` with a runtime handler; empty is the default one.
+    /// Runs `crictl runp` with the runtime handler `handler`. If `handler` is empty, the server
+    /// uses the default handler.
     pub(crate) fn runp_by(&self, handler: &str, pod: &Value) -> Result<String> {
         let file = self.pod_file(pod)?;
         self.asks(&["runp", "--runtime", handler, &file])
     }
 
-    /// Runs the container to its end: what `/inside report`, its command, tells.
+    /// Runs `container`, whose command must be `/inside report`, and returns the report.
     pub(crate) fn report(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<Value> {
         let id = self.run(pod_id, pod, container)?;
         self.exited(&id)?;
         let text = self.asks(&["logs", &id])?;
-        serde_json::from_str(&text).map_err(|error| format!("{error}: {text}").into())
+        serde_json::from_str(&text).map_err(|error| {
+            format!("cannot parse the report of `inside`: {error}; the report: {text}").into()
+        })
     }
 
-    /// `runp`, whatever comes of it.
+    /// Runs `crictl runp`, which is allowed to fail.
     pub(crate) fn try_runp(&self, pod: &Value) -> Result<Output> {
         let file = self.pod_file(pod)?;
         self.crictl(&["runp", &file]).end()
@@ -332,7 +354,8 @@ impl Node {
         self.file(&format!("pod-{name}"), pod)
     }
 
-    /// A container's configuration, of the image [`BUSYBOX`] with the tests' own program in it.
+    /// Returns the configuration of a container that runs `command` in the image [`BUSYBOX`]. The
+    /// program `inside` is mounted at /inside in the container.
     pub(crate) fn container(&self, name: &str, command: &[&str]) -> Value {
         let inside = std::env::temp_dir().join("rrun-e2e-inside");
         json!({
@@ -350,7 +373,7 @@ impl Node {
         Ok(create.ok()?.text().to_owned())
     }
 
-    /// `create`, whatever comes of it.
+    /// Runs `crictl create`, which is allowed to fail.
     pub(crate) fn try_create(
         &self,
         pod_id: &str,
@@ -360,7 +383,7 @@ impl Node {
         self.create_command(pod_id, pod, container)?.end()
     }
 
-    /// `create`, under way.
+    /// Starts `crictl create` in the background.
     pub(crate) fn start_create(
         &self,
         pod_id: &str,
@@ -370,7 +393,7 @@ impl Node {
         self.create_command(pod_id, pod, container)?.start()
     }
 
-    /// `logs --reopen`, under way.
+    /// Starts `crictl logs --reopen` in the background.
     pub(crate) fn start_reopen(&self, container: &str) -> Result<Running> {
         self.crictl(&["logs", "--reopen", container]).start()
     }
@@ -384,7 +407,7 @@ impl Node {
         Ok(self.crictl(&["create", pod_id, &container, &pod]))
     }
 
-    /// Unmounts all that the server has mounted, as a reboot does.
+    /// Unmounts all mounts of the server, as a reboot does.
     pub(crate) fn unmount_all(&self) -> Result {
         for point in mounts_below(self.directory.path()) {
             nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH)?;
@@ -392,47 +415,55 @@ impl Node {
         Ok(())
     }
 
-    /// `create` and `start`: the container's id.
+    /// Runs `crictl create` and `crictl start`, and returns the container's id.
     pub(crate) fn run(&self, pod_id: &str, pod: &Value, container: &Value) -> Result<String> {
         let id = self.create(pod_id, pod, container)?;
         self.asks(&["start", &id])?;
         Ok(id)
     }
 
-    /// The `status` of `inspect`.
+    /// Returns the field `status` in the output of `crictl inspect`.
     pub(crate) fn status(&self, container: &str) -> Result<Value> {
         Ok(self.json(&["inspect", container])?["status"].clone())
     }
 
-    /// Waits until the container has exited, and gives its status.
+    /// Waits until the container has exited, and returns its status.
     pub(crate) fn exited(&self, container: &str) -> Result<Value> {
-        wait_for(&format!("container {container} to exit"), || {
+        wait_for(&format!("the container {container} to exit"), || {
             let status = self.status(container)?;
             Ok((status["state"] == "CONTAINER_EXITED").then_some(status))
         })
     }
 
-    /// The process ids of a container's first process and the path of its cgroup.
+    /// Returns the process id of a container's first process.
     pub(crate) fn pid(&self, container: &str) -> Result<i32> {
         let info = self.json(&["inspect", container])?;
         let pid = info.pointer("/info/pid").and_then(Value::as_i64);
-        Ok(pid.ok_or(format!("no info.pid in {info}"))?.try_into()?)
+        Ok(pid
+            .ok_or(format!(
+                "the output of `crictl inspect` contains no info.pid: {info}"
+            ))?
+            .try_into()?)
     }
 
-    /// The directory of the cgroup that this process is in.
+    /// Returns the directory of the container's cgroup.
     pub(crate) fn cgroup(&self, container: &str) -> Result<PathBuf> {
         let groups = fs::read_to_string(format!("/proc/{}/cgroup", self.pid(container)?))?;
         let path = groups.lines().find_map(|line| line.strip_prefix("0::/"));
-        Ok(Path::new("/sys/fs/cgroup").join(path.ok_or(format!("no 0:: in {groups}"))?))
+        Ok(Path::new("/sys/fs/cgroup").join(path.ok_or(format!(
+            "/proc/PID/cgroup of the container contains no line that begins with 0::/ ({groups})"
+        ))?))
     }
 
-    /// The log file's lines: time, stream, tag and text.
+    /// Returns the content of a container's log file. Each line of the log contains the time, the
+    /// stream's name, a tag and the text.
     pub(crate) fn log_of(&self, pod: &str, container: &str) -> Result<String> {
         let path = self.join("logs").join(pod).join(format!("{container}.log"));
-        fs::read_to_string(&path).map_err(|error| format!("{}: {error}", path.display()).into())
+        fs::read_to_string(&path)
+            .map_err(|error| format!("cannot read {}: {error}", path.display()).into())
     }
 
-    /// Removes everything, and looks for what is still there.
+    /// Removes all pods and images, and checks that nothing remains.
     fn end(&mut self) -> Result {
         if self.server.as_mut().is_none_or(|server| !server.lives()) {
             self.start_server()?;
@@ -442,11 +473,11 @@ impl Node {
         let pods = self.asks(&["pods", "--quiet"])?;
         let containers = self.asks(&["ps", "--all", "--quiet"])?;
         let images = self.asks(&["images", "--quiet"])?;
-        // containerd keeps the pause image.
+        // containerd keeps the pause image, so this function checks the images only for rrun-cri.
         let images = if is_rrun() { images } else { String::new() };
         ensure!(
             pods.is_empty() && containers.is_empty() && images.is_empty(),
-            "still listed after their removal: pods {pods}, containers {containers}, images {images}"
+            "crictl still lists objects after their removal: pods {pods}, containers {containers}, images {images}"
         );
         if is_rrun() {
             let left: Vec<String> = [
@@ -460,13 +491,15 @@ impl Node {
             .collect();
             ensure!(
                 left.is_empty(),
-                "left behind in the server's directories:\n{}",
+                "the server left these entries behind in its directories:\n{}",
                 left.join("\n")
             );
-            // Nobody waits for the removal of layers.
-            wait_for("no layer to be left", || {
+            // The server removes layers in the background, and no CRI request waits for this
+            // removal.
+            wait_for("the server to remove all layers", || {
                 let mut left = below(&self.join("root/layers"));
-                // The empty lower directory that an image without layers has.
+                // /layers/0 is the empty lower directory for images without layers, so the server
+                // keeps it.
                 left.retain(|path| !path.ends_with("/layers/0"));
                 Ok(left.is_empty().then_some(()))
             })?;
@@ -474,18 +507,23 @@ impl Node {
                 .into_iter()
                 .filter(|path| is_pods_interface(path.trim_start_matches("/sys/class/net/")))
                 .collect();
-            ensure!(interfaces.is_empty(), "interfaces are left: {interfaces:?}");
+            ensure!(
+                interfaces.is_empty(),
+                "these network interfaces of pods still exist: {interfaces:?}"
+            );
         }
         let code = self.stop_server(Signal::SIGTERM)?;
         ensure!(
             code == 0 || !is_rrun(),
-            "the server ended with {code} after SIGTERM"
+            "the server exited with the exit code {code} after SIGTERM"
         );
         Ok(())
     }
 }
 
-/// The node's end of a pod's link: CNI calls it veth…, rrun-cri rr and twelve digits.
+/// Returns whether the network interface `name` is the node's end of a pod's veth pair. The names
+/// that CNI plugins choose contain `veth`. The names that rrun-cri chooses are `rr` followed by
+/// twelve digits.
 pub(crate) fn is_pods_interface(name: &str) -> bool {
     name.contains("veth") || name.starts_with("rr") && name != "rrun0"
 }
@@ -509,7 +547,8 @@ impl Drop for Node {
         let _ = registry(&["stop", PORT]);
         let _ = fs::remove_dir_all("/var/lib/registry/5000");
         let _ = fs::remove_dir("/var/lib/registry");
-        // The node's own, which outlives its pods and its server as it should.
+        // By design, the node's bridge and firewall tables outlive the pods and the server, so this
+        // function deletes them.
         for interface in ["rrun0", "cni0"] {
             if Path::new("/sys/class/net").join(interface).exists() {
                 let _ = command("ip", ["link", "delete", interface]).end();
@@ -535,7 +574,8 @@ fn registry(args: &[&str]) -> Result {
         .map(|_| ())
 }
 
-/// For containerd; rrun-cri needs none.
+/// A CNI configuration with Debian's plugins. containerd needs this configuration. rrun-cri can
+/// also create the pods' network without CNI plugins.
 const CNI: &str = r#"{"cniVersion":"1.0.0","name":"e2e","plugins":[{"type":"bridge","bridge":"cni0",
 "isGateway":true,"ipMasq":true,"ipam":{"type":"host-local","dataDir":"/run/e2e-cni",
 "ranges":[[{"subnet":"10.99.0.0/16"}]],"routes":[{"dst":"0.0.0.0/0"}]}},

@@ -1,12 +1,14 @@
-//! Pods that serve a page, who fetches it, and another link of the node.
+//! This module runs pods with a web server, and checks that the node or another pod can fetch a
+//! page from the web server. The module also creates an additional network interface on the node.
 
 use serde_json::{Value, json};
 
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::node::{Node, WEB};
 
-/// An address of the node beside those of the loopback, and, as VPNs have it, half of the way to
-/// everywhere; on a link that ends with the guard.
+/// An additional network interface of the node. The interface has its own addresses. As with some
+/// VPNs, the node has a route for half of all IPv4 addresses (128.0.0.0/1) through this interface.
+/// Dropping the value deletes the interface.
 pub(crate) struct Uplink;
 
 impl Uplink {
@@ -38,14 +40,14 @@ impl Drop for Uplink {
     }
 }
 
-/// A pod with these host ports.
+/// Returns the configuration of a pod with the host ports `ports`.
 pub(crate) fn mapped(node: &Node, name: &str, ports: Value) -> Value {
     let mut pod = node.pod(name);
     pod["port_mappings"] = ports;
     pod
 }
 
-/// A pod whose web server, at port 5000, answers.
+/// Runs a pod with a web server on port 5000. Returns the ids of the pod and of its container.
 pub(crate) fn web(node: &Node, pod: &Value) -> Result<(String, String)> {
     let pod_id = node.runp(pod)?;
     let name = pod["metadata"]["name"].as_str().unwrap_or_default();
@@ -56,14 +58,14 @@ pub(crate) fn web(node: &Node, pod: &Value) -> Result<(String, String)> {
 }
 
 pub(crate) fn node_fetches(url: &str) -> Result {
-    wait_for(&format!("{url} to answer the node"), || {
+    wait_for(&format!("the node to fetch the page at {url}"), || {
         let got = command("curl", ["-gfsS", "--max-time", "3", url]).end()?;
         Ok(got.text().contains("hello from rrun").then_some(()))
     })
 }
 
 pub(crate) fn pod_fetches(node: &Node, container: &str, url: &str) -> Result {
-    wait_for(&format!("{url} to answer the pod"), || {
+    wait_for(&format!("the pod to fetch the page at {url}"), || {
         let args = [
             "exec", "-s", container, "wget", "-T", "3", "-q", "-O", "-", url,
         ];
@@ -72,7 +74,7 @@ pub(crate) fn pod_fetches(node: &Node, container: &str, url: &str) -> Result {
     })
 }
 
-/// The pod's addresses, by its status.
+/// Returns the addresses in the pod's status.
 pub(crate) fn addresses(node: &Node, pod_id: &str) -> Result<Vec<String>> {
     let status = node.json(&["inspectp", pod_id])?;
     let network = status["status"]["network"].clone();

@@ -1,4 +1,5 @@
-//! What a reboot takes from a node: processes, cgroups, mounts, namespaces, interfaces, all in /run.
+//! This module simulates the reboot of a node. The node loses all processes, cgroups, mounts,
+//! namespaces and interfaces, and all files in /run.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,12 +12,13 @@ use crate::support::cgroup_use::groups_below;
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::node::Node;
 
-/// Takes it, and starts the server over what is left. kubelet, if there is one, has been stopped.
+/// Simulates a reboot, and starts the server again with the files that remain. The caller must stop
+/// kubelet before the reboot.
 pub(crate) fn reboot(node: &mut Node) -> Result {
     let mut groups = BTreeSet::new();
     for container in node.asks(&["ps", "--quiet"])?.lines() {
         let group = node.cgroup(container)?;
-        groups.insert(group.parent().ok_or("no parent")?.to_owned());
+        groups.insert(group.parent().ok_or("the cgroup has no parent")?.to_owned());
     }
     let mut monitors = Vec::new();
     for pod in node.asks(&["pods", "--quiet", "--state", "Ready"])?.lines() {
@@ -28,7 +30,7 @@ pub(crate) fn reboot(node: &mut Node) -> Result {
     }
     for group in groups {
         fs::write(group.join("cgroup.kill"), "1")?;
-        wait_for("a pod's cgroup to go", || remove(&group).map(Some))?;
+        wait_for("a pod's cgroup to be removed", || remove(&group).map(Some))?;
     }
     node.unmount_all()?;
     fs::remove_dir_all(node.join("state"))?;
@@ -37,13 +39,19 @@ pub(crate) fn reboot(node: &mut Node) -> Result {
     node.start_server()
 }
 
-/// Fails while the kernel still ends its processes.
+/// Removes a cgroup and all cgroups below it. Fails while the kernel is still killing the processes
+/// in these cgroups.
 fn remove(group: &Path) -> Result {
-    // What systemd keeps is systemd's to forget.
+    // systemd manages the cgroups with names that end with `.slice`. systemctl must therefore
+    // remove these cgroups.
     let name = group.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".slice") {
         command("systemctl", ["stop", &name]).ok()?;
-        ensure!(!group.exists(), "{} is still there", group.display());
+        ensure!(
+            !group.exists(),
+            "the cgroup {} still exists after systemd stopped the cgroup's slice",
+            group.display()
+        );
         return Ok(());
     }
     for below in groups_below(group) {

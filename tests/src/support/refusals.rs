@@ -1,39 +1,46 @@
-//! How the runtime refuses: one line that says what is wrong, and nothing is left of the container.
+//! Checks that the runtime refuses a container correctly. The runtime must print the error in one
+//! line, and must leave nothing of the container behind.
 
 use crate::ensure;
 use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Output, Result};
 
-/// The complaint must be one line and hold one of these words.
+/// Checks that the runtime's error message is one line and contains one of `words`.
 pub(crate) fn complaint(output: &Output, words: &[&str]) -> Result {
     let text = output.stderr.trim_end();
     ensure!(
         !text.is_empty(),
-        "there is no word of what is wrong:\n{}",
+        "the runtime prints no error message:\n{}",
         output.told()
     );
-    // runc says things besides.
+    // runc logs other lines before the error. For runc, the check therefore uses only the last
+    // line.
     let line = if runtime_program().ends_with("rrun") {
         ensure!(
             !text.contains('\n'),
-            "more than one line:\n{}",
+            "the error message has more than one line:\n{}",
             output.told()
         );
-        ensure!(!text.contains("panicked"), "a panic:\n{}", output.told());
+        ensure!(
+            !text.contains("panicked"),
+            "the runtime panicked:\n{}",
+            output.told()
+        );
         text
     } else {
         text.lines().last().unwrap_or_default()
     };
     ensure!(
         words.is_empty() || words.iter().any(|word| line.contains(word)),
-        "does not say {}:\n{}",
+        "the error message does not contain {}:\n{}",
         words.join(" or "),
         output.told()
     );
     Ok(())
 }
 
-/// `run` and `create` fail with 1, say one of these words, and no container is there.
+/// Checks that `run` and `create` exit with 1 and leave no container behind. The printed error must
+/// contain one of `words`.
 pub(crate) fn refused(bundle: &Bundle, words: &[&str]) -> Result {
     for command in ["run", "create"] {
         let output = bundle.runtime(&[command, bundle.id()]).exits(1)?;
@@ -43,16 +50,16 @@ pub(crate) fn refused(bundle: &Bundle, words: &[&str]) -> Result {
     Ok(())
 }
 
-/// Neither the container's directory nor its cgroup is there.
+/// Checks that neither the container's directory nor its cgroup exists.
 pub(crate) fn nothing_made(bundle: &Bundle, output: &Output) -> Result {
     ensure!(
         !bundle.root().join(bundle.id()).exists(),
-        "its state is left:\n{}",
+        "the container's state directory still exists:\n{}",
         output.told()
     );
     ensure!(
         !bundle.cgroup().exists(),
-        "its cgroup is left:\n{}",
+        "the container's cgroup still exists:\n{}",
         output.told()
     );
     Ok(())

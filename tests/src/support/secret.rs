@@ -1,4 +1,4 @@
-//! A file of the host's that no container may see or change.
+//! A secret file of the host, which no container must be able to read or change.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,7 +25,7 @@ impl Secret {
         self.0.path()
     }
 
-    /// From any directory of the host's.
+    /// Returns a relative path that leads to the secret file from any directory of the host.
     pub(crate) fn upwards(&self) -> String {
         format!("../../../../../../../..{}", self.path().display())
     }
@@ -33,16 +33,24 @@ impl Secret {
     pub(crate) fn unseen(&self, output: &Output) -> Result {
         ensure!(
             !output.stdout.contains(SECRET.trim()),
-            "it was read:\n{}",
+            "the container read the host's secret file:\n{}",
             output.told()
         );
         Ok(())
     }
 
     pub(crate) fn unchanged(&self) -> Result {
-        ensure_eq!(fs::read_to_string(self.path())?, SECRET, "the host's file");
+        ensure_eq!(
+            fs::read_to_string(self.path())?,
+            SECRET,
+            "the content of the host's secret file"
+        );
         let names = fs::read_dir(self.0.path())?.count();
-        ensure_eq!(names, 1, "files in the host's directory");
+        ensure_eq!(
+            names,
+            1,
+            "the number of files in the host's secret directory"
+        );
         Ok(())
     }
 }

@@ -1,4 +1,4 @@
-//! A client of streams over SPDY/3.1, by hand.
+//! A client for streams over SPDY/3.1. The client builds the frames itself, without a library.
 
 use std::collections::BTreeMap;
 use std::io::{Read, Write};
@@ -8,13 +8,13 @@ use std::time::Instant;
 use crate::ensure;
 use crate::support::machine::{Result, deadline};
 
-/// The flag of a stream's last frame.
+/// The SPDY flag FLAG_FIN, which marks a stream's last frame.
 pub(crate) const FIN: u8 = 1;
 
-/// A SPDY/3.1 client, as far as one exec or one forwarded connection needs it.
+/// A SPDY/3.1 client with the features that one exec session or one forwarded connection needs.
 pub(crate) struct SpdyClient {
     stream: TcpStream,
-    /// Each stream's number by what it is for.
+    /// The SPDY stream id of each stream type.
     opened: BTreeMap<&'static str, u32>,
 }
 
@@ -23,10 +23,11 @@ impl SpdyClient {
         let (host, path) = url
             .strip_prefix("http://")
             .and_then(|rest| rest.split_once('/'))
-            .ok_or(format!("not a URL: {url}"))?;
+            .ok_or(format!("{url} is not an http URL"))?;
         let mut stream = TcpStream::connect(host)?;
         stream.set_read_timeout(Some(deadline()))?;
-        // The first clients named no version.
+        // If `version` is empty, the client sends no version header, like the first versions of
+        // kubectl.
         let named = match version {
             "" => String::new(),
             version => format!("X-Stream-Protocol-Version: {version}\r\n"),
@@ -43,22 +44,29 @@ impl SpdyClient {
             head.extend_from_slice(&byte);
         }
         let head = String::from_utf8_lossy(&head).to_ascii_lowercase();
-        ensure!(head.starts_with("http/1.1 101"), "the upgrade: {head}");
+        ensure!(
+            head.starts_with("http/1.1 101"),
+            "the server refused the upgrade to SPDY/3.1: {head}"
+        );
         let named = named.trim_end().to_ascii_lowercase();
-        ensure!(head.contains(&named), "not {version}: {head}");
+        ensure!(
+            head.contains(&named),
+            "the server did not choose the protocol version {version:?}; the head of the server's response: {head}"
+        );
         Ok(SpdyClient {
             stream,
             opened: BTreeMap::new(),
         })
     }
 
-    /// SYN_STREAM. Its headers are a piece of one zlib stream, which need not compress anything
-    /// (RFC 1951, section 3.2.4).
+    /// Opens a stream with SYN_STREAM. The headers of all frames form one zlib stream. This client
+    /// does not compress the headers, but writes them as stored blocks (RFC 1951, section 3.2.4).
     pub(crate) fn open(&mut self, kind: &'static str) -> Result {
         self.open_with(kind, &[])
     }
 
-    /// As [`SpdyClient::open`], with more headers; their names in the order of the alphabet.
+    /// Like [`SpdyClient::open`], but with the additional headers `more`. The names of these
+    /// headers must be in alphabetical order.
     pub(crate) fn open_with(&mut self, kind: &'static str, more: &[(&str, &str)]) -> Result {
         let mut headers = u32::try_from(more.len() + 1)?.to_be_bytes().to_vec();
         let more = more.iter().flat_map(|(name, value)| [*name, *value]);
@@ -88,7 +96,10 @@ impl SpdyClient {
     }
 
     pub(crate) fn sends(&mut self, kind: &str, flags: u8, data: &[u8]) -> Result {
-        let id = self.opened.get(kind).ok_or(format!("no stream {kind}"))?;
+        let id = self
+            .opened
+            .get(kind)
+            .ok_or(format!("the client has not opened the stream {kind}"))?;
         self.frame(id.to_be_bytes(), flags, data)
     }
 
@@ -96,12 +107,13 @@ impl SpdyClient {
         &self.stream
     }
 
-    /// Reads until the server has closed all but stdin and resize: what came on each stream.
+    /// Reads until the server has closed all streams except stdin and resize. Returns the data of
+    /// each stream.
     pub(crate) fn all(&mut self) -> Result<BTreeMap<&'static str, String>> {
         self.until(|_| false)
     }
 
-    /// As [`SpdyClient::all`], or until what has come is enough.
+    /// Like [`SpdyClient::all`], but also stops when `enough` returns true for the received data.
     pub(crate) fn until(
         &mut self,
         enough: impl Fn(&BTreeMap<&'static str, String>) -> bool,
@@ -109,17 +121,20 @@ impl SpdyClient {
         let mut came: BTreeMap<&'static str, String> = BTreeMap::new();
         let mut open: Vec<&str> = self.opened.keys().copied().collect();
         open.retain(|kind| !matches!(*kind, "stdin" | "resize"));
-        // Of everything; what comes now and then never lets a single read fail.
+        // This deadline applies to all reads together. If a server sends a little data from time to
+        // time, no single read times out. Without the deadline, the test could then wait forever.
         let give_up = Instant::now() + 10 * deadline();
         while !open.is_empty() && !enough(&came) {
             ensure!(
                 Instant::now() < give_up,
-                "with {open:?} open and {came:?} come"
+                "timeout: the streams {open:?} are still open, and the client received {came:?}"
             );
             let mut head = [0; 8];
-            self.stream
-                .read_exact(&mut head)
-                .map_err(|error| format!("with {open:?} open and {came:?} come: {error}"))?;
+            self.stream.read_exact(&mut head).map_err(|error| {
+                format!(
+                    "cannot read from the server: {error} (the streams {open:?} are still open, and the client has received {came:?})"
+                )
+            })?;
             let [a, b, c, d, flags, x, y, z] = head;
             let mut body = vec![0; usize::try_from(u32::from_be_bytes([0, x, y, z]))?];
             self.stream.read_exact(&mut body)?;
@@ -128,7 +143,8 @@ impl SpdyClient {
             }
             let id = u32::from_be_bytes([a, b, c, d]);
             let kind = self.opened.iter().find(|(_, opened)| **opened == id);
-            let (kind, _) = kind.ok_or(format!("data on stream {id}"))?;
+            let (kind, _) =
+                kind.ok_or(format!("the server sent data on the unknown stream {id}"))?;
             let text = came.entry(kind).or_default();
             text.push_str(&String::from_utf8_lossy(&body));
             if flags & FIN != 0 {

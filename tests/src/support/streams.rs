@@ -1,4 +1,5 @@
-//! What tests of streams need: a container to exec in, and URLs of the streaming server.
+//! Helpers for the tests of exec and port-forward streams. The helpers start a container for the
+//! commands, and request the URLs of the streams.
 
 use std::fs;
 use std::path::Path;
@@ -9,10 +10,10 @@ use crate::support::calls::Calls;
 use crate::support::machine::Result;
 use crate::support::node::{BUSYBOX, Node};
 
-/// What crictl can carry streams over.
+/// The protocols over which crictl can send streams.
 pub(crate) const TRANSPORTS: [&str; 2] = ["spdy", "websocket"];
 
-/// A container that waits, in a pod of its own.
+/// Runs a container in a separate pod. The container waits for signals. Returns the container's id.
 pub(crate) fn waiting(node: &Node, name: &str) -> Result<String> {
     node.pull(BUSYBOX)?;
     let pod = node.pod(name);
@@ -20,20 +21,23 @@ pub(crate) fn waiting(node: &Node, name: &str) -> Result<String> {
     node.run(&pod_id, &pod, &node.container("c", &["/inside", "wait"]))
 }
 
-/// The processes in a cgroup and in those right below it, where execs are.
+/// Returns the number of processes in a container's cgroup and in its child cgroups. The child
+/// cgroups contain the processes that `exec` started.
 pub(crate) fn count_processes(cgroup: &Path) -> Result<usize> {
     let mut count = fs::read_to_string(cgroup.join("cgroup.procs"))?
         .lines()
         .count();
     for entry in fs::read_dir(cgroup)? {
-        // One may go meanwhile, when it is empty.
+        // If a process that `exec` started exits during this loop, its cgroup is deleted. So a
+        // missing cgroup counts as empty.
         let inner = fs::read_to_string(entry?.path().join("cgroup.procs"));
         count += inner.map_or(0, |all| all.lines().count());
     }
     Ok(count)
 }
 
-/// The URL at which this command is executed in the container.
+/// Returns the URL at which the streaming server executes the command `words` in the container
+/// `id`.
 pub(crate) fn exec_url(calls: &Calls, id: &str, words: &[&str]) -> Result<String> {
     let mut runtime = calls.runtime();
     let request = ExecRequest {
@@ -47,7 +51,7 @@ pub(crate) fn exec_url(calls: &Calls, id: &str, words: &[&str]) -> Result<String
     Ok(answer.into_inner().url)
 }
 
-/// The URL at which these ports of the pod are forwarded.
+/// Returns the URL at which the streaming server forwards the ports `ports` of the pod.
 pub(crate) fn port_forward_url(calls: &Calls, pod_id: &str, ports: &[i32]) -> Result<String> {
     let mut runtime = calls.runtime();
     let request = PortForwardRequest {

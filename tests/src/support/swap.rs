@@ -4,7 +4,7 @@ use std::fs;
 
 use crate::support::machine::{Result, command};
 
-/// Swap space; dropped, it is taken away.
+/// An enabled swap file. Dropping the value disables and deletes the swap file.
 pub(crate) struct Swap;
 
 impl Swap {
@@ -14,7 +14,7 @@ impl Swap {
         Self::of(256)
     }
 
-    /// So many MiB.
+    /// Enables a swap file of `size` MiB.
     pub(crate) fn of(size: u64) -> Result<Self> {
         let swap = Swap;
         let length = format!("{size}M");

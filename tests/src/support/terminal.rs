@@ -1,4 +1,4 @@
-//! A terminal that somebody could sit at, by tmux.
+//! An interactive terminal, which tmux provides.
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,12 +9,14 @@ use crate::support::needs::Need;
 
 pub(crate) const TMUX: Need = Need::Program("tmux");
 
-/// A terminal that somebody could sit at.
+/// An interactive terminal that a test types into and reads from.
 pub(crate) struct Terminal(PathBuf);
 
 impl Terminal {
-    /// Its server listens on a socket next to this path: one that is on its way out takes no more
-    /// sessions, and nothing tells when it has gone.
+    /// Opens a terminal that runs `shell_command`. For each terminal, the function starts a
+    /// separate tmux server with its own socket next to the path `socket`. A common tmux server
+    /// would exit after its last session. An exiting server accepts no new session, and the test
+    /// cannot detect when the server has exited.
     pub(crate) fn open(socket: PathBuf, shell_command: &str) -> Result<Self> {
         static NUMBER: AtomicUsize = AtomicUsize::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
@@ -35,9 +37,12 @@ impl Terminal {
     }
 
     pub(crate) fn shows(&self, what: &str) -> Result {
-        wait_for(&format!("{what:?} on the terminal"), || {
+        wait_for(&format!("the terminal to show {what:?}"), || {
             let screen = self.tmux(&["capture-pane", "-p"])?;
-            ensure!(screen.lines().any(|line| line.trim() == what), "{screen}");
+            ensure!(
+                screen.lines().any(|line| line.trim() == what),
+                "the terminal does not show {what:?}:\n{screen}"
+            );
             Ok(Some(()))
         })
     }

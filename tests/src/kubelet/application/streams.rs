@@ -1,4 +1,5 @@
-//! Exec, attach, port-forward and logs by kubelet's own endpoint, over both of its transports.
+//! Checks of exec, attach, port-forward and logs through kubelet's own endpoint, over WebSocket and
+//! SPDY.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -25,7 +26,7 @@ fn by_spdy(path: &str, pod: &Value, rest: &str) -> Result<SpdyClient> {
     SpdyClient::upgraded(&url(path, pod, rest), protocol)
 }
 
-/// The query that names this command.
+/// Returns the part of an exec URL that names the container `container` and the command `words`.
 fn query(container: &str, words: &[&str]) -> String {
     let escaped = |word: &str| {
         word.bytes()
@@ -41,7 +42,8 @@ fn query(container: &str, words: &[&str]) -> String {
     )
 }
 
-/// What a command in this container writes, and its status, over SPDY.
+/// Runs a command in this container over SPDY, and returns the data of each stream. The stream
+/// `error` contains the command's status.
 pub(crate) fn exec(
     pod: &Value,
     container: &str,
@@ -56,12 +58,18 @@ pub(crate) fn exec(
     exec.all()
 }
 
-pub(crate) fn streams_go_through_kubelet(pod: &Value) -> Result {
+pub(crate) fn streams_work_through_kubelet(pod: &Value) -> Result {
     over_websockets(pod)?;
     over_spdy(pod)?;
-    let told = logs(pod, "web")?;
-    ensure!(told.contains("POST /fail/nothing"), "the log: {told}");
-    ensure!(told.contains("POST /fail/nobody"), "the log: {told}");
+    let log = logs(pod, "web")?;
+    ensure!(
+        log.contains("POST /fail/nothing"),
+        "the container's log lacks the request that the test sent during the WebSocket attach: {log}"
+    );
+    ensure!(
+        log.contains("POST /fail/nobody"),
+        "the container's log lacks the request that the test sent during the SPDY attach: {log}"
+    );
     Ok(())
 }
 
@@ -70,7 +78,8 @@ fn over_websockets(pod: &Value) -> Result {
     let mut exec = by_websocket("exec", pod, &query("web", &words))?;
     reads(&mut exec, b"hello from a file")?;
     let mut attach = by_websocket("attach", pod, "/web?output=1&error=1")?;
-    // A line of the readiness probe's, every other second: it is attached.
+    // The readiness probe causes this log line every two seconds. Once the client receives this
+    // line, it is attached to the container.
     reads(&mut attach, b"GET /ready")?;
     tells(pod, "/fail/nothing")?;
     reads(&mut attach, b"POST /fail/nothing")?;
@@ -81,25 +90,29 @@ fn over_websockets(pod: &Value) -> Result {
 
 fn over_spdy(pod: &Value) -> Result {
     let script = "cat; echo err >&2; exit 3";
-    let came = exec(pod, "web", &["sh", "-c", script], b"typed")?;
-    let of = |kind| came.get(kind).map(String::as_str).unwrap_or_default();
-    ensure_eq!(of("stdout"), "typed", "stdout of an exec");
-    ensure_eq!(of("stderr"), "err\n", "stderr of an exec");
+    let streams = exec(pod, "web", &["sh", "-c", script], b"typed")?;
+    let of = |kind| streams.get(kind).map(String::as_str).unwrap_or_default();
+    ensure_eq!(of("stdout"), "typed", "stdout of the command that exec ran");
+    ensure_eq!(of("stderr"), "err\n", "stderr of the command that exec ran");
     let status: Value = serde_json::from_str(of("error"))?;
     let code = status.pointer("/details/causes/0/message").cloned();
-    ensure_eq!(code, Some("3".into()), "the exit code in {status}");
+    ensure_eq!(
+        code,
+        Some("3".into()),
+        "the exit code of the command, in the status {status} from the stream `error`"
+    );
 
     let mut attach = by_spdy("attach", pod, "/web?output=1&error=1")?;
     for kind in ["error", "stdout", "stderr"] {
         attach.open(kind)?;
     }
-    let mut says = |line: &str| -> Result {
-        let said = attach.until(|came| came.values().any(|text| text.contains(line)));
-        said.map(drop)
+    let mut shows = |line: &str| -> Result {
+        let output = attach.until(|streams| streams.values().any(|text| text.contains(line)));
+        output.map(drop)
     };
-    says("GET /ready")?;
+    shows("GET /ready")?;
     tells(pod, "/fail/nobody")?;
-    says("POST /fail/nobody")?;
+    shows("POST /fail/nobody")?;
 
     let mut port = by_spdy("portForward", pod, "")?;
     for kind in ["error", "data"] {
@@ -107,14 +120,17 @@ fn over_spdy(pod: &Value) -> Result {
     }
     port.sends("error", FIN, b"")?;
     port.sends("data", FIN, b"GET /ready HTTP/1.0\r\n\r\n")?;
-    let came = port.all()?;
-    let page = came.get("data").map(String::as_str).unwrap_or_default();
-    ensure!(page.ends_with("ok\n"), "a forwarded port: {came:?}");
+    let streams = port.all()?;
+    let page = streams.get("data").map(String::as_str).unwrap_or_default();
+    ensure!(
+        page.ends_with("ok\n"),
+        "the forwarded port returned a wrong page: {streams:?}"
+    );
     Ok(())
 }
 
-/// That kubelet was told of its containers by events.
-pub(crate) fn events_come(kubelet: &Kubelet) -> Result {
+/// Checks that kubelet is connected to the CRI server's stream of container events.
+pub(crate) fn kubelet_receives_events(kubelet: &Kubelet) -> Result {
     let metrics = kubelet.reads("/metrics")?;
     let count = |name: &str| {
         let line = metrics.lines().find(|line| line.starts_with(name));
@@ -124,7 +140,7 @@ pub(crate) fn events_come(kubelet: &Kubelet) -> Result {
     let failed = count("kubelet_evented_pleg_connection_error_count");
     ensure!(
         connected >= Some(1.0) && failed.unwrap_or(0.0) < 1.0,
-        "the event stream: connected {connected:?}, failed {failed:?}"
+        "kubelet does not use the event stream: {connected:?} connections succeeded, {failed:?} failed"
     );
     Ok(())
 }

@@ -1,5 +1,6 @@
-//! What a container does that wants out: attacks from the inside, run by `inside attack …`, and a
-//! racing rename from a volume that it shares.
+//! Attacks with which a container tries to escape. `inside attack …` runs an attack inside the
+//! container. [`Exchange`] exchanges two paths of the container's root file system or of a volume
+//! while the runtime uses these paths.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -17,7 +18,7 @@ use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use super::InsideError;
 use crate::support::machine::full;
 
-/// How often a race is tried.
+/// Returns how many times a test repeats an attack that depends on a race.
 pub(crate) fn rounds() -> usize {
     if full() { 500 } else { 40 }
 }
@@ -26,7 +27,7 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
     match args {
         ["overwrite", seconds] => overwrite(Duration::from_secs_f64(seconds.parse()?)),
         ["pry", seconds] => pry(Duration::from_secs_f64(seconds.parse()?)),
-        _ => Err("no such attack".into()),
+        _ => Err("unknown attack".into()),
     }
 }
 
@@ -35,7 +36,7 @@ fn say(line: &str) {
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
 
-/// Processes beside this one.
+/// Returns the /proc directories of all processes except this process.
 fn others() -> Vec<PathBuf> {
     let own = std::process::id().to_string();
     fs::read_dir("/proc")
@@ -54,17 +55,20 @@ fn is_own_program(exe: &fs::Metadata) -> bool {
     fs::metadata("/proc/self/exe").is_ok_and(|own| (own.dev(), own.ino()) == (exe.dev(), exe.ino()))
 }
 
-/// CVE-2019-5736: opens the executable of whoever comes in by another program than this one, and
-/// writes to it as soon as nobody executes it any more.
+/// Runs the attack of CVE-2019-5736. The attack looks for a process in the container that executes
+/// a program other than `inside`, for example the runtime. The attack opens the file of this
+/// program, and tries repeatedly to overwrite the file. The kernel refuses to open the file for
+/// writing while a process executes it (ETXTBSY).
 fn overwrite(time: Duration) -> Result<(), InsideError> {
     say("ready");
     let started = Instant::now();
     let mut held: Vec<File> = Vec::new();
-    let mut told: BTreeSet<String> = BTreeSet::new();
+    let mut reported: BTreeSet<String> = BTreeSet::new();
     let mut round = 0u32;
     while started.elapsed() < time {
         round = round.wrapping_add(1);
-        // Holding some, it spends most of its time on those.
+        // After the attack has opened an executable, it searches for more processes only in every
+        // 64th round. In all other rounds, it only tries to write to the executable.
         let processes = if held.is_empty() || round.is_multiple_of(64) {
             others()
         } else {
@@ -76,8 +80,8 @@ fn overwrite(time: Duration) -> Result<(), InsideError> {
                 && fs::metadata(&exe).is_ok_and(|file| !is_own_program(&file))
                 && let Ok(file) = File::open(&exe)
             {
-                if told.insert("holds".to_owned()) {
-                    say("holds the runtime's executable");
+                if reported.insert("holds".to_owned()) {
+                    say("opened the runtime's executable");
                 }
                 held.push(file);
             }
@@ -87,11 +91,11 @@ fn overwrite(time: Duration) -> Result<(), InsideError> {
             match fs::OpenOptions::new().write(true).open(path) {
                 Ok(mut file) => {
                     file.write_all(b"#!/bin/evil\n")?;
-                    say("overwrote it");
+                    say("overwrote the runtime's executable");
                     return Ok(());
                 }
                 Err(error) => {
-                    if told.insert(error.to_string()) {
+                    if reported.insert(error.to_string()) {
                         say(&format!("refused: {error}"));
                     }
                 }
@@ -102,8 +106,9 @@ fn overwrite(time: Duration) -> Result<(), InsideError> {
     Ok(())
 }
 
-/// CVE-2016-9962: looks into every process that comes in, before it has become the program that
-/// it was to become.
+/// Runs the attack of CVE-2016-9962. A process of the runtime enters the container and then
+/// executes the container's program. The attack tries to open the memory of this process between
+/// these two steps.
 fn pry(time: Duration) -> Result<(), InsideError> {
     say("ready");
     let started = Instant::now();
@@ -113,7 +118,10 @@ fn pry(time: Duration) -> Result<(), InsideError> {
             seen.insert(process.clone());
             let foreign = fs::metadata(process.join("exe")).map(|exe| !is_own_program(&exe));
             if matches!(foreign, Ok(true)) {
-                say(&format!("looked into {}", process.display()));
+                say(&format!(
+                    "followed the link to the executable of {}",
+                    process.display()
+                ));
             }
             let memory = File::open(process.join("mem"));
             let still_foreign = fs::metadata(process.join("exe")).map(|exe| !is_own_program(&exe));
@@ -123,11 +131,15 @@ fn pry(time: Duration) -> Result<(), InsideError> {
             }
         }
     }
-    say(&format!("done, {} processes came in", seen.len()));
+    say(&format!(
+        "done, {} processes entered the container",
+        seen.len()
+    ));
     Ok(())
 }
 
-/// Exchanges two files, again and again, as fast as it can, until it is dropped.
+/// A thread that repeatedly exchanges two paths with renameat2(2), as fast as possible. Dropping
+/// the value stops the thread.
 pub(crate) struct Exchange {
     stop: Arc<AtomicBool>,
     times: Arc<AtomicU64>,

@@ -1,5 +1,6 @@
-//! The program that runs inside the containers of these tests: this same file, under the name
-//! `inside`. It needs no image, shell or library, and tells what it sees or does what it is told.
+//! The program `inside`, which runs inside the tests' containers. The program is the tests'
+//! executable under another name, and needs no image, shell or library. A command of `inside`
+//! prints information about the container or performs an operation in the container.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -14,10 +15,11 @@ use serde_json::{Value, json};
 pub(crate) mod attacker;
 pub(crate) mod traffic;
 
-/// Whatever a command of the program failed of.
+/// The error type of all commands of `inside`.
 pub(crate) type InsideError = Box<dyn std::error::Error>;
 
-/// `inside COMMAND ARG…`. The exit code is the command's; 99 says that it was no known one.
+/// Runs `inside COMMAND ARG…`, and returns the command's exit code. The exit code of an unknown
+/// command is 99.
 pub(crate) fn main(args: &[String]) -> i32 {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
@@ -65,8 +67,8 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["call-and-catch", numbers @ ..] => call_and_catch(numbers),
         ["burst", lines] => lines.parse().map_err(InsideError::from).and_then(burst),
         ["tell", lines, code] => {
-            let told = lines.parse().map_err(InsideError::from).and_then(burst);
-            return told.map_or(98, |()| code.parse().unwrap_or(99));
+            let written = lines.parse().map_err(InsideError::from).and_then(burst);
+            return written.map_or(98, |()| code.parse().unwrap_or(99));
         }
         ["later", seconds, code] => {
             std::thread::sleep(Duration::from_secs_f64(seconds.parse().unwrap_or(0.0)));
@@ -109,7 +111,7 @@ fn links(dir: &str) -> BTreeMap<String, String> {
     all
 }
 
-/// Everything about this process that a runtime has a hand in.
+/// Prints a JSON report with the settings of this process that a runtime can influence.
 fn report() -> Result<(), InsideError> {
     let status: BTreeMap<String, String> = text("/proc/self/status")
         .lines()
@@ -129,7 +131,8 @@ fn report() -> Result<(), InsideError> {
             .map(|pair| (name, json!([pair.0, pair.1])))
     })
     .collect();
-    // The directory being read is a descriptor of its own, and gone when it has been.
+    // To read /proc/self/fd, this process opens another descriptor and then closes it. The report
+    // omits this descriptor.
     let mut descriptors = links("/proc/self/fd");
     descriptors.retain(|_, target| !target.ends_with("/fd"));
     let terminals = [0, 1, 2].map(|descriptor| {
@@ -162,7 +165,8 @@ fn report() -> Result<(), InsideError> {
         "uid_map": text("/proc/self/uid_map").split_whitespace().collect::<Vec<_>>(),
         "gid_map": text("/proc/self/gid_map").split_whitespace().collect::<Vec<_>>(),
         "mounts": text("/proc/self/mountinfo").lines().collect::<Vec<_>>(),
-        // The line of version 2: a host may have hierarchies of version 1 besides.
+        // The line of cgroup v2 begins with `0::`. A host can also have cgroup v1 hierarchies,
+        // whose lines begin with other numbers.
         "cgroup": text("/proc/self/cgroup").lines().find(|line| line.starts_with("0::")),
         "exe": fs::read_link("/proc/self/exe").unwrap_or_default(),
         "tty": terminals,
@@ -175,26 +179,27 @@ fn report() -> Result<(), InsideError> {
         "memory_policy": text("/proc/self/numa_maps").lines().next()
             .and_then(|line| line.split(' ').nth(1).map(str::to_owned)),
         "keyring": keyring(),
-        // SELinux ends it with a NUL.
+        // If SELinux is enabled, the label ends with a NUL byte, which the report omits.
         "label": text("/proc/self/attr/current").trim_end_matches('\0'),
     })
     .to_string())
 }
 
-/// ioprio_get(2): class and priority.
+/// Returns the I/O class and the I/O priority of this process (ioprio_get(2)).
 fn io_priority() -> [i64; 2] {
     const WHO_PROCESS: i32 = 1;
-    // SAFETY: no memory is passed.
+    // SAFETY: ioprio_get(2) gets no pointers.
     let value = unsafe { nix::libc::syscall(nix::libc::SYS_ioprio_get, WHO_PROCESS, 0) };
     [value >> 13, value & 0x1fff]
 }
 
-/// keyctl(2): `type;uid;gid;permissions;name` of the session keyring.
+/// Returns the kernel's description of the session keyring (keyctl(2)), which has the form
+/// `type;uid;gid;permissions;name`.
 fn keyring() -> String {
     const KEYCTL_DESCRIBE: i32 = 6;
     const SESSION_KEYRING: i32 = -3;
     let mut text = [0u8; 256];
-    // SAFETY: the buffer is writable for the length given.
+    // SAFETY: `text` is writable for the length that keyctl(2) gets.
     let length = unsafe {
         nix::libc::syscall(
             nix::libc::SYS_keyctl,
@@ -249,8 +254,9 @@ fn stat(path: &str) -> Result<(), InsideError> {
     .to_string())
 }
 
-/// Waits for a signal, says which, and ends well if it was SIGTERM. The first process of a PID
-/// namespace gets only signals that it asks for.
+/// Waits for signals, prints the name of each signal, and exits on SIGTERM. The first process of a
+/// PID namespace receives only signals that it blocks or handles. The program therefore blocks
+/// these signals.
 fn wait() -> Result<(), InsideError> {
     let mut set = SigSet::empty();
     for signal in [
@@ -272,7 +278,7 @@ fn wait() -> Result<(), InsideError> {
     }
 }
 
-/// sd_notify(3), and then waits for its end.
+/// Sends the notification `text` (sd_notify(3)), and then sleeps until it is killed.
 fn notify(text: &str) -> Result<(), InsideError> {
     let socket = std::os::unix::net::UnixDatagram::unbound()?;
     socket.send_to(text.as_bytes(), std::env::var("NOTIFY_SOCKET")?)?;
@@ -281,7 +287,7 @@ fn notify(text: &str) -> Result<(), InsideError> {
     }
 }
 
-/// Hears no signal but SIGKILL.
+/// Sleeps, and blocks every signal except SIGKILL and SIGSTOP, which cannot be blocked.
 fn deaf() -> Result<(), InsideError> {
     SigSet::all().thread_block()?;
     say("ready")?;
@@ -300,15 +306,14 @@ fn spin(seconds: f64) {
     }
 }
 
-/// Takes memory a megabyte at a time and says so, then waits for its end.
-/// Reads a file, which then is in the page cache.
+/// Reads a file. The kernel then stores the file's content in the page cache.
 fn read(path: &str) -> Result<(), InsideError> {
     let mut file = fs::File::open(path)?;
     std::io::copy(&mut file, &mut std::io::sink())?;
     Ok(())
 }
 
-/// Writes so much to a file, and waits until it is on the disk.
+/// Writes `megabytes` MB to the file `path`, and waits until the data is on the disk.
 fn fill(path: &str, megabytes: usize) -> Result<(), InsideError> {
     use std::io::Write as _;
     let mut file = fs::File::create(path)?;
@@ -319,22 +324,24 @@ fn fill(path: &str, megabytes: usize) -> Result<(), InsideError> {
     Ok(())
 }
 
-/// Uses so many huge pages of 2 MB.
+/// Allocates `pages` huge pages of 2 MB, and writes to each of them.
 fn huge(pages: usize) -> Result<(), InsideError> {
     use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
     const SIZE: usize = 2 << 20;
-    let length = std::num::NonZeroUsize::new(pages * SIZE).ok_or("no pages")?;
+    let length =
+        std::num::NonZeroUsize::new(pages * SIZE).ok_or("the number of huge pages is 0")?;
     let flags = MapFlags::MAP_PRIVATE | MapFlags::MAP_HUGETLB | MapFlags::MAP_NORESERVE;
     let protection = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new mapping, at a place of the kernel's choice.
+    // SAFETY: mmap(2) creates a new mapping, at an address that the kernel chooses.
     let start = unsafe { mmap_anonymous(None, length, protection, flags) }?;
     for page in 0..pages {
-        // SAFETY: inside the mapping, which nobody else knows.
+        // SAFETY: the address is inside the mapping, to which no other reference exists.
         unsafe { start.cast::<u8>().add(page * SIZE).write_volatile(1) };
     }
     say(&format!("{pages} huge pages"))
 }
 
+/// Allocates `megabytes` MB, one MB at a time, and prints the total after every 8 MB.
 fn allocate(megabytes: usize) -> Result<(), InsideError> {
     let mut kept = Vec::new();
     for taken in 1..=megabytes {
@@ -348,7 +355,8 @@ fn allocate(megabytes: usize) -> Result<(), InsideError> {
     Ok(())
 }
 
-/// Makes as many children as it is let, at most this many, and says how many there were.
+/// Starts at most `most` children, but stops after the first failure. Prints the number of started
+/// children and the error.
 fn forks(most: usize) -> Result<(), InsideError> {
     let mut children = Vec::new();
     let mut refusal = None;
@@ -365,8 +373,8 @@ fn forks(most: usize) -> Result<(), InsideError> {
             }
         }
     }
-    let told = refusal.map_or("none refused".to_owned(), |error| error.to_string());
-    let result = say(&format!("{} children, {told}", children.len()));
+    let refusal = refusal.map_or("none refused".to_owned(), |error| error.to_string());
+    let result = say(&format!("{} children, {refusal}", children.len()));
     for mut child in children {
         let _ = child.kill();
         let _ = child.wait();
@@ -374,7 +382,8 @@ fn forks(most: usize) -> Result<(), InsideError> {
     result
 }
 
-/// Ends at once and leaves a child behind that has neither parent nor session in common with it.
+/// Starts a child process that sleeps for `seconds`, prints the child's process id, and exits
+/// immediately. The child process becomes an orphan.
 fn orphan(seconds: &str) -> Result<(), InsideError> {
     let child = std::process::Command::new("/proc/self/exe")
         .args(["sleep", seconds])
@@ -383,7 +392,7 @@ fn orphan(seconds: &str) -> Result<(), InsideError> {
     say(&child.id().to_string())
 }
 
-/// Numbered lines for ever, one each so many milliseconds.
+/// Prints numbered lines forever, and sleeps for `milliseconds` after each line.
 fn count(milliseconds: u64) -> Result<(), InsideError> {
     for number in 1u64.. {
         say(&format!("line {number}"))?;
@@ -392,7 +401,7 @@ fn count(milliseconds: u64) -> Result<(), InsideError> {
     Ok(())
 }
 
-/// Numbered lines as fast as they are read.
+/// Prints `lines` numbered lines, as fast as the reader reads them.
 fn burst(lines: u64) -> Result<(), InsideError> {
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
     for number in 1..=lines {
@@ -401,7 +410,7 @@ fn burst(lines: u64) -> Result<(), InsideError> {
     Ok(out.flush()?)
 }
 
-/// A system call's number and its arguments, missing ones being 0.
+/// Parses a system call's number and its arguments. A missing argument becomes 0.
 fn words_of_call(numbers: &[&str]) -> Result<[i64; 7], InsideError> {
     let mut all = [0; 7];
     for (place, number) in all.iter_mut().zip(numbers) {
@@ -410,10 +419,10 @@ fn words_of_call(numbers: &[&str]) -> Result<[i64; 7], InsideError> {
     Ok(all)
 }
 
-/// Makes a system call and says what came of it: a number, or an errno by its name.
+/// Makes a system call and prints its result: a number, or the name of an errno.
 fn call(numbers: &[&str]) -> Result<(), InsideError> {
     let [number, a, b, c, d, e, f] = words_of_call(numbers)?;
-    // SAFETY: the tests make calls without pointers, or with null ones.
+    // SAFETY: the tests make only system calls without pointers, or with null pointers.
     let returned = unsafe { nix::libc::syscall(number, a, b, c, d, e, f) };
     say(&match returned {
         -1 => format!("{:?}", nix::errno::Errno::last()),
@@ -421,12 +430,12 @@ fn call(numbers: &[&str]) -> Result<(), InsideError> {
     })
 }
 
-/// The same by the entry of 32-bit programs, with at most one argument.
+/// Like [`call`], but makes a 32-bit system call (`int 0x80`) with at most one argument.
 #[cfg(target_arch = "x86_64")]
 fn call32(numbers: &[&str]) -> Result<(), InsideError> {
     let [number, argument, ..] = words_of_call(numbers)?;
     let returned: i64;
-    // SAFETY: as above; rbx, which the compiler keeps for itself, has its value back after.
+    // SAFETY: the tests pass no pointers. The code restores rbx, which the compiler reserves.
     unsafe {
         std::arch::asm!(
             "xchg rbx, {argument}",
@@ -445,13 +454,15 @@ fn call32(numbers: &[&str]) -> Result<(), InsideError> {
 
 #[cfg(not(target_arch = "x86_64"))]
 fn call32(_numbers: &[&str]) -> Result<(), InsideError> {
-    Err("only x86-64 has that entry".into())
+    Err("only x86-64 supports 32-bit system calls by `int 0x80`".into())
 }
 
-/// Makes the call in a thread of its own, and says whether the process outlived it.
+/// Makes a system call in a separate thread, and prints a line if the process survives the system
+/// call.
 fn call_in_thread(numbers: &[&str]) -> Result<(), InsideError> {
     let [number, a, ..] = words_of_call(numbers)?;
-    // SAFETY: as above. Nobody joins the thread, which may be killed in the middle of it.
+    // SAFETY: the tests pass only numbers, and no pointers, to the system call. The kernel can kill
+    // the thread during the system call.
     std::thread::spawn(move || unsafe { nix::libc::syscall(number, a) });
     let tasks = || fs::read_dir("/proc/self/task").map(Iterator::count);
     while tasks()? > 1 {
@@ -460,16 +471,16 @@ fn call_in_thread(numbers: &[&str]) -> Result<(), InsideError> {
     say("survived")
 }
 
-/// Makes the call with a handler for SIGSYS in place.
+/// Installs a handler for SIGSYS, and then makes a system call.
 fn call_and_catch(numbers: &[&str]) -> Result<(), InsideError> {
     extern "C" fn caught(_signal: nix::libc::c_int) {
-        // SAFETY: both may be called in a signal handler.
+        // SAFETY: both functions are async-signal-safe (signal-safety(7)).
         unsafe {
             nix::libc::write(1, c"caught SIGSYS".as_ptr().cast(), 13);
             nix::libc::_exit(0);
         }
     }
-    // SAFETY: the handler does only what a handler may.
+    // SAFETY: the handler calls only async-signal-safe functions.
     unsafe {
         nix::sys::signal::signal(
             Signal::SIGSYS,

@@ -1,5 +1,6 @@
-//! What the program inside containers does with the network: `inside net COMMAND ARG…`. The node's
-//! side of a test calls the same functions.
+//! The network commands of the program `inside`, which are called as `inside net COMMAND ARG…`. The
+//! tests also call functions of this module directly, without `inside`, to send traffic from the
+//! node.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -9,7 +10,7 @@ use nix::libc;
 
 use super::InsideError;
 
-/// Nothing here is silent for longer.
+/// The timeout of each socket operation.
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(10);
 
 pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
@@ -34,19 +35,20 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
             away.parse()?,
             to.parse()?,
         ),
-        _ => Err("no such command".into()),
+        _ => Err("unknown network command".into()),
     }
 }
 
-/// Answers `WORD ADDRESS`, the caller's, to every connection and every datagram.
+/// Runs a server that responds to every TCP connection and every UDP datagram with `word` and the
+/// client's address.
 fn serve(port: u16, word: &str) -> Result<(), InsideError> {
     let any = (Ipv6Addr::UNSPECIFIED, port);
     let (listener, datagrams) = (TcpListener::bind(any)?, UdpSocket::bind(any)?);
-    let told = word.to_owned();
+    let udp_word = word.to_owned();
     std::thread::spawn(move || {
         let mut question = [0; 64];
         while let Ok((_, from)) = datagrams.recv_from(&mut question) {
-            let _ = datagrams.send_to(answer(&told, from).as_bytes(), from);
+            let _ = datagrams.send_to(answer(&udp_word, from).as_bytes(), from);
         }
     });
     loop {
@@ -59,7 +61,7 @@ fn answer(word: &str, from: SocketAddr) -> String {
     format!("{word} {}", from.ip().to_canonical())
 }
 
-/// What a server of [`serve`] answers to a connection.
+/// Connects to a server that [`serve`] runs, and returns the server's response.
 pub(crate) fn ask(address: SocketAddr) -> Result<String, InsideError> {
     let mut stream = TcpStream::connect_timeout(&address, SOCKET_TIMEOUT)?;
     stream.set_read_timeout(Some(SOCKET_TIMEOUT))?;
@@ -68,7 +70,8 @@ pub(crate) fn ask(address: SocketAddr) -> Result<String, InsideError> {
     Ok(answer)
 }
 
-/// Takes what is poured, and says so at its end.
+/// Runs a server that reads and discards the data of each connection. After the client has closed
+/// its side of the connection, the server replies with the text `all`.
 fn sink(port: u16) -> Result<(), InsideError> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
     loop {
@@ -81,29 +84,32 @@ fn sink(port: u16) -> Result<(), InsideError> {
     }
 }
 
-/// How long so many megabytes take to a server of [`sink`].
+/// Sends `megabytes` MB to a server that [`sink`] runs, and returns how long the transfer takes.
 pub(crate) fn pour(address: SocketAddr, megabytes: usize) -> Result<Duration, InsideError> {
     let mut stream = TcpStream::connect_timeout(&address, SOCKET_TIMEOUT)?;
     let block = vec![1; 1 << 20];
-    let begun = Instant::now();
+    let started = Instant::now();
     for _ in 0..megabytes {
         stream.write_all(&block)?;
     }
     stream.shutdown(std::net::Shutdown::Write)?;
     let mut end = [0; 3];
     stream.read_exact(&mut end)?;
-    Ok(begun.elapsed())
+    Ok(started.elapsed())
 }
 
-/// The chunks of RFC 9260 that begin an association.
+/// The SCTP chunk types that begin an association (RFC 9260).
 const INIT: u8 = 1;
 const INIT_ACK: u8 = 2;
 
-/// A raw socket of SCTP, which even a kernel without the protocol has, and whose connection
-/// tracking knows it all the same. The standard library asks no datagram socket what it carries.
+/// A raw socket that sends and receives SCTP packets. Raw sockets do not need SCTP support in the
+/// kernel. The kernel's connection tracking recognises the packets as SCTP traffic, so they can
+/// pass through a host port. The type `UdpSocket` can contain an SCTP socket, because the standard
+/// library does not check the protocol of a socket.
 pub(crate) struct Sctp(UdpSocket);
 
-/// The beginning of an association, or the answer to it.
+/// An SCTP chunk of the type INIT or INIT ACK. INIT begins an association, and INIT ACK is the
+/// response.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Chunk {
     pub(crate) kind: u8,
@@ -114,7 +120,7 @@ pub(crate) struct Chunk {
 
 impl Sctp {
     pub(crate) fn open() -> Result<Self, InsideError> {
-        // SAFETY: no memory is passed; the descriptor is nobody else's.
+        // SAFETY: socket(2) gets no pointers, and only `socket` owns the new descriptor.
         let socket: std::os::fd::OwnedFd = unsafe {
             let kind = libc::SOCK_RAW | libc::SOCK_CLOEXEC;
             let fd = libc::socket(libc::AF_INET, kind, libc::IPPROTO_SCTP);
@@ -138,10 +144,12 @@ impl Sctp {
         let mut packet = Vec::new();
         packet.extend(from_port.to_be_bytes());
         packet.extend(to_port.to_be_bytes());
-        // An INIT's verification tag is 0, that of its answer is the INIT's.
+        // The verification tag of an INIT chunk is 0. The verification tag of an INIT ACK chunk is
+        // the initiate tag of the INIT chunk.
         packet.extend((u32::from(kind == INIT_ACK) * TAG).to_be_bytes());
         packet.extend([0; 4]);
-        // Chunk: type, flags, length; tag, window, streams out and in, first number.
+        // The chunk begins with its type, flags and length. The next fields are the initiate tag,
+        // the window, the numbers of outbound and inbound streams, and the initial TSN.
         packet.extend([kind, 0, 0, 20]);
         packet.extend(TAG.to_be_bytes());
         packet.extend(65_536_u32.to_be_bytes());
@@ -152,7 +160,8 @@ impl Sctp {
         Ok(())
     }
 
-    /// The next chunk whose checksum is right; nothing if a second is over.
+    /// Receives the next chunk. Returns `None` if the chunk's checksum is wrong or no chunk arrives
+    /// within a second.
     pub(crate) fn receive(&self) -> Option<Chunk> {
         let mut packet = [0; 256];
         let (length, _) = self.0.recv_from(&mut packet).ok()?;
@@ -171,15 +180,15 @@ impl Sctp {
         })
     }
 
-    /// Begins an association until it is answered: who answered.
+    /// Sends INIT chunks until an INIT ACK chunk arrives, and returns the INIT ACK chunk.
     pub(crate) fn begin(
         &self,
         to: Ipv4Addr,
         from_port: u16,
         to_port: u16,
     ) -> Result<Chunk, InsideError> {
-        let begun = Instant::now();
-        while begun.elapsed() < SOCKET_TIMEOUT {
+        let started = Instant::now();
+        while started.elapsed() < SOCKET_TIMEOUT {
             self.send(INIT, to, from_port, to_port)?;
             while let Some(chunk) = self.receive() {
                 if chunk.kind == INIT_ACK && chunk.to == from_port {
@@ -187,7 +196,7 @@ impl Sctp {
                 }
             }
         }
-        Err("no INIT ACK".into())
+        Err("the peer did not respond with an INIT ACK".into())
     }
 }
 
@@ -206,7 +215,7 @@ fn answer_sctp(port: u16) -> Result<(), InsideError> {
     }
 }
 
-/// RFC 9260, appendix A.
+/// Returns the CRC32c checksum of `bytes` (RFC 9260, appendix A).
 fn crc32c(bytes: &[u8]) -> u32 {
     !bytes.iter().fold(u32::MAX, |sum, byte| {
         (0..8).fold(sum ^ u32::from(*byte), |sum, _| {
@@ -219,15 +228,17 @@ fn crc32c(bytes: &[u8]) -> u32 {
 const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xbad);
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
-/// Sends a router advertisement (RFC 4861, 4.2) to all nodes on the interface's link. It announces
-/// a default router and a prefix for addresses. It is sent as a frame, which needs neither an
-/// address nor a route.
+/// Sends a router advertisement (RFC 4861, section 4.2) to all nodes on the interface's link. The
+/// advertisement announces a default router and the address prefix `prefix`. The function sends a
+/// raw frame, so the interface needs neither an address nor a route.
 pub(crate) fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), InsideError> {
     const LIFETIME: u16 = 1800;
     let mut message = vec![134, 0, 0, 0, 64, 0];
     message.extend(LIFETIME.to_be_bytes());
     message.extend([0; 8]);
-    // The prefix option: the length, flags (on-link, autonomous), valid and preferred lifetime.
+    // The prefix option begins with its type and its length in units of 8 bytes. The next fields
+    // are the prefix length, the flags (on-link, autonomous), and the valid and preferred
+    // lifetimes.
     message.extend([3, 4, 64, 0xc0]);
     message.extend(86_400_u32.to_be_bytes());
     message.extend(14_400_u32.to_be_bytes());
@@ -250,8 +261,9 @@ pub(crate) fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), InsideE
     send_frame(interface, [0x33, 0x33, 0, 0, 0, 1], 0x86dd, &packet)
 }
 
-/// Sends a redirect (RFC 792) to the pod `victim` in the name of its `router`: packets to `away`
-/// are to go through `to`.
+/// Sends an ICMP redirect (RFC 792) to the pod `victim`. The redirect's source address is `router`,
+/// the address of the pod's router. The redirect instructs the pod to send packets for the address
+/// `away` through the router `to`.
 fn redirect(
     interface: &str,
     victim: Ipv4Addr,
@@ -269,7 +281,8 @@ fn redirect(
         header[10..12].copy_from_slice(&sum.to_be_bytes());
         header
     };
-    // A redirect for a host, and the packet that it claims to answer: an echo reply.
+    // The ICMP message has type 5 (redirect) and code 1 (for a host). The data of a redirect is the
+    // packet that caused the redirect. The attack invents such a packet: an echo reply.
     let mut message = vec![5, 1, 0, 0];
     message.extend(to.octets());
     message.extend(header(victim, away, 28));
@@ -278,12 +291,12 @@ fn redirect(
     message[2..4].copy_from_slice(&sum.to_be_bytes());
     let mut packet = header(router, victim, u16::try_from(20 + message.len())?);
     packet.extend(message);
-    // The hardware address of a pod contains its IPv4 address.
+    // The hardware address of a pod contains the pod's IPv4 address.
     let [a, b, c, d] = victim.octets();
     send_frame(interface, [0x0a, 0x58, a, b, c, d], 0x0800, &packet)
 }
 
-/// The Internet checksum, RFC 1071.
+/// Returns the Internet checksum of `bytes` (RFC 1071).
 fn checksum(bytes: &[u8]) -> u16 {
     let words = bytes.chunks(2).map(|pair| {
         u32::from(u16::from_be_bytes([
@@ -298,7 +311,7 @@ fn checksum(bytes: &[u8]) -> u16 {
     !(sum as u16)
 }
 
-/// Sends a frame with this packet, packet(7); the kernel makes its header.
+/// Sends `packet` in a link-layer frame (packet(7)). The kernel adds the frame's header.
 fn send_frame(
     interface: &str,
     to: [u8; 6],
@@ -306,7 +319,7 @@ fn send_frame(
     packet: &[u8],
 ) -> Result<(), InsideError> {
     let name = std::ffi::CString::new(interface)?;
-    // SAFETY: the name ends with a NUL.
+    // SAFETY: `name` ends with a NUL.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
     if index == 0 {
         return Err(std::io::Error::last_os_error().into());
@@ -322,8 +335,8 @@ fn send_frame(
         sll_halen: 6,
         sll_addr: hardware,
     };
-    // SAFETY: the packet and the address outlive the call, and the lengths are theirs. Nothing else
-    // owns the descriptor.
+    // SAFETY: `packet` and `address` outlive the system calls, and the passed lengths are their
+    // sizes. `fd` is a new descriptor, which only `socket` owns.
     let sent = unsafe {
         let fd = libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
         if fd < 0 {
