@@ -1,7 +1,10 @@
-//! End-to-end tests: the real binaries, on a real kernel, under real clients. As root, on a
-//! machine or in a view of one that may be made a mess of: `tests/native/run` or `tests/vm/run`.
+//! End-to-end tests. The tests run the real binaries on a real kernel with real clients. The tests
+//! run as root. `tests/vm/run` runs the tests in a guest machine. `tests/native/run` runs the tests
+//! on this machine in separate namespaces. The tests are allowed to change either environment
+//! freely.
 //!
-//! Each test that passes has left nothing behind: the machine is looked at before and after.
+//! A test passes only if it leaves nothing behind. The harness compares the state of the machine
+//! before and after each test.
 
 use std::process::ExitCode;
 
@@ -11,8 +14,10 @@ mod support;
 
 use support::{attempts, bundle, inside, machine, needs};
 
-/// Declares a module for each subject, in the folder of its kind, and lists their tests in this
-/// order. rustfmt does not find files that a macro declares; tests/lint/run names them to it.
+/// Declares one module for each test subject, for example the module `runtime::limits` for the file
+/// runtime/limits.rs. `SUITES` lists the tests of all modules in the order of the declarations.
+/// rustfmt does not find modules that a macro declares. Therefore, tests/lint/format passes the
+/// file names of these modules to rustfmt.
 macro_rules! suites {
     ($($kind:ident: [$($subject:ident),* $(,)?],)*) => {
         $(mod $kind {
@@ -24,7 +29,7 @@ macro_rules! suites {
 }
 
 suites! {
-    // The runtime's command line, and the programs that call it.
+    // Tests of the runtime's command line, and of the programs that call the runtime.
     runtime: [
         lifecycle,
         output,
@@ -57,7 +62,7 @@ suites! {
         callers_docker,
         callers_crio,
     ],
-    // The CRI server, by crictl, by gRPC and by the CRI's own suite.
+    // Tests of the CRI server with crictl, with gRPC calls and with the CRI's own test suite.
     cri: [
         crictl,
         pods,
@@ -91,9 +96,10 @@ suites! {
         images_pace,
         images_preload,
         metrics,
+        documents,
         critest,
     ],
-    // The networks of pods: the embedded one, and those of CNI plugins.
+    // Tests of pod networks: rrun's built-in network and networks of CNI plugins.
     network: [
         cni_plugins,
         cni_faults,
@@ -102,7 +108,7 @@ suites! {
         routers,
         crowds,
     ],
-    // The CRI server under kubelet.
+    // Tests of the CRI server with kubelet.
     kubelet: [
         pods,
         application,
@@ -110,7 +116,7 @@ suites! {
         disk,
         shutdown,
     ],
-    // A whole cluster, by kubectl.
+    // Tests of a whole cluster with kubectl.
     cluster: [
         application,
         kubectl,
@@ -130,7 +136,8 @@ fn main() -> ExitCode {
         return ExitCode::from(u8::try_from(code).unwrap_or(99));
     }
     let mut arguments = Arguments::from_args();
-    // The tests share a machine, and each looks for what it left on it.
+    // The tests share one machine, and each test checks that it left nothing on the machine. So the
+    // tests must not run in parallel.
     arguments.test_threads = Some(1);
 
     if !arguments.list {
@@ -157,16 +164,17 @@ fn name_of(test: &needs::Test) -> &'static str {
     test.name.trim_start_matches("rrun_e2e::")
 }
 
-/// The tests that the environment selects; an unset variable selects all.
+/// The tests that the environment variables select. An unset variable selects all tests.
 struct Selection {
-    /// RRUN_TEST_ONLY: whole names, separated by commas.
+    /// The full names of the tests to run, separated by commas, from RRUN_TEST_ONLY.
     only: String,
-    /// RRUN_TEST_SUBJECTS: beginnings of names, separated by commas. A name that begins with a word
-    /// after a `-` is left out. RRUN_TEST_ONLY overrides it, because a test that runs other tests
-    /// passes this variable on to them.
+    /// Prefixes of the names of the tests to run, separated by commas, from RRUN_TEST_SUBJECTS. A
+    /// prefix with a leading `-` excludes tests. RRUN_TEST_ONLY overrides RRUN_TEST_SUBJECTS. Some
+    /// tests set RRUN_TEST_ONLY to run other tests in a child process, which inherits
+    /// RRUN_TEST_SUBJECTS.
     subjects: String,
-    /// RRUN_TEST_PLAN: no test is run. Tests that cannot run on this machine are reported as
-    /// ignored, the others as passed.
+    /// True if RRUN_TEST_PLAN is set. In this case, no test runs. The harness reports a test that
+    /// cannot run on this machine as ignored, and every other test as passed.
     plan: bool,
 }
 
