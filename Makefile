@@ -1,4 +1,4 @@
-# `make` lists what there is.
+# `make` without a target lists the targets.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -10,18 +10,20 @@ DESTDIR ?=
 
 CARGO ?= cargo
 export CARGO_TARGET_DIR ?= $(CURDIR)/target
-# The target that .cargo/config.toml builds for. rustc may be missing under sudo: then the default
-# is the name that rustc gave to `build`.
+# The Rust target that .cargo/config.toml selects. Under sudo, rustc is often not in PATH. The
+# default value is then the name that rustc prints on a machine with glibc.
 TARGET ?= $(or $(shell rustc --print host-tuple 2>/dev/null),$(shell uname -m)-unknown-linux-gnu)
 RELEASE = $(CARGO_TARGET_DIR)/$(TARGET)/release
 DIST = $(CARGO_TARGET_DIR)/$(TARGET)/dist
 
 .PHONY: help build dist debug install setup format lint test test-full demo bench shell clean
 
-help: ## this list
+help: ## prints this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# rrun is small, so every build optimises it over all crates. It is built for a target of its own.
+# rrun is small, so every optimised build of rrun uses LTO across all crates.
+# tests/setup/rust-target.sh prints rrun's target, which can differ from the target of the other
+# binaries.
 define build_rrun
 	@target=$$(tests/setup/rust-target.sh); set -x; \
 	$(CARGO) build --locked --profile dist --target $$target -p rrun; \
@@ -29,46 +31,46 @@ define build_rrun
 	@ls -l $(1)/{rrun,rrun-cri,rrun-monitor}
 endef
 
-build: ## optimised static binaries, quick after a change: rrun, rrun-cri, rrun-monitor
+build: ## compiles optimised static binaries (rrun, rrun-cri, rrun-monitor); fast after a change
 	$(CARGO) build --locked --release -p rrun-cri -p rrun-monitor
 	$(call build_rrun,$(RELEASE))
 
-dist: ## the binaries to install, optimised over all crates: a fifth smaller; takes minutes
+dist: ## compiles the binaries to install, with LTO across all crates and a fifth smaller; takes minutes
 	$(CARGO) build --locked --profile dist -p rrun-cri -p rrun-monitor
 	$(call build_rrun,$(DIST))
 
-debug: ## all programs and the end-to-end tests, unoptimised, for tests/native/run and tests/vm/run
+debug: ## compiles all programs and end-to-end tests, unoptimised, for tests/native/run and tests/vm/run
 	$(CARGO) build --locked --workspace
 
 install: ## installs the binaries of `make dist` below PREFIX= (/usr/local) and DESTDIR=
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin $(DIST)/{rrun,rrun-cri,rrun-monitor}
 	@contrib/install '$(DESTDIR)' '$(PREFIX)'
 
-setup: ## what the tests stand on: packages, a root, clients, images (cached outside the checkout)
+setup: ## installs and builds packages, a root, clients and images for the tests (cached outside the checkout)
 	@tests/setup/all.sh
 
-format: ## formats the Rust sources, the end-to-end tests too, which `cargo fmt` alone does not find
+format: ## formats the Rust sources, including the end-to-end tests that `cargo fmt` does not find
 	@tests/lint/format
 
-lint: ## formatting, clippy, loops of modules, long functions, dependencies and licences, arm64
+lint: ## checks formatting, clippy, module loops, plain English, commits, dependencies, arm64
 	@tests/lint/run
 
-test: ## everything that `.ci/run` runs; at most 75 minutes with empty caches, 40 otherwise
+test: ## runs the tests and lints that CI runs; at most 75 minutes with empty caches, and 40 otherwise
 	@tests/run
 
-test-full: ## the same and what takes longer
+test-full: ## runs all tests of `make test`, and the tests that take longer
 	@tests/run --full
 
-demo: ## an image, a pod, limits, logs: the main job with real output; 10 minutes with empty caches
+demo: ## shows an image, a pod, limits and logs with real output; 10 minutes with empty caches
 	@tests/setup/demo.sh
 	@RRUN_BIN_DIR=$(RELEASE) tests/demo.sh
 
-bench: setup dist ## rrun beside crun, runc, youki; rrun-cri beside containerd
+bench: setup dist ## compares rrun with crun, runc and youki, and rrun-cri with containerd
 	@tests/setup/tools.sh youki >/dev/null
 	@RRUN_BIN_DIR=$(DIST) tests/bench/run
 
-shell: setup build ## a shell in the guest machine, with everything in it
+shell: setup build ## opens a shell in the guest machine, with all binaries, clients and test images
 	@RRUN_BIN_DIR=$(RELEASE) tests/vm/shell
 
-clean: ## removes target/; the caches in ~/.cache/rrun stay
+clean: ## removes target/; the caches in ~/.cache/rrun remain
 	rm -rf $(CARGO_TARGET_DIR)

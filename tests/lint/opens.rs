@@ -1,14 +1,15 @@
-//! Which code opens files without `regular_file`.
+//! Checks that paths from images, containers and pods are opened only with `regular_file`.
 
 use std::path::Path;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Checks the modules that handle paths of images, containers and pods. An open there that does
-/// not use `regular_file` must be of a file of /proc, or have a comment on the line before it that
-/// begins with `Ours`, `The kernel's`, `O_PATH` or `O_DIRECTORY`.
+/// Checks the modules that handle paths of images, containers and pods. Except for files of /proc,
+/// these modules must open each file with `regular_file`. If a call opens a file in another way,
+/// the line before the call must be a comment. The comment must begin with `Ours`, `The kernel's`,
+/// `O_PATH`, `O_DIRECTORY`, `O_TMPFILE` or `O_EXCL`.
 #[test]
-fn what_others_control_is_opened_by_regular_file_alone() -> Result {
+fn untrusted_paths_are_opened_only_with_regular_file() -> Result {
     const OPENS: [&str; 14] = [
         "File::open(",
         "File::create(",
@@ -25,7 +26,14 @@ fn what_others_control_is_opened_by_regular_file_alone() -> Result {
         "open_subpath(",
         ".reopen(",
     ];
-    const REASONS: [&str; 4] = ["Ours", "The kernel's", "O_PATH", "O_DIRECTORY"];
+    const REASONS: [&str; 6] = [
+        "Ours",
+        "The kernel's",
+        "O_PATH",
+        "O_DIRECTORY",
+        "O_TMPFILE",
+        "O_EXCL",
+    ];
     let shim = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cri-shim");
     let mut files = vec![
         shim.join("images/src/archive.rs"),
@@ -64,6 +72,10 @@ fn what_others_control_is_opened_by_regular_file_alone() -> Result {
             explained = REASONS.iter().any(|reason| comment.starts_with(reason));
         }
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(
+        wrong.is_empty(),
+        "these lines open a file without regular_file, and no comment gives the reason:\n{}",
+        wrong.join("\n")
+    );
     Ok(())
 }

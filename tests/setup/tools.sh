@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# The programs that test rrun from outside, built from their own sources by their own build tools.
+# Builds programs that the tests of rrun use, each from its own source with its own build tools.
 #
 #   tests/setup/tools.sh [--peek] crictl    crictl
 #   tests/setup/tools.sh [--peek] critest   the CRI's conformance suite
 #   tests/setup/tools.sh [--peek] kubelet   the kubelet
 #   tests/setup/tools.sh [--peek] kubelet-old   the kubelet of an older minor that is still supported
 #   tests/setup/tools.sh [--peek] cluster   etcd and the rest of a Kubernetes cluster, kubectl
-#   tests/setup/tools.sh [--peek] metrics   metrics-server, for kubectl top where something counts memory
+#   tests/setup/tools.sh [--peek] metrics   metrics-server, for `kubectl top` if memory is accounted
 #   tests/setup/tools.sh [--peek] youki     youki, a peer that only the benchmark needs
+#   tests/setup/tools.sh [--peek] cargo-deny   cargo-deny, which the lints need
 #
-# Prints the directory with the binaries. --peek builds nothing and fails if it is not there.
+# Prints the directory with the binaries. --peek builds nothing, and fails if the directory does not
+# exist.
 set -euo pipefail
 . "$(dirname -- "$0")/cache.sh"
 
@@ -19,11 +21,13 @@ KUBERNETES_OLD=v1.35.4
 ETCD=v3.6.5
 METRICS_SERVER=v0.7.2
 YOUKI=0.7.0
+CARGO_DENY=0.20.2
 
 SCRATCHES=()
 export GOFLAGS=-mod=mod CGO_ENABLED=0
 
-# A scratch module: `go install PKG@VERSION` wants a version list, which a minimal proxy lacks.
+# Creates a temporary Go module. `go install PKG@VERSION` would need a list of versions, which a
+# minimal module proxy does not serve.
 scratch_module() {
     SCRATCH=$(mktemp -d)
     SCRATCHES+=("$SCRATCH")
@@ -33,7 +37,7 @@ scratch_module() {
 }
 
 # go_program NAME-AND-VERSION COMMAND… PACKAGE: runs `go build` or `go test -c` and shows its
-# progress. `go list` counts the packages to compile, and fetches the modules for that.
+# progress. `go list` counts the packages to compile, and downloads their modules.
 go_program() {
     local what=$1 total log=$RRUN_CACHE/go.log.$$
     shift
@@ -60,13 +64,13 @@ build_critest() {
         sigs.k8s.io/cri-tools/cmd/critest
 }
 
-# kubernetes_module VERSION: a scratch module that can build what is in Kubernetes' own.
+# kubernetes_module VERSION: creates a temporary module that can build the programs of Kubernetes.
 kubernetes_module() {
     local version=$1 staged
     scratch_module
     go mod edit -require "k8s.io/kubernetes@$version"
-    # Inside that module its libraries are directories; outside they are modules of their own,
-    # of the same release with the major version 0.
+    # The module k8s.io/kubernetes contains its libraries as directories. Other modules use them as
+    # separate modules, whose versions have the major number 0 and the same minor and patch numbers.
     staged=$(go mod download -json "k8s.io/kubernetes@$version" | jq -r .GoMod)
     sed -nE 's#^\s*(replace )?(k8s\.io/[a-z-]+) => \./staging/.*#\2#p' "$staged" | sort -u |
         while read -r module; do
@@ -108,13 +112,24 @@ build_metrics() {
         sigs.k8s.io/metrics-server/cmd/metrics-server
 }
 
-build_youki() {
-    local out=$1
-    say "youki $YOUKI (some minutes)"
+# rust_program OUT NAME VERSION [OPTION…]: builds a program from crates.io, which takes some
+# minutes.
+rust_program() {
+    local out=$1 name=$2 version=$3
+    shift 3
+    say "$name $version (some minutes)"
     nice -n 15 env CARGO_TARGET_DIR="$out/target" \
-        cargo install youki --version "$YOUKI" --locked --no-default-features --features v2 --root "$out/root"
-    mv "$out/root/bin/youki" "$out/youki"
+        cargo install "$name" --version "$version" --locked --root "$out/root" "$@"
+    mv "$out/root/bin/$name" "$out/$name"
     rm -rf "$out/target" "$out/root"
+}
+
+build_youki() {
+    rust_program "$1" youki "$YOUKI" --no-default-features --features v2
+}
+
+build_cargo-deny() {
+    rust_program "$1" cargo-deny "$CARGO_DENY"
 }
 
 peek=
@@ -127,10 +142,16 @@ case $tool in
     cluster) version="$KUBERNETES $ETCD" ;;
     metrics) version=$METRICS_SERVER ;;
     youki) version=$YOUKI ;;
-    *) die "usage: ${0##*/} [--peek] crictl|critest|kubelet|kubelet-old|cluster|metrics|youki" ;;
+    cargo-deny) version=$CARGO_DENY ;;
+    *) die "usage: ${0##*/} [--peek] crictl|critest|kubelet|kubelet-old|cluster|metrics|youki|cargo-deny" ;;
 esac
-# Keyed by its own recipe and version only: a change to another tool's does not rebuild this one.
-key=$({ declare -f "build_$tool" scratch_module go_program kubernetes_module kubernetes_program; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)
+# A tool's key covers only its own build functions and version, so that a change for another tool
+# does not rebuild this one.
+case $tool in
+    youki | cargo-deny) builders=(rust_program) ;;
+    *) builders=(scratch_module go_program kubernetes_module kubernetes_program) ;;
+esac
+key=$({ declare -f "build_$tool" "${builders[@]}"; echo "$version $(uname -m)"; } | sha256sum | cut -c1-12)
 if [[ -n $peek ]]; then
     cache_peek "tools-$tool" "$key"
 else

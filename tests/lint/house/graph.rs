@@ -1,17 +1,17 @@
-//! A crate's modules, which of them import which, and the loops in that.
+//! The modules of a crate, the imports between them, and the loops that these imports form.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::tokens::{Token, after_group};
 
-/// A module's path below the crate's root, which has the empty one.
+/// A module's path below the crate's root. The path of the root is empty.
 pub(crate) type Module = Vec<String>;
 
 /// The crate's modules with their product code.
 pub(crate) type Modules = BTreeMap<Module, Vec<Token>>;
 
-/// What each module imports. A path counts for the deepest module that it leads through; it need not
-/// stand in a `use`. A re-export is an import.
+/// The modules that each module imports. A path in a module's code is an import, both in a `use`
+/// and elsewhere. The path imports the deepest module that it names. A re-export is also an import.
 pub(crate) type Imports = BTreeMap<Module, BTreeSet<Module>>;
 
 pub(crate) fn name(module: &Module) -> String {
@@ -41,7 +41,8 @@ pub(crate) fn imports(modules: &Modules) -> Imports {
         .collect()
 }
 
-/// Macros that `#[macro_export]` puts into the crate's root, by their module.
+/// Returns the macros with the attribute `#[macro_export]`, each with its module. This attribute
+/// puts a macro into the crate's root.
 fn exported_macros(modules: &Modules) -> BTreeMap<String, Module> {
     let mut all = BTreeMap::new();
     for (module, tokens) in modules {
@@ -64,14 +65,15 @@ fn exported_macros(modules: &Modules) -> BTreeMap<String, Module> {
     all
 }
 
-/// A file as it is read.
+/// The state of the function that reads the imports of one file.
 struct Scope<'a> {
     modules: &'a Modules,
     macros: &'a BTreeMap<String, Module>,
     file: &'a Module,
-    /// Modules within the file around what is read, with the index of their closing brace.
+    /// The inline modules around the current token, each with the index of the token after the
+    /// module.
     inline: Vec<(String, usize)>,
-    /// Modules that the file has imported, by their names in it.
+    /// The modules that the file has imported. The key is the name that the module has in the file.
     names: BTreeMap<String, Module>,
     found: BTreeSet<Module>,
 }
@@ -105,7 +107,7 @@ impl Scope<'_> {
         self.add(module);
     }
 
-    /// Paths in code, `crate::a::b` or `child::function`.
+    /// Reads the paths in code, such as `crate::a::b` or `child::function`.
     fn read_paths(&mut self, tokens: &[Token]) {
         self.inline.clear();
         let mut at = 0;
@@ -117,16 +119,16 @@ impl Scope<'_> {
                 }
                 continue;
             }
-            // `pub(in crate::a)` says who may import, and imports nothing.
+            // `pub(in crate::a)` restricts which modules can import an item. It imports nothing.
             if token.is("pub") && tokens.get(at + 2).is_some_and(|token| token.is("in")) {
                 at = after_group(tokens, at + 1);
                 continue;
             }
             let (path, end) = path_at(tokens, at);
-            let goes_on = at.checked_sub(1).and_then(|before| tokens.get(before));
-            let goes_on = goes_on.is_some_and(|token| token.is("::") || token.is("."));
+            let before = at.checked_sub(1).and_then(|before| tokens.get(before));
+            let continues = before.is_some_and(|token| token.is("::") || token.is("."));
             if path.len() > 1
-                && !goes_on
+                && !continues
                 && let Some(module) = self.resolve(&path)
             {
                 self.add(module);
@@ -135,7 +137,7 @@ impl Scope<'_> {
         }
     }
 
-    /// Enters and leaves modules that are written within the file.
+    /// Updates `inline`, the list of the inline modules that contain the token with the index `at`.
     fn follow_inline(&mut self, tokens: &[Token], at: usize) {
         self.inline.retain(|(_, end)| at < *end);
         if let (Some(module), Some(name), Some(open)) =
@@ -155,7 +157,8 @@ impl Scope<'_> {
         }
     }
 
-    /// The deepest module that a path leads through, if it leads into this crate.
+    /// Returns the deepest module that a path names. Returns `None` if the path leads into another
+    /// crate.
     fn resolve(&self, path: &[String]) -> Option<Module> {
         let first = path.first()?;
         let mut here = self.file.clone();
@@ -164,7 +167,8 @@ impl Scope<'_> {
         let mut base = match first.as_str() {
             "crate" => {
                 rest = rest.get(1..)?;
-                // A program in src/bin is the root of a crate of its own.
+                // Each program in src/bin is a separate crate. In such a crate, `crate` means the
+                // module of the program's main file, for example `bin::NAME`.
                 let of_bin = self.file.first().is_some_and(|first| first == "bin");
                 self.file.get(..if of_bin { 2 } else { 0 })?.to_vec()
             }
@@ -202,7 +206,7 @@ impl Scope<'_> {
                 break;
             }
         }
-        // What is left of it within a file belongs to that file.
+        // An inline module (`mod name { … }`) counts as the module of the file that contains it.
         while !self.modules.contains_key(&base) {
             base.pop()?;
         }
@@ -210,13 +214,15 @@ impl Scope<'_> {
     }
 }
 
-/// `use`, but not `impl Trait + use<'a>`.
+/// Returns whether a `use` item begins at the token with the index `at`. In `impl Trait + use<'a>`,
+/// `use` is not an item.
 fn is_use(tokens: &[Token], at: usize) -> bool {
     let is = |at: usize, text: &str| tokens.get(at).is_some_and(|token| token.is(text));
     is(at, "use") && !is(at + 1, "<")
 }
 
-/// The words of a path that begins here, and the index behind it.
+/// Returns the words of a path, and the index of the token after the path. `at` is the index of the
+/// path's first token.
 fn path_at(tokens: &[Token], at: usize) -> (Vec<String>, usize) {
     let mut path = Vec::new();
     let mut end = at;
@@ -232,23 +238,23 @@ fn path_at(tokens: &[Token], at: usize) -> (Vec<String>, usize) {
     (path, end)
 }
 
-/// One name that a `use` brings.
+/// One name that a `use` imports.
 struct Leaf {
     path: Vec<String>,
     name: String,
 }
 
-/// The tree of a `use`, read from `at` on.
+/// A parser for the tree of names in a `use`. The index of the next token is `at`.
 struct Tree<'a> {
     tokens: &'a [Token],
     at: usize,
 }
 
 impl Tree<'_> {
-    fn takes(&mut self, text: &str) -> bool {
-        let there = self.tokens.get(self.at).is_some_and(|token| token.is(text));
-        self.at += usize::from(there);
-        there
+    fn accept(&mut self, text: &str) -> bool {
+        let matches = self.tokens.get(self.at).is_some_and(|token| token.is(text));
+        self.at += usize::from(matches);
+        matches
     }
 
     fn word(&mut self) -> Option<String> {
@@ -257,39 +263,40 @@ impl Tree<'_> {
         Some(word)
     }
 
-    /// Reads one branch, up to a comma, a closing brace or the semicolon.
+    /// Reads one branch of the `use`, up to a comma, a closing brace or the semicolon.
     fn read(&mut self, prefix: &[String], leaves: &mut Vec<Leaf>) {
         let mut path = prefix.to_vec();
-        // `::name` is of another crate, whatever is called so here.
-        if self.takes("::") {
+        // `::name` names another crate, even if a module of this crate has the same name.
+        if self.accept("::") {
             path.push(String::new());
         }
         loop {
-            if self.takes("{") {
-                while !self.takes("}") && self.at < self.tokens.len() {
+            if self.accept("{") {
+                while !self.accept("}") && self.at < self.tokens.len() {
                     self.read(&path, leaves);
-                    self.takes(",");
+                    self.accept(",");
                 }
                 return;
             }
-            if self.takes("*") {
+            if self.accept("*") {
                 break;
             }
             match self.word() {
                 Some(word) if word == "self" && !path.is_empty() => {}
                 Some(word) => path.push(word),
                 None => {
-                    // Nothing that a `use` has; the caller must get on.
+                    // A `use` cannot contain this token. The token is skipped, so that the caller's
+                    // loop ends.
                     self.at += 1;
                     return;
                 }
             }
-            if !self.takes("::") {
+            if !self.accept("::") {
                 break;
             }
         }
         let last = path.last().cloned().unwrap_or_default();
-        let name = if self.takes("as") { self.word() } else { None };
+        let name = if self.accept("as") { self.word() } else { None };
         leaves.push(Leaf {
             path,
             name: name.unwrap_or(last),
@@ -297,8 +304,9 @@ impl Tree<'_> {
     }
 }
 
-/// Modules that import each other in a loop, the largest loop first: the strongly connected
-/// components with more than one module, by Tarjan's algorithm.
+/// Returns the modules that import each other in a loop, the largest loop first. A loop is a
+/// strongly connected component with more than one module. Tarjan's algorithm finds these
+/// components.
 pub(crate) fn loops(imports: &Imports) -> Vec<Vec<Module>> {
     let mut search = Search {
         imports,
@@ -320,7 +328,9 @@ pub(crate) fn loops(imports: &Imports) -> Vec<Vec<Module>> {
 struct Search<'a> {
     imports: &'a Imports,
     next: usize,
-    /// The number of each module that was visited, and the least number that it reaches on the stack.
+    /// The visited modules, each with two numbers that Tarjan's algorithm needs. The first number
+    /// is the module's own number. The second number is the lowest number of all modules that are
+    /// on the stack and that this module can reach.
     seen: BTreeMap<&'a Module, (usize, usize)>,
     stack: Vec<&'a Module>,
     loops: Vec<Vec<Module>>,
@@ -374,7 +384,7 @@ mod tests {
         imports(&modules)
     }
 
-    /// `importer -> imported`, of all modules.
+    /// Returns `importer -> imported` for each import.
     fn arrows(files: &[(&str, &str)]) -> Vec<String> {
         let mut all = Vec::new();
         for (from, imports) in imports_of(files) {
@@ -394,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn nested_trees_are_followed_to_each_module() {
+    fn a_nested_use_imports_each_module_that_it_names() {
         let source = "use crate::{b::{self, c::{D, E as F}}, g::*, h as i, std::x};";
         assert_eq!(
             arrows(&[("a", source), ("b", ""), ("b::c", ""), ("g", ""), ("h", "")]),
@@ -403,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn a_loop_through_super_is_found() {
+    fn an_import_loop_through_super_is_found() {
         let files = [
             ("a", "mod b; mod c; pub fn x() {}"),
             ("a::b", "fn f() { super::c::g() }"),
@@ -424,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn strings_comments_and_tests_import_nothing() {
+    fn a_path_in_a_string_a_comment_or_a_test_is_not_an_import() {
         let source = "
             //! use crate::b;
             const TEXT: &str = \"use crate::b;\";
@@ -438,7 +448,7 @@ mod tests {
     }
 
     #[test]
-    fn the_name_of_a_module_leads_to_what_is_below_it() {
+    fn an_imported_name_at_the_beginning_of_a_path_is_replaced_by_its_module() {
         let files = [
             (
                 "a",
@@ -452,7 +462,7 @@ mod tests {
     }
 
     #[test]
-    fn a_child_as_a_parents_path_is_an_import() {
+    fn a_path_that_begins_with_a_child_module_is_an_import() {
         let files = [
             ("", "mod a; fn main() { a::run() }"),
             ("a", "use crate::VERSION;"),
@@ -461,7 +471,7 @@ mod tests {
     }
 
     #[test]
-    fn other_crates_are_none_of_the_modules() {
+    fn a_path_into_another_crate_imports_no_module() {
         let files = [
             (
                 "a",
@@ -473,7 +483,7 @@ mod tests {
     }
 
     #[test]
-    fn an_exported_macro_belongs_to_its_module() {
+    fn a_use_of_an_exported_macro_imports_the_module_that_defines_it() {
         let files = [
             ("", "mod a; mod error; fn main() { a::run() }"),
             ("a", "use crate::refuse;"),
@@ -486,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn modules_within_a_file_are_that_file() {
+    fn the_imports_of_an_inline_module_are_imports_of_its_file() {
         let files = [
             (
                 "a",
@@ -498,13 +508,13 @@ mod tests {
     }
 
     #[test]
-    fn a_program_of_its_own_is_its_own_root() {
+    fn the_file_of_a_program_in_src_bin_is_the_root_of_a_separate_crate() {
         let files = [("bin::server", "use crate::x::Y; fn f() {}"), ("x", "")];
         assert!(arrows(&files).is_empty());
     }
 
     #[test]
-    fn loops_are_told_apart_and_ordered() {
+    fn the_largest_of_several_loops_is_listed_first() {
         let files = [
             ("a", "use crate::b;"),
             ("b", "use crate::a; use crate::c;"),
@@ -517,7 +527,7 @@ mod tests {
     }
 
     #[test]
-    fn a_captured_lifetime_is_no_import() {
+    fn capturing_a_lifetime_with_use_is_not_an_import() {
         let source = "fn f<'a>() -> impl Iterator + use<'a> { crate::b::g() }";
         assert_eq!(arrows(&[("a", source), ("b", "")]), ["a -> b"]);
     }

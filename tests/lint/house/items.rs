@@ -1,27 +1,28 @@
-//! Functions with their lengths, and the names of types.
+//! Finds the functions of a source file with their lengths, and the names of its types.
 
 use crate::tokens::{Kind, Token, after_group};
 
 pub(crate) struct Function {
     pub(crate) name: String,
     pub(crate) line: usize,
-    /// From `fn` to the closing brace.
+    /// The number of lines from `fn` to the closing brace.
     pub(crate) lines: usize,
-    /// Whether `#[expect(clippy::too_many_lines, …)]` or `#[allow(…)]` of it stands before it.
+    /// True if the function has `#[expect(clippy::too_many_lines, …)]` or
+    /// `#[allow(clippy::too_many_lines)]`.
     pub(crate) may_be_long: bool,
 }
 
 pub(crate) struct Type {
     pub(crate) name: String,
     pub(crate) line: usize,
-    /// Whether it is defined in a function's body.
+    /// True if the type is defined in a function's body.
     pub(crate) local: bool,
 }
 
 pub(crate) fn functions(tokens: &[Token]) -> Vec<Function> {
     let mut all = Vec::new();
     for (at, token) in tokens.iter().enumerate() {
-        // `fn(u32)` is a type.
+        // `fn` without a name, as in `fn(u32)`, is part of a type.
         let name = tokens.get(at + 1).and_then(Token::word);
         let (Some(name), true) = (name, token.is("fn")) else {
             continue;
@@ -40,7 +41,8 @@ pub(crate) fn functions(tokens: &[Token]) -> Vec<Function> {
     all
 }
 
-/// The brace that opens the body; none if a trait declares the function.
+/// Returns the index of the brace that opens a function's body. A trait can declare a function
+/// without a body. For such a function, the result is `None`.
 fn body(tokens: &[Token], function: usize) -> Option<usize> {
     let mut at = function;
     loop {
@@ -53,7 +55,8 @@ fn body(tokens: &[Token], function: usize) -> Option<usize> {
     }
 }
 
-/// Whether an attribute before this `fn`, and before `pub async unsafe` and the like, says so.
+/// Returns whether an attribute before this `fn` allows the function to be long. Words such as
+/// `pub` or `async` can be between the attribute and `fn`.
 fn may_be_long(tokens: &[Token], function: usize) -> bool {
     let mut at = function;
     while let Some(before) = at.checked_sub(1).and_then(|before| tokens.get(before)) {
@@ -85,7 +88,7 @@ fn may_be_long(tokens: &[Token], function: usize) -> bool {
     false
 }
 
-/// The bracket that opens the group that this one closes.
+/// Returns the index of the opening bracket for the closing bracket at the index `close`.
 fn before_group(tokens: &[Token], close: usize) -> Option<usize> {
     let mut depth = 0;
     for at in (0..=close).rev() {
@@ -103,11 +106,12 @@ fn before_group(tokens: &[Token], close: usize) -> Option<usize> {
     None
 }
 
-/// What a brace encloses, as far as the definition of a type depends on it.
+/// The kind of code between a pair of braces. A `type` item is listed as a type of the crate only
+/// if it is not in a trait or an implementation.
 #[derive(Clone, Copy, PartialEq)]
 enum Block {
     Module,
-    /// A trait or an implementation, whose `type` is none of the crate's.
+    /// A trait or an implementation. A `type` in such a block is an associated type.
     Associated,
     Code,
 }
@@ -148,7 +152,7 @@ pub(crate) fn types(tokens: &[Token]) -> Vec<Type> {
     all
 }
 
-/// The name of the type that is defined here.
+/// Returns the name of the type whose definition begins at the index `at`.
 fn defines_type(tokens: &[Token], at: usize) -> Option<&str> {
     let word = tokens.get(at)?.word()?;
     let defines = matches!(word, "struct" | "enum" | "union" | "trait" | "type");
@@ -157,7 +161,9 @@ fn defines_type(tokens: &[Token], at: usize) -> Option<&str> {
     (defines && capital && begins_item(tokens, at)).then_some(name)
 }
 
-/// Whether an item can begin here: `impl` is also part of a type, and `union` may be any name.
+/// Returns whether an item can begin at the index `at`. The result depends on the token before the
+/// index. The word at the index is not sufficient: `impl` is also part of types, and `union` can be
+/// the name of a variable.
 fn begins_item(tokens: &[Token], at: usize) -> bool {
     let Some(before) = at.checked_sub(1).and_then(|before| tokens.get(before)) else {
         return true;
@@ -186,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn a_function_is_counted_from_fn_to_its_brace() {
+    fn the_lines_of_a_function_are_counted_from_fn_to_the_closing_brace() {
         let source = "/// doc
             #[inline]
             pub fn one(
@@ -205,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn an_attribute_lets_a_function_be_long() {
+    fn an_attribute_allows_a_function_to_be_long() {
         let source = "
             #[expect(clippy::too_many_lines, reason = \"one flat match\")]
             #[must_use]
@@ -220,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn types_are_named_wherever_they_are_defined() {
+    fn types_are_found_in_modules_and_in_functions() {
         let source = "
             pub struct A; pub(crate) enum B {} type C = u8; unsafe trait D { type Item; }
             impl D for A { type Item = u8; fn f() { struct E; type G = u8; } }

@@ -1,13 +1,19 @@
-//! Whether the house is in order: how many modules import each other in a loop, how long functions
-//! are, and whether a type's name is unique in its crate. Prints the figures of each crate, and fails
-//! with a sentence for each thing that is out of order.
+//! Checks the structure of the source tree. It checks the sizes of module loops and the lengths of
+//! functions. It also checks whether the name of each type is unique in its crate. A module loop
+//! consists of modules that import each other. With `--language`, the program checks whether
+//! sentences are plain English. It prints the figures of each crate. If it finds faults, it prints
+//! one error message for each fault, and fails.
 //!
 //! ```text
-//! rrun-house [--figures] [CHECKOUT]     --figures: only prints them
+//! rrun-house [CHECKOUT]               checks modules, functions and names of types
+//! rrun-house --figures [CHECKOUT]     only prints the figures of each crate
+//! rrun-house --language [CHECKOUT]    checks sentences for constructions listed in CONTRIBUTING.md
+//! rrun-house --documents [CHECKOUT]   checks that files and tests named in documents exist
+//! rrun-house --draw SEED [CHECKOUT]   prints fifty random sentences, for a fresh reader
 //! ```
 //!
-//! Product code is everything of these crates outside directories `tests`, files `tests.rs` and items
-//! under `#[cfg(test)]`.
+//! Product code is the code of the crates below the folders in `PRODUCT`. It does not include
+//! directories named `tests`, files named `tests.rs`, and items under `#[cfg(test)]`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -18,14 +24,18 @@ use graph::{Imports, Module, Modules};
 use items::Function;
 use tokens::Token;
 
+mod documents;
+mod draw;
 mod graph;
 mod items;
+mod language;
+mod sentences;
 mod tokens;
 
 type Result<T = ()> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Folders of the checkout below which every crate is product, and how many modules of one of these
-/// crates may import each other in a loop.
+/// The folders of the checkout that contain the product's crates. The number after a folder is the
+/// maximum number of modules in one module loop of the crates in this folder.
 const PRODUCT: &[(&str, usize)] = &[
     ("runtime", 4),
     ("kernel", 4),
@@ -33,27 +43,34 @@ const PRODUCT: &[(&str, usize)] = &[
     ("proto", 4),
 ];
 
-/// A function may have more lines than this only if `#[expect(clippy::too_many_lines, reason = …)]` or
-/// `#[allow(…)]` of it stands before it.
+/// The maximum number of lines of a function without an attribute. A longer function needs
+/// `#[expect(clippy::too_many_lines, reason = …)]` or `#[allow(clippy::too_many_lines)]`.
 const LONG: usize = 60;
-/// No function may have more lines than this.
+/// The maximum number of lines of a function with such an attribute.
 const TOO_LONG: usize = 100;
 
-/// Names of types that a crate may define several times, since they are the field's own terms.
+/// Standard terms, which a crate is allowed to use as names of several types.
 const FIELD_TERMS: &[&str] = &[];
 
+/// The task that the command line requests.
+enum Task {
+    Check,
+    Figures,
+    Language,
+    Documents,
+    Draw(u64),
+}
+
 fn main() -> ExitCode {
-    let mut only_figures = false;
-    let mut checkout = PathBuf::from(".");
-    for argument in std::env::args_os().skip(1) {
-        if argument == "--figures" {
-            only_figures = true;
-        } else {
-            checkout = argument.into();
-        }
-    }
-    match measure(&checkout) {
-        Ok(complaints) if only_figures || complaints.is_empty() => ExitCode::SUCCESS,
+    let complaints = arguments().and_then(|(task, checkout)| match task {
+        Task::Check => measure(&checkout),
+        Task::Figures => measure(&checkout).map(|_| Vec::new()),
+        Task::Language => language(&checkout),
+        Task::Documents => documents::complaints(&checkout),
+        Task::Draw(seed) => draw::print(&checkout, seed).map(|()| Vec::new()),
+    });
+    match complaints {
+        Ok(complaints) if complaints.is_empty() => ExitCode::SUCCESS,
         Ok(complaints) => {
             println!();
             for complaint in complaints {
@@ -68,7 +85,36 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints the figures of all crates. Returns what is out of order.
+fn arguments() -> Result<(Task, PathBuf)> {
+    let mut task = Task::Check;
+    let mut checkout = PathBuf::from(".");
+    let mut arguments = std::env::args_os().skip(1);
+    while let Some(argument) = arguments.next() {
+        match argument.to_str() {
+            Some("--figures") => task = Task::Figures,
+            Some("--language") => task = Task::Language,
+            Some("--documents") => task = Task::Documents,
+            Some("--draw") => {
+                let seed = arguments.next().unwrap_or_default();
+                let seed = seed.to_string_lossy().parse();
+                task = Task::Draw(
+                    seed.map_err(|error| format!("the SEED of --draw is not a number: {error}"))?,
+                );
+            }
+            _ => checkout = argument.into(),
+        }
+    }
+    Ok((task, checkout))
+}
+
+/// Returns the sentences that are not plain English.
+fn language(checkout: &Path) -> Result<Vec<String>> {
+    let sentences = sentences::of_checkout(checkout)?;
+    println!("{} sentences", sentences.len());
+    Ok(sentences.iter().filter_map(language::complaint).collect())
+}
+
+/// Prints the figures of all crates. Returns a sentence for each fault of the crates.
 fn measure(checkout: &Path) -> Result<Vec<String>> {
     let mut complaints = Vec::new();
     println!(
@@ -92,12 +138,12 @@ fn measure(checkout: &Path) -> Result<Vec<String>> {
         }
     }
     if measured == 0 {
-        return Err(format!("{}: no crate is there", checkout.display()).into());
+        return Err(format!("{}: this directory contains no crate", checkout.display()).into());
     }
     Ok(complaints)
 }
 
-/// The directories of crates, this one and those below it.
+/// Returns the directories at and below `dir` that contain a crate.
 fn crates_below(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     if dir.join("Cargo.toml").is_file() {
@@ -111,7 +157,8 @@ fn crates_below(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// What is in a directory, in the order of names; nothing if it is not there.
+/// Returns the paths in a directory, sorted by name. Returns an empty list if `dir` is not a
+/// directory.
 fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     if !dir.is_dir() {
         return Ok(Vec::new());
@@ -124,7 +171,8 @@ fn entries(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// Product source files below a directory of a crate, without those of crates within it.
+/// Returns the product's source files in a crate's directory and its subdirectories, except
+/// subdirectories that contain other crates.
 fn sources(dir: &Path) -> Result<Vec<PathBuf>> {
     let mut all = Vec::new();
     for entry in entries(dir)? {
@@ -141,20 +189,20 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>> {
     Ok(all)
 }
 
-/// One file's product code.
+/// The product code of one file.
 struct File {
-    /// By its path in the crate.
+    /// The file's path in the crate.
     path: PathBuf,
-    /// None if it is not below src/.
+    /// The module that the file contains, or `None` if the file is not below src/.
     module: Option<Module>,
     tokens: Vec<Token>,
     lines: usize,
 }
 
-/// A crate's files, without modules that only tests compile.
+/// Returns a crate's files, without modules that are compiled only for tests.
 fn product_files(dir: &Path) -> Result<Vec<File>> {
     let mut files = Vec::new();
-    let mut of_tests: Vec<Module> = Vec::new();
+    let mut test_modules: Vec<Module> = Vec::new();
     for path in sources(dir)? {
         let text = fs::read_to_string(&path)?;
         let product = tokens::product(&tokens::tokens(&text));
@@ -162,7 +210,7 @@ fn product_files(dir: &Path) -> Result<Vec<File>> {
         let module = module_of(&path);
         for name in product.test_modules {
             let parent = module.iter().flatten().cloned();
-            of_tests.push(parent.chain([name]).collect());
+            test_modules.push(parent.chain([name]).collect());
         }
         files.push(File {
             path,
@@ -173,7 +221,7 @@ fn product_files(dir: &Path) -> Result<Vec<File>> {
     }
     files.retain(|file| {
         let module = file.module.as_deref().unwrap_or_default();
-        !of_tests.iter().any(|test| module.starts_with(test))
+        !test_modules.iter().any(|test| module.starts_with(test))
     });
     Ok(files)
 }
@@ -181,11 +229,11 @@ fn product_files(dir: &Path) -> Result<Vec<File>> {
 struct Crate {
     name: String,
     imports: Imports,
-    /// The largest first.
+    /// The loops of modules, the largest loop first.
     loops: Vec<Vec<Module>>,
-    /// By the file that each is in.
+    /// The functions, each with the file that defines it.
     functions: Vec<(PathBuf, Function)>,
-    /// By name, where each is defined.
+    /// The files and lines in which each type is defined. The key is the type's name.
     types: BTreeMap<String, Vec<String>>,
     lines: usize,
 }
@@ -208,7 +256,7 @@ impl Crate {
             krate.functions.extend(functions);
             if let Some(module) = file.module {
                 krate.add_types(&file.path, &file.tokens);
-                // lib.rs and main.rs are one root.
+                // lib.rs and main.rs count as one root module.
                 modules.entry(module).or_default().extend(file.tokens);
             }
         }
@@ -217,7 +265,8 @@ impl Crate {
         Ok(krate)
     }
 
-    /// Definitions of one name in one module exclude each other, by `cfg`: they count once.
+    /// Records the types that a file defines. A module can define the same type name several times,
+    /// and `cfg` attributes then select one of the definitions. Such a name counts once.
     fn add_types(&mut self, file: &Path, tokens: &[Token]) {
         let mut of_module = BTreeSet::new();
         for one in items::types(tokens) {
@@ -246,13 +295,17 @@ impl Crate {
         );
     }
 
-    /// What is out of order, a sentence each.
+    /// Returns one error message for each fault of the crate.
     fn complaints(&self, limit: usize) -> Vec<String> {
         let loops = self.loops.iter();
         let loops = loops.filter(|modules| modules.len() > limit);
-        let mut all: Vec<String> = loops.map(|modules| self.of_loop(modules, limit)).collect();
+        let mut all: Vec<String> = loops
+            .map(|modules| self.loop_complaint(modules, limit))
+            .collect();
         let functions = self.functions.iter();
-        all.extend(functions.filter_map(|(file, function)| self.of_function(file, function)));
+        all.extend(
+            functions.filter_map(|(file, function)| self.function_complaint(file, function)),
+        );
         for (name, places) in &self.types {
             if places.len() > 1 && !FIELD_TERMS.contains(&name.as_str()) {
                 all.push(format!(
@@ -266,10 +319,12 @@ impl Crate {
         all
     }
 
-    /// The sentence is followed by what each module of the loop imports from the others.
-    fn of_loop(&self, modules: &[Module], limit: usize) -> String {
+    /// Returns the error message about a loop. The first line contains the size of the loop.
+    /// Each further line is about one module of the loop, and lists those modules of the loop that it
+    /// imports.
+    fn loop_complaint(&self, modules: &[Module], limit: usize) -> String {
         let mut text = format!(
-            "{}: {} modules import each other in a loop, and at most {limit} may:",
+            "{}: {} modules import each other in a loop; a loop can have at most {limit} modules:",
             self.name,
             modules.len()
         );
@@ -282,7 +337,7 @@ impl Crate {
         text
     }
 
-    fn of_function(&self, file: &Path, function: &Function) -> Option<String> {
+    fn function_complaint(&self, file: &Path, function: &Function) -> Option<String> {
         let what = format!(
             "{}/{}:{}: the function {} has {} lines",
             self.name,
@@ -292,15 +347,18 @@ impl Crate {
             function.lines
         );
         if function.lines > TOO_LONG {
-            return Some(format!("{what}, more than {TOO_LONG}"));
+            return Some(format!("{what}; the maximum is {TOO_LONG} lines"));
         }
         (function.lines > LONG && !function.may_be_long).then(|| {
-            format!("{what}, more than {LONG}, without an attribute for clippy::too_many_lines")
+            format!(
+                "{what}; above {LONG} lines, the function needs an attribute for \
+                 clippy::too_many_lines"
+            )
         })
     }
 }
 
-/// The module of a file, by its path in the crate; none if it is not below src/.
+/// Returns the module that a file contains. Returns `None` if the file's path is not below src/.
 fn module_of(path: &Path) -> Option<Module> {
     let path = path.strip_prefix("src").ok()?.with_extension("");
     let mut module: Module = path
@@ -323,7 +381,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_files_path_is_its_modules() {
+    fn the_path_of_a_file_determines_its_module() {
         for (path, module) in [
             ("src/lib.rs", Some("")),
             ("src/main.rs", Some("")),

@@ -1,6 +1,7 @@
-//! Rust source as tokens, without comments, and without what only tests compile.
+//! Splits Rust source into tokens, without comments, and separates product code from test code.
 
-/// What a token is. Of literals, nothing but their presence matters here.
+/// The kind of a token. The text of a literal or lifetime is not stored, because this program needs
+/// only its presence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Word(String),
@@ -14,7 +15,7 @@ pub(crate) enum Kind {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Token {
     pub(crate) kind: Kind,
-    /// The line that it begins in, counted from 1.
+    /// The line in which the token begins, counted from 1.
     pub(crate) line: usize,
 }
 
@@ -36,7 +37,7 @@ impl Token {
     }
 }
 
-/// The marks that this program looks for.
+/// The punctuation marks that this program evaluates.
 const MARKS: &[&str] = &["::", "{", "}", "(", ")", "[", "]", ";", ",", "#"];
 
 struct Reader {
@@ -75,7 +76,7 @@ impl Reader {
         }
     }
 
-    /// Block comments nest.
+    /// Skips a block comment, including the block comments nested in it.
     fn skip_block_comment(&mut self) {
         let mut depth = 0;
         while !self.ended() {
@@ -94,7 +95,7 @@ impl Reader {
         }
     }
 
-    /// A literal between these quotes, with escapes.
+    /// Skips a literal between two `quote` characters. The literal can contain escapes.
     fn skip_quoted(&mut self, quote: char) {
         self.skip(1);
         while !self.ended() && self.peek(0) != quote {
@@ -103,7 +104,8 @@ impl Reader {
         self.skip(1);
     }
 
-    /// A raw string from its first `#` or quote on.
+    /// Skips a raw string whose prefix was already read. The next character is `#` or a quotation
+    /// mark.
     fn skip_raw(&mut self) {
         let mut end = String::from('"');
         while self.peek(0) == '#' {
@@ -119,14 +121,15 @@ impl Reader {
 
     fn word(&mut self) -> String {
         let mut word = String::new();
-        while is_of_word(self.peek(0)) {
+        while is_word_char(self.peek(0)) {
             word.push(self.peek(0));
             self.skip(1);
         }
         word
     }
 
-    /// A word, or the literal whose prefix it is.
+    /// Reads a word. If the word is the prefix of a literal, such as `b`, this function reads the
+    /// whole literal.
     fn word_or_literal(&mut self) -> Kind {
         let word = self.word();
         let raw = matches!(word.as_str(), "r" | "br" | "cr");
@@ -136,7 +139,7 @@ impl Reader {
             '"' if prefix => self.skip_quoted('"'),
             '\'' if word == "b" => self.skip_quoted('\''),
             '#' if raw && matches!(self.peek(1), '"' | '#') => self.skip_raw(),
-            '#' if word == "r" && is_of_word(self.peek(1)) => {
+            '#' if word == "r" && is_word_char(self.peek(1)) => {
                 self.skip(1);
                 return Kind::Word(self.word());
             }
@@ -145,7 +148,7 @@ impl Reader {
         Kind::Literal
     }
 
-    /// `'a'` is a literal, `'a` is not.
+    /// Reads a literal such as `'a'`, or a lifetime such as `'a`.
     fn lifetime_or_char(&mut self) -> Kind {
         if self.peek(1) == '\\' || self.peek(2) == '\'' {
             self.skip_quoted('\'');
@@ -164,11 +167,11 @@ impl Reader {
     }
 }
 
-fn is_of_word(char: char) -> bool {
+fn is_word_char(char: char) -> bool {
     char.is_alphanumeric() || char == '_'
 }
 
-/// All tokens of a source file.
+/// Returns all tokens of a source file.
 pub(crate) fn tokens(source: &str) -> Vec<Token> {
     let mut reader = Reader {
         chars: source.chars().collect(),
@@ -200,7 +203,7 @@ pub(crate) fn tokens(source: &str) -> Vec<Token> {
                 reader.word();
                 Kind::Literal
             }
-            char if is_of_word(char) => reader.word_or_literal(),
+            char if is_word_char(char) => reader.word_or_literal(),
             _ => reader.mark(),
         };
         all.push(Token { kind, line });
@@ -208,7 +211,8 @@ pub(crate) fn tokens(source: &str) -> Vec<Token> {
     all
 }
 
-/// The index behind the group that begins at `open`, which is a bracket of any kind.
+/// Returns the index of the token after a group. The group begins with the bracket at the index
+/// `open`. The bracket can be round, square or curly.
 pub(crate) fn after_group(tokens: &[Token], open: usize) -> usize {
     let mut depth = 0;
     for (at, token) in tokens.iter().enumerate().skip(open) {
@@ -229,13 +233,13 @@ pub(crate) fn after_group(tokens: &[Token], open: usize) -> usize {
 /// A file's product code: its tokens without items under `#[cfg(test)]`.
 pub(crate) struct Product {
     pub(crate) tokens: Vec<Token>,
-    /// Modules in files of their own that are under `#[cfg(test)]`.
+    /// The modules under `#[cfg(test)]` that are in separate files.
     pub(crate) test_modules: Vec<String>,
-    /// How many lines the items under `#[cfg(test)]` have.
+    /// The number of lines of the items under `#[cfg(test)]`.
     pub(crate) test_lines: usize,
 }
 
-/// Takes out what only tests compile.
+/// Removes the items that are compiled only for tests.
 pub(crate) fn product(all: &[Token]) -> Product {
     let mut product = Product {
         tokens: Vec::new(),
@@ -265,7 +269,7 @@ pub(crate) fn product(all: &[Token]) -> Product {
     product
 }
 
-/// Whether an attribute `#[cfg(test)]` or `#[cfg(all(test, …))]` begins here.
+/// Returns whether an attribute `#[cfg(test)]` or `#[cfg(all(test, …))]` begins at the index `at`.
 fn is_cfg_test(all: &[Token], at: usize) -> bool {
     let is = |ahead: usize, text: &str| all.get(at + ahead).is_some_and(|token| token.is(text));
     let cfg = is(0, "#") && is(1, "[") && is(2, "cfg") && is(3, "(");
@@ -280,9 +284,11 @@ fn after_attributes(all: &[Token], mut at: usize) -> usize {
     at
 }
 
-/// The index behind the item, statement, field or variant that begins here.
+/// Returns the index of the token after an item, a statement, a field or a variant. `begin` is the
+/// index of its first token.
 fn after_item(all: &[Token], begin: usize) -> usize {
-    /// What begins an item that a comma does not end.
+    /// Keywords with which an item or a statement begins. A comma does not end an item or a
+    /// statement, but ends a field or a variant.
     const ITEMS: &[&str] = &[
         "pub",
         "fn",
@@ -302,7 +308,7 @@ fn after_item(all: &[Token], begin: usize) -> usize {
         "macro_rules",
         "let",
     ];
-    /// Items that end at a semicolon, whatever braces come before it.
+    /// Keywords of items that end at a semicolon, even if a pair of braces precedes the semicolon.
     const LINES: &[&str] = &["use", "type", "const", "static", "let"];
     let word = |at: usize| all.get(at).and_then(Token::word).unwrap_or_default();
     let mut first = begin;
@@ -349,13 +355,13 @@ mod tests {
     }
 
     #[test]
-    fn comments_are_no_tokens() {
+    fn comments_produce_no_tokens() {
         let source = "a /* use crate::x; /* nested */ still */ b // use crate::y;\n/// doc\nc";
         assert_eq!(text(&tokens(source)), "a b c");
     }
 
     #[test]
-    fn what_a_literal_holds_is_no_token() {
+    fn the_content_of_a_literal_produces_no_tokens() {
         for literal in [
             r#""use crate::x; \" {""#,
             r##"r#"use crate::x; " {"#"##,
@@ -374,7 +380,7 @@ mod tests {
     }
 
     #[test]
-    fn a_lifetime_begins_no_literal() {
+    fn a_lifetime_does_not_begin_a_literal() {
         assert_eq!(
             text(&tokens("fn f<'a>(x: &'a str) -> Option<&'static str> {}")),
             "fn f < LIFETIME > ( x : & LIFETIME str ) - > Option < & LIFETIME str > { }"
@@ -383,20 +389,20 @@ mod tests {
     }
 
     #[test]
-    fn ranges_tuples_and_raw_names_are_read() {
+    fn ranges_and_raw_names_are_split_into_tokens() {
         assert_eq!(text(&tokens("1..2")), "LITERAL . . LITERAL");
         assert_eq!(text(&tokens("r#type::x")), "type :: x");
     }
 
     #[test]
-    fn lines_are_counted_through_strings_and_comments() {
+    fn line_breaks_in_strings_and_comments_are_counted() {
         let all = tokens("a\n\"x\ny\"\n/*\n*/ b");
         let lines: Vec<usize> = all.iter().map(|token| token.line).collect();
         assert_eq!(lines, [1, 2, 5]);
     }
 
     #[test]
-    fn items_of_tests_are_no_product() {
+    fn items_under_cfg_test_are_not_product_code() {
         let source = "
             fn a() {}
             #[cfg(test)]
