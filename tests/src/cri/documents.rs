@@ -37,7 +37,7 @@ const RUN_ELSEWHERE: &[(&str, &str)] = &[
     ("make demo", "tests/run, in its part `demo`"),
     (
         "make dist",
-        "tests/bench/run, and the build of every release",
+        "`make bench` builds these binaries before it measures them",
     ),
     ("sudo make install", "cri::systemd runs contrib/install"),
     (
