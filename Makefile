@@ -16,7 +16,7 @@ TARGET ?= $(or $(shell rustc --print host-tuple 2>/dev/null),$(shell uname -m)-u
 RELEASE = $(CARGO_TARGET_DIR)/$(TARGET)/release
 DIST = $(CARGO_TARGET_DIR)/$(TARGET)/dist
 
-.PHONY: help build dist debug install setup format lint test test-full demo bench shell clean
+.PHONY: help build dist debug install setup format lint test test-full fuzz demo bench shell clean
 
 help: ## prints this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ test: ## runs the tests and lints that CI runs; at most 75 minutes with empty ca
 
 test-full: ## runs all tests of `make test`, and the tests that take longer
 	@tests/run --full
+
+fuzz: ## fuzzes the parser TARGET= for SECONDS= (60); without TARGET, fuzzes each parser in turn
+	@tests/fuzz/run '$(if $(filter command line,$(origin TARGET)),$(TARGET))' '$(if $(filter command line,$(origin SECONDS)),$(SECONDS),60)'
 
 demo: ## shows an image, a pod, limits and logs with real output; 10 minutes with empty caches
 	@tests/setup/demo.sh

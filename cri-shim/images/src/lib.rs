@@ -15,6 +15,8 @@ mod client;
 mod error;
 mod failure;
 mod fetch;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod hosts;
 mod identity;
 mod image_store;

@@ -13,6 +13,8 @@ mod counters;
 mod embedded;
 mod error;
 mod forwarding;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod host_ports;
 mod link;
 pub mod namespace;

@@ -15,6 +15,8 @@ mod backlog;
 mod channels;
 mod descriptor;
 mod disconnect;
+#[cfg(feature = "fuzz")]
+pub mod fuzz;
 mod halves;
 mod output;
 mod pipe;

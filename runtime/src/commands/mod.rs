@@ -93,7 +93,7 @@ const NO_SUCH_COMMAND: u8 = 3;
 /// # Safety
 /// `words` must point to `count` pointers to strings. Each string must end with NUL, and must be
 /// valid until the program exits.
-pub(crate) unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
+pub unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
     (0..usize::try_from(count).unwrap_or(0))
         // SAFETY: the caller guarantees that `words` points to `count` pointers to strings that end
         // with NUL.
@@ -102,7 +102,7 @@ pub(crate) unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'s
 }
 
 /// Runs the whole program, and returns its exit status.
-pub(crate) fn main(words: Vec<&'static CStr>) -> u8 {
+pub fn main(words: Vec<&'static CStr>) -> u8 {
     match dispatch(words) {
         Ok(code) => code,
         Err(error) => {

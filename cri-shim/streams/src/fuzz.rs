@@ -1,17 +1,23 @@
-// The fuzz target and tests/spdy.rs import the module `spdy` from different paths. For this reason,
-// they include this file with `include!` and cannot share it as a module.
+//! Fuzz targets for what a streaming client sends. `tests/fuzz` runs them.
+
+use ::bytes::BytesMut;
+
+use crate::spdy;
+
+/// The names and functions of the fuzz targets in this crate.
+pub const TARGETS: &[(&str, fn(&[u8]))] = &[("spdy", spdy_connection)];
 
 /// Parses `input` as the bytes that a client sends on a connection. The first byte of `input` is
 /// the length of the pieces in which the other bytes arrive. For each parsed frame, calls the
 /// session's functions in the order in which the streaming server calls them. No call may panic,
 /// and the used memory must remain limited.
-fn exercise(input: &[u8]) {
+fn spdy_connection(input: &[u8]) {
     let Some((&size, bytes)) = input.split_first() else {
         return;
     };
     let mut decoder = spdy::Decoder::default();
     let mut session = spdy::Session::default();
-    let mut buffer = bytes::BytesMut::new();
+    let mut buffer = BytesMut::new();
     for piece in bytes.chunks(usize::from(size).max(1)) {
         buffer.extend_from_slice(piece);
         loop {
@@ -44,7 +50,7 @@ fn exercise(input: &[u8]) {
             }
             // The session's answer to one frame is short, and parsing the answer causes no panic.
             assert!(output.len() < 256);
-            let (mut ours, mut output) = (spdy::Decoder::default(), bytes::BytesMut::from(&*output));
+            let (mut ours, mut output) = (spdy::Decoder::default(), BytesMut::from(&*output));
             ours.expect_no_headers();
             while let Ok(Some(_)) = ours.decode(&mut output) {}
         }

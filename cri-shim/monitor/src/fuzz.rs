@@ -1,0 +1,4 @@
+//! Fuzz targets for what a container and a server send to a monitor. `tests/fuzz` runs them.
+
+/// The names and functions of the fuzz targets in this crate.
+pub const TARGETS: &[(&str, fn(&[u8]))] = &[];
