@@ -493,7 +493,7 @@ fn token_server_failed(what: &str) -> RequestFailure {
 }
 
 /// Parses a token server's answer. Returns the token as an `Authorization` header.
-fn token_of(body: &[u8]) -> Result<HeaderValue, RequestFailure> {
+pub(crate) fn token_of(body: &[u8]) -> Result<HeaderValue, RequestFailure> {
     #[derive(Deserialize)]
     struct TokenAnswer {
         token: Option<String>,
@@ -634,7 +634,7 @@ async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, Req
 
 /// Extracts the first error message from the body of an answer with an error status (distribution
 /// specification, "Error Codes").
-fn explanation(body: &[u8]) -> String {
+pub(crate) fn explanation(body: &[u8]) -> String {
     #[derive(Deserialize)]
     struct ErrorsBody {
         errors: Vec<ErrorEntry>,

@@ -31,7 +31,9 @@ fn spdy_connection(input: &[u8]) {
                 return;
             };
             match event {
-                Some(spdy::Event::Opened { stream, headers, .. }) => {
+                Some(spdy::Event::Opened {
+                    stream, headers, ..
+                }) => {
                     let _ = (headers.get("streamtype"), headers.get("port"));
                     let _ = session.take_allowance(stream, 1000);
                     if stream % 8 == 7 {

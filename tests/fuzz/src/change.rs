@@ -81,7 +81,10 @@ fn change(input: &mut Vec<u8>, corpus: &[Vec<u8>], numbers: &mut Numbers) {
         1 if at < input.len() => input[at] = numbers.byte(),
         2 => input.truncate(at),
         3 => drop(input.drain(at..end)),
-        4 => drop(input.splice(at..at, (0..length).map(|_| numbers.byte()).collect::<Vec<_>>())),
+        4 => drop(input.splice(
+            at..at,
+            (0..length).map(|_| numbers.byte()).collect::<Vec<_>>(),
+        )),
         5 => {
             let copy = input[at..end].to_vec();
             let to = numbers.below(input.len() + 1);

@@ -122,7 +122,10 @@ fn run_all(names: &[String], time: Duration, seed: Option<u64>, found: &Path) ->
     let seed = seed.unwrap_or_else(today);
     let share = time / u32::try_from(selected.len().max(1))?;
     fs::create_dir_all(found)?;
-    println!("the seed is {seed}; each of {} targets gets {share:?}", selected.len());
+    println!(
+        "the seed is {seed}; each of {} targets gets {share:?}",
+        selected.len()
+    );
     let mut failed = 0;
     for target in &selected {
         match run_child(*target, share, seed, found)? {
