@@ -74,7 +74,7 @@ impl Counters<'_> {
     }
 }
 
-fn parsed(table: &str) -> impl Iterator<Item = InterfaceCounters> {
+pub(crate) fn parsed(table: &str) -> impl Iterator<Item = InterfaceCounters> {
     table.lines().filter_map(|line| {
         let (name, counters) = line.split_once(':')?;
         let mut counters = counters.split_ascii_whitespace().map(str::parse);

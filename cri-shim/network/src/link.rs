@@ -96,7 +96,7 @@ pub(crate) struct Link {
 }
 
 impl Link {
-    fn parse(reply: &Reply) -> Option<Link> {
+    pub(crate) fn parse(reply: &Reply) -> Option<Link> {
         let [_, _, _, _, i0, i1, i2, i3, f0, f1, f2, f3, ..] =
             reply.header::<LINK_HEADER_BYTES>()?;
         let attributes = reply.attributes(LINK_HEADER_BYTES);

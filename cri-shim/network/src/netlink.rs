@@ -313,6 +313,23 @@ impl Socket {
     }
 }
 
+/// Parses `received` as messages of the kernel. Returns the errors that the messages report, and all
+/// other messages.
+#[cfg(feature = "fuzz")]
+pub(crate) fn parse_all(received: &[u8]) -> (Vec<NetworkError>, Vec<Reply>) {
+    let batch = Batch::default();
+    let (mut errors, mut replies) = (Vec::new(), Vec::new());
+    for message in Messages(received) {
+        match message.kind {
+            NLMSG_ERROR | NLMSG_DONE => errors.extend(message.error(&batch)),
+            _ => replies.push(Reply {
+                body: message.body.to_vec(),
+            }),
+        }
+    }
+    (errors, replies)
+}
+
 fn last_action(batch: &Batch) -> &str {
     batch.actions.last().map_or("send netlink messages", |a| a)
 }

@@ -1,11 +1,78 @@
 //! Fuzz targets for what a streaming client sends. `tests/fuzz` runs them.
 
-use ::bytes::BytesMut;
+use ::bytes::{Bytes, BytesMut};
+use futures_util::StreamExt;
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::remotecommand::ResizeParser;
+use crate::upgrade::{Purpose, negotiate};
+use crate::websocket::{self, Codec};
 use crate::spdy;
 
 /// The names and functions of the fuzz targets in this crate.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[("spdy", spdy_connection)];
+pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+    ("resize", resize),
+    ("spdy", spdy_connection),
+    ("upgrade", upgrade),
+    ("websocket", websocket),
+];
+
+/// Parses the data of the resize channel in pieces. The first byte of `input` is the length of the
+/// pieces.
+fn resize(input: &[u8]) {
+    let Some((&size, bytes)) = input.split_first() else {
+        return;
+    };
+    let mut parser = ResizeParser::default();
+    for piece in bytes.chunks(usize::from(size).max(1)) {
+        let _ = parser.parse(piece);
+    }
+}
+
+/// Negotiates a protocol with the headers of a request. Each line of `input` is one header.
+fn upgrade(input: &[u8]) {
+    let mut headers = HeaderMap::new();
+    for line in input.split(|byte| *byte == b'\n').take(200) {
+        let mut parts = line.splitn(2, |byte| *byte == b':');
+        let name = HeaderName::from_bytes(parts.next().unwrap_or_default());
+        let value = HeaderValue::from_bytes(parts.next().unwrap_or_default().trim_ascii());
+        if let (Ok(name), Ok(value)) = (name, value) {
+            headers.append(name, value);
+        }
+    }
+    for purpose in [Purpose::Command, Purpose::PortForward] {
+        match negotiate(purpose, &headers) {
+            Ok((_, response)) => assert_eq!(response.status(), 101),
+            Err(response) => assert!(response.status().is_client_error()),
+        }
+    }
+}
+
+/// Reads the messages of a WebSocket. The first byte of `input` selects the encoding of the
+/// channels.
+fn websocket(input: &[u8]) {
+    let Some((&first, bytes)) = input.split_first() else {
+        return;
+    };
+    let codec = match first % 3 {
+        0 => Codec::Binary { close: false },
+        1 => Codec::Binary { close: true },
+        _ => Codec::Base64,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().build();
+    runtime.unwrap().block_on(async {
+        let read = Bytes::copy_from_slice(bytes);
+        let mut stream = websocket::serve(tokio::io::empty(), read).await;
+        while let Some(Ok(message)) = stream.next().await {
+            let length = message.len();
+            if let Ok(Some(websocket::ChannelMessage::Data(_, data))) =
+                codec.decode(message.into_data())
+            {
+                assert!(data.len() < length);
+            }
+        }
+    });
+}
 
 /// Parses `input` as the bytes that a client sends on a connection. The first byte of `input` is
 /// the length of the pieces in which the other bytes arrive. For each parsed frame, calls the

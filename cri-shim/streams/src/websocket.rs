@@ -71,7 +71,7 @@ pub(crate) enum ChannelMessage {
 }
 
 impl Codec {
-    fn decode(self, message: Bytes) -> io::Result<Option<ChannelMessage>> {
+    pub(crate) fn decode(self, message: Bytes) -> io::Result<Option<ChannelMessage>> {
         let Some((&first, rest)) = message.split_first() else {
             return Ok(None);
         };

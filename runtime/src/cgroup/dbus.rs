@@ -272,6 +272,22 @@ impl BusMessage {
     }
 }
 
+/// Parses `input` as a D-Bus message: sixteen bytes of the fixed header, one byte with the length of
+/// the header fields, and the fields and the body.
+#[cfg(feature = "fuzz")]
+pub(crate) fn fuzz_message(input: &[u8]) {
+    let (Some(header), Some(length), Some(rest)) = (input.get(..16), input.get(16), input.get(17..))
+    else {
+        return;
+    };
+    let (fields, body) = rest.split_at(usize::from(*length).min(rest.len()));
+    if let Some(message) = BusMessage::parse(header, fields, body.to_vec()) {
+        let _ = message.first_text();
+        let mut reader = message.reader();
+        while reader.signature().is_some() && reader.text().is_some() {}
+    }
+}
+
 /// An error that systemd sent in reply to a method call.
 #[derive(Debug)]
 pub(crate) struct Refusal {

@@ -6,6 +6,8 @@
 
 mod controllers;
 mod dbus;
+#[cfg(feature = "fuzz")]
+pub(crate) use dbus::fuzz_message as fuzz_dbus_message;
 mod devices;
 mod directory;
 mod properties;

@@ -82,7 +82,7 @@ impl Config {
         Config::from_spec(bundle, spec).map_err(|error| error.while_doing("config.json"))
     }
 
-    fn from_spec(bundle: PathBuf, mut spec: Spec) -> Result<Config> {
+    pub(crate) fn from_spec(bundle: PathBuf, mut spec: Spec) -> Result<Config> {
         check_version(&spec.oci_version)?;
         let Some(mut linux) = spec.linux.take() else {
             refuse!("linux: is missing");

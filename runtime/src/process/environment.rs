@@ -100,7 +100,7 @@ fn home_of_user(uid: u32) -> Option<String> {
     home_in_passwd(&text, uid)
 }
 
-fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
+pub(crate) fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
     text.lines().find_map(|line| {
         let mut fields = line.split(':');
         let own = fields.nth(2)?.parse::<u32>().ok()? == uid;

@@ -144,7 +144,7 @@ impl ProgramBuilder {
 }
 
 /// Interprets a filter program, and returns the filter's result for a system call.
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzz"))]
 pub(crate) fn interpret(
     program: &[SockFilter],
     architecture: u32,

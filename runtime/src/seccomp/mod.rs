@@ -10,6 +10,8 @@ pub(crate) mod architecture;
 mod bpf;
 mod compile;
 mod filter;
+#[cfg(feature = "fuzz")]
+pub(crate) mod fuzz;
 mod listener;
 mod profile;
 mod shared_page;

@@ -22,6 +22,10 @@ use rrun_fuzz::{Target, run, target, targets};
 /// can be busy.
 const INPUT_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// The number of bytes of a failed child's error output that are printed. The output ends with the
+/// message of the panic.
+const STDERR_BYTES: usize = 3000;
+
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 #[derive(Parser)]
@@ -159,11 +163,13 @@ fn run_child(
         .create(true)
         .truncate(true)
         .open(&record_path)?;
+    let stderr_path = record_path.with_extension("stderr");
     let mut child = Command::new(std::env::current_exe()?)
         .args(["child", target.name])
         .args([time.as_millis().to_string(), seed.to_string()])
         .arg(&record_path)
         .stdout(Stdio::piped())
+        .stderr(File::create(&stderr_path)?)
         .spawn()?;
     let (mut last, mut since) = (Vec::new(), Instant::now());
     let status = loop {
@@ -181,7 +187,9 @@ fn run_child(
         }
     };
     let input = recorded(&record);
+    let stderr = fs::read(&stderr_path)?;
     fs::remove_file(&record_path)?;
+    fs::remove_file(&stderr_path)?;
     if status.is_some_and(|status| status.success()) {
         let mut output = String::new();
         if let Some(mut stdout) = child.stdout {
@@ -196,8 +204,9 @@ fn run_child(
         |status| format!("kills the process ({status})"),
     );
     let file = file.display();
+    let stderr = String::from_utf8_lossy(&stderr[stderr.len().saturating_sub(STDERR_BYTES)..]);
     Ok(Err(format!(
-        "the input in {file} {what}; `rrun-fuzz one {} {file}` repeats it",
+        "{stderr}\nthe input in {file} {what}; `rrun-fuzz one {} {file}` repeats it",
         target.name
     )))
 }

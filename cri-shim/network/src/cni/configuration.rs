@@ -257,7 +257,7 @@ fn object(file: &Path, text: &str) -> Result<Map<String, Value>, String> {
 
 /// Parses a file with the configuration of a single plugin. Returns a configuration list that
 /// contains only this plugin.
-fn parse_single(file: &Path, text: &str) -> Result<ConfigurationList, String> {
+pub(super) fn parse_single(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     let plugin = object(file, text)?;
     if plugin.contains_key("plugins") {
         return Err(format!(
@@ -276,7 +276,7 @@ fn parse_single(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     checked(list)
 }
 
-fn parse_list(file: &Path, text: &str) -> Result<ConfigurationList, String> {
+pub(super) fn parse_list(file: &Path, text: &str) -> Result<ConfigurationList, String> {
     let mut all = object(file, text)?;
     let plugins = match all.remove("plugins") {
         Some(Value::Array(plugins)) => plugins,

@@ -15,6 +15,8 @@
 mod attachment;
 mod chain;
 mod configuration;
+#[cfg(feature = "fuzz")]
+pub(crate) mod fuzz;
 mod leftover;
 mod plugin;
 mod readiness;

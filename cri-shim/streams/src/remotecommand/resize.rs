@@ -19,14 +19,14 @@ struct TerminalSize {
 
 /// Parses the data of the resize channel, in which a message can arrive in several parts.
 #[derive(Default)]
-pub(super) struct ResizeParser {
+pub(crate) struct ResizeParser {
     unparsed: Vec<u8>,
 }
 
 impl ResizeParser {
     /// Parses the next bytes of the channel's data, which is a sequence of JSON objects. If these
     /// bytes complete one or more resize messages, returns the size in the last of these messages.
-    pub(super) fn parse(&mut self, bytes: &[u8]) -> Option<Winsize> {
+    pub(crate) fn parse(&mut self, bytes: &[u8]) -> Option<Winsize> {
         self.unparsed.extend_from_slice(bytes);
         let mut sizes =
             serde_json::Deserializer::from_slice(&self.unparsed).into_iter::<TerminalSize>();
