@@ -8,8 +8,11 @@ use crate::process::Process;
 use crate::process::environment::{complete, from_spec, home_in_passwd};
 use crate::seccomp;
 
-/// The names and functions of the fuzz targets in this crate.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+/// The name and the function of a fuzz target.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// The fuzz targets in this crate.
+pub const TARGETS: &[Target] = &[
     ("bundle", bundle),
     ("dbus", cgroup::fuzz_dbus_message),
     ("environment", environment),

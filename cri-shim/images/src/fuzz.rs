@@ -11,8 +11,11 @@ use super::manifest::{self, Document};
 use super::reference::{Name, is_digest};
 use super::registry;
 
-/// The names and functions of the fuzz targets in this crate.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+/// The name and the function of a fuzz target.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// The fuzz targets in this crate.
+pub const TARGETS: &[Target] = &[
     ("challenge", challenge),
     ("hosts", hosts),
     ("image-archive", image_archive),

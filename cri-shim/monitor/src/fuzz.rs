@@ -1,4 +1,7 @@
 //! Fuzz targets for what a container and a server send to a monitor. `tests/fuzz` runs them.
 
-/// The names and functions of the fuzz targets in this crate.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[];
+/// The name and the function of a fuzz target.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// The fuzz targets in this crate.
+pub const TARGETS: &[Target] = &[];

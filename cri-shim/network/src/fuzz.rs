@@ -5,8 +5,11 @@ use crate::counters::parsed;
 use crate::link::Link;
 use crate::netlink;
 
-/// The names and functions of the fuzz targets in this crate.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+/// The name and the function of a fuzz target.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// The fuzz targets in this crate.
+pub const TARGETS: &[Target] = &[
     ("cni-answer", cni_answer),
     ("cni-list", cni_list),
     ("interface-counters", interface_counters),

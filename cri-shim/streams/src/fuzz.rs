@@ -5,12 +5,15 @@ use futures_util::StreamExt;
 use hyper::header::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::remotecommand::ResizeParser;
+use crate::spdy;
 use crate::upgrade::{Purpose, negotiate};
 use crate::websocket::{self, Codec};
-use crate::spdy;
 
-/// The names and functions of the fuzz targets in this crate.
-pub const TARGETS: &[(&str, fn(&[u8]))] = &[
+/// The name and the function of a fuzz target.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// The fuzz targets in this crate.
+pub const TARGETS: &[Target] = &[
     ("resize", resize),
     ("spdy", spdy_connection),
     ("upgrade", upgrade),

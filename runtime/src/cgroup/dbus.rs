@@ -276,7 +276,8 @@ impl BusMessage {
 /// the header fields, and the fields and the body.
 #[cfg(feature = "fuzz")]
 pub(crate) fn fuzz_message(input: &[u8]) {
-    let (Some(header), Some(length), Some(rest)) = (input.get(..16), input.get(16), input.get(17..))
+    let (Some(header), Some(length), Some(rest)) =
+        (input.get(..16), input.get(16), input.get(17..))
     else {
         return;
     };

@@ -34,8 +34,8 @@ pub(crate) fn profile(input: &[u8]) {
             continue;
         };
         for architecture in &checked.architectures {
-            let multiplexer = *architecture == Architecture::X86
-                && matches!(call.name(), "socketcall" | "ipc");
+            let multiplexer =
+                *architecture == Architecture::X86 && matches!(call.name(), "socketcall" | "ipc");
             let Some(number) = call.number(*architecture).filter(|_| !multiplexer) else {
                 continue;
             };
@@ -43,7 +43,8 @@ pub(crate) fn profile(input: &[u8]) {
                 let found = interpret(&program, architecture.audit(), number, &args);
                 let expected = expected(&checked, entries, *call, *architecture, args);
                 assert_eq!(
-                    found, expected,
+                    found,
+                    expected,
                     "{} on {architecture:?} with {args:x?}",
                     call.name()
                 );

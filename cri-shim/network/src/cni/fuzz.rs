@@ -33,6 +33,9 @@ pub(crate) fn cni_answer(input: &[u8]) {
     let before = result::addresses(&answer, "eth0");
     for version in [Version::V0_3_1, Version::V0_4_0, Version::V1_0_0] {
         let converted = result::in_version(answer.clone(), version);
-        assert_eq!(result::addresses(&converted, "eth0").ok(), before.clone().ok());
+        assert_eq!(
+            result::addresses(&converted, "eth0").ok(),
+            before.clone().ok()
+        );
     }
 }
