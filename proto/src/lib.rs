@@ -13,6 +13,9 @@ pub mod v1 {
 
 use std::fmt;
 
+/// The trait with which messages are encoded and decoded.
+pub use prost::Message;
+
 /// The CRI definition marks the secret fields of AuthConfig with `debug_redact`, an option that
 /// prost ignores. Without this implementation of `Debug`, a log message with `{request:?}` would
 /// contain the password for a registry.

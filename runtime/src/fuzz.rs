@@ -28,6 +28,12 @@ pub(crate) fn assert_sentence(error: &impl std::fmt::Display) {
     assert!((5..100_000).contains(&length), "{length} bytes: {error}");
 }
 
+/// Parses and checks a config.json that the CRI server wrote.
+pub fn bundle_of_server(input: &[u8]) {
+    serde_json::from_slice::<spec::Spec>(input).unwrap();
+    bundle(input);
+}
+
 /// Parses and checks config.json. The root file system of the bundle is the directory `rootfs`.
 fn bundle(input: &[u8]) {
     let directory = std::env::temp_dir().join("rrun-fuzz-bundle");

@@ -28,6 +28,7 @@ pub fn targets() -> Vec<Target> {
         rrun_monitor::fuzz::TARGETS,
         rrun_network::fuzz::TARGETS,
         rrun_streams::fuzz::TARGETS,
+        &[("container-request", container_request)],
     ]
     .concat()
     .into_iter()
@@ -35,6 +36,14 @@ pub fn targets() -> Vec<Target> {
     .collect();
     all.sort_by_key(|target| target.name);
     all
+}
+
+/// Builds config.json from a request of the CRI, and passes the result to the runtime. The runtime
+/// can refuse a value, but not the format.
+fn container_request(input: &[u8]) {
+    if let Some(text) = rrun_cri::fuzz::container_request(input) {
+        rrun::fuzz::bundle_of_server(text.as_bytes());
+    }
 }
 
 /// Returns the target with this name.

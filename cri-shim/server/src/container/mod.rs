@@ -17,6 +17,8 @@ pub(crate) mod capabilities;
 pub(crate) mod cdi;
 pub(crate) mod create;
 pub(crate) mod devices;
+#[cfg(feature = "fuzz")]
+pub(crate) mod fuzz;
 pub(crate) mod idmap;
 pub(crate) mod image_volume;
 pub(crate) mod mounts;

@@ -33,6 +33,12 @@ pub(crate) struct Accounts {
 }
 
 impl Accounts {
+    /// Returns accounts with these contents of passwd and group.
+    #[cfg(feature = "fuzz")]
+    pub(crate) fn of_files(passwd: String, group: String) -> Self {
+        Accounts { passwd, group }
+    }
+
     /// Reads etc/passwd and etc/group in `rootfs`. Symbolic links can't lead outside `rootfs`.
     /// This call blocks.
     pub(crate) fn read(rootfs: &Path) -> Result<Self> {

@@ -26,6 +26,12 @@ const ANNOTATION: &str = "cdi.k8s.io/";
 #[derive(Debug, Default)]
 pub(crate) struct DeviceEdits(Vec<Arc<ContainerEdits>>);
 
+/// Parses and checks the text of a CDI file.
+#[cfg(feature = "fuzz")]
+pub(crate) fn check_file(text: &str, is_json: bool) -> std::result::Result<(), String> {
+    spec_file::SpecFile::parse(text, is_json).map(drop)
+}
+
 /// Returns the device names in the request and in its annotations, without duplicates.
 fn requested(config: &ContainerConfig) -> Vec<&str> {
     let fields = config.cdi_devices.iter().map(|device| device.name.as_str());
