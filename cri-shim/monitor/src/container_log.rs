@@ -18,7 +18,7 @@ use super::timestamp::Timestamp;
 
 /// The length in bytes above which a line is cut into parts. containerd and CRI-O use the same
 /// length.
-const MAX_LINE_BYTES: usize = 16 << 10;
+pub(crate) const MAX_LINE_BYTES: usize = 16 << 10;
 
 /// The maximum number of bytes that one read returns. A pipe has this capacity by default.
 const READ_BYTES: usize = 64 << 10;
@@ -175,7 +175,12 @@ impl ContainerLog {
 /// Appends the lines of `input` to `pending` in the log's format, and returns the number of
 /// appended lines. `input` begins with the previous contents of `partial`. An incomplete line at
 /// the end of `input` becomes the new contents of `partial`.
-fn push_lines(pending: &mut Vec<u8>, partial: &mut Vec<u8>, stream: Stream, input: &[u8]) -> u64 {
+pub(crate) fn push_lines(
+    pending: &mut Vec<u8>,
+    partial: &mut Vec<u8>,
+    stream: Stream,
+    input: &[u8],
+) -> u64 {
     let mut rest = input;
     let mut batch = Batch::new(stream, pending);
     loop {

@@ -61,7 +61,11 @@ fn pod_request(input: &[u8]) {
     if let Some(linux) = &config.linux {
         for driver in [CgroupDriver::Cgroupfs, CgroupDriver::Systemd] {
             if let Ok(path) = cgroup::of_pod(driver, &linux.cgroup_parent) {
-                assert!(!Path::new(&path).components().any(|part| part.as_os_str() == ".."));
+                assert!(
+                    !Path::new(&path)
+                        .components()
+                        .any(|part| part.as_os_str() == "..")
+                );
             }
         }
     }
