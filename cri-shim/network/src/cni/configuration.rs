@@ -30,6 +30,9 @@ pub(super) enum Version {
     V1_1_0,
 }
 
+/// The number of characters of a value that an error shows.
+const SHOWN_CHARACTERS: usize = 100;
+
 impl Version {
     const ALL: [Version; 5] = [
         Version::V0_3_0,
@@ -339,13 +342,14 @@ fn checked(list: ConfigurationList) -> Result<ConfigurationList, String> {
         if kind.is_empty() || kind.contains(['/', '\0']) || kind == "." || kind == ".." {
             return Err(format!(
                 "{file}: \"type\" of plugins[{at}] is {}; it has to be the name of a plugin's binary",
-                plugin.get("type").unwrap_or(&Value::Null)
+                shown(plugin.get("type").unwrap_or(&Value::Null))
             ));
         }
         let capabilities = plugin.get("capabilities");
         if capabilities.is_some_and(|value| !value.is_object()) {
             return Err(format!(
-                "{file}: \"capabilities\" of plugins[{at}] ({kind}) is not an object"
+                "{file}: \"capabilities\" of plugins[{at}] ({}) is not an object",
+                shown(kind)
             ));
         }
     }
@@ -360,8 +364,9 @@ fn boolean(file: &Path, all: &Map<String, Value>, key: &str) -> Result<bool, Str
         // contain `"true"` or `"false"`.
         Some(Value::String(text)) if text == "true" || text == "false" => Ok(text == "true"),
         Some(other) => Err(format!(
-            "{}: {key:?} is {other}; it has to be true or false",
-            file.display()
+            "{}: {key:?} is {}; it has to be true or false",
+            file.display(),
+            shown(other)
         )),
     }
 }
@@ -374,11 +379,21 @@ fn name(file: &Path, all: &Map<String, Value>) -> Result<String, String> {
             .all(|byte| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte));
     if !is_name {
         return Err(format!(
-            "{}: \"name\" is {name:?}; it has to consist of letters, digits, _ . and -, and to begin with a letter or digit",
-            file.display()
+            "{}: \"name\" is \"{}\"; it has to consist of letters, digits, _ . and -, and to begin with a letter or digit",
+            file.display(),
+            shown(name.escape_debug())
         ));
     }
     Ok(name.to_owned())
+}
+
+/// Returns the text of a value for an error. Only the first 100 characters of a long text are shown.
+pub(super) fn shown(value: impl fmt::Display) -> String {
+    let text = value.to_string();
+    match text.char_indices().nth(SHOWN_CHARACTERS) {
+        Some((end, _)) => format!("{}…", &text[..end]),
+        None => text,
+    }
 }
 
 /// Returns the highest CNI version in `cniVersions` and `cniVersion` that rrun-cri supports.
@@ -392,7 +407,7 @@ fn version(file: &Path, all: &Map<String, Value>) -> Result<Version, String> {
         let offered = if offered.is_empty() {
             "absent, which means 0.1.0".to_owned()
         } else {
-            offered.join(", ")
+            shown(offered.join(", "))
         };
         format!(
             "{}: \"cniVersion\" is {offered}; rrun-cri supports 0.3.0, 0.3.1, 0.4.0, 1.0.0 and 1.1.0",

@@ -5,7 +5,7 @@ use std::net::IpAddr;
 
 use serde_json::{Map, Value};
 
-use super::configuration::Version;
+use super::configuration::{Version, shown};
 
 /// Converts a plugin's result to the format of the network's CNI version. The server passes the
 /// converted result as prevResult to the next plugin, and to CHECK and DEL. The formats of the
@@ -48,6 +48,7 @@ pub(super) fn addresses(result: &Value, interface: &str) -> Result<Vec<IpAddr>, 
     for ip in ips {
         let read = ip.as_object().and_then(address);
         let read = read.ok_or_else(|| {
+            let ip = shown(ip);
             format!("the field ips of the result contains {ip}, which is not an address")
         })?;
         if is_of(result, ip, interface)? {
@@ -75,7 +76,9 @@ fn is_of(result: &Value, ip: &Value, interface: &str) -> Result<bool, String> {
     match named {
         Some(name) => Ok(name == interface),
         None => Err(format!(
-            "{ip} refers to the interface {index}, which the result does not contain"
+            "{} refers to the interface {}, which the result does not contain",
+            shown(ip),
+            shown(index)
         )),
     }
 }
