@@ -372,6 +372,36 @@ fn calls_through_socketcall_and_ipc_are_filtered_on_32_bit_x86() {
     assert_eq!(filter.call(X86, "socketcall", &[2]), ALLOW);
 }
 
+/// The kernel reads only the lower half of these arguments.
+#[test]
+fn no_bit_of_an_upper_half_bypasses_the_default_profile() {
+    let text = include_str!("../../../tests/seccomp/default.json");
+    let filter = CompiledProfile::on(X86_64, serde_json::from_str(text).unwrap());
+    const ALG: u64 = 38;
+    const VSOCK: u64 = 40;
+    for upper in [0, 1, 2, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff] {
+        for architecture in [X86_64, X32] {
+            let call = |name, lower| filter.call(architecture, name, &[lower | upper << 32]);
+            for family in 0..64 {
+                let known = family < 46 && family != ALG && family != VSOCK;
+                let answer = if known { ALLOW } else { EPERM };
+                assert_eq!(call("socket", family), answer, "{family}");
+                assert_eq!(call("socketpair", family), answer, "{family}");
+            }
+            assert_eq!(call("personality", 0x4_0000), EPERM);
+            assert_eq!(call("personality", 8), ALLOW);
+            assert_eq!(call("clone", libc::CLONE_NEWUSER as u64), EPERM);
+            assert_eq!(call("clone", libc::CLONE_VM as u64), ALLOW);
+        }
+    }
+    for family in [ALG, VSOCK] {
+        assert_eq!(filter.call(X86, "socket", &[family]), EPERM);
+    }
+    for operation in 0..32 {
+        assert_eq!(filter.call(X86, "socketcall", &[operation]), ENOSYS);
+    }
+}
+
 #[test]
 fn a_profile_with_a_rule_for_each_call_fits_into_a_filter() {
     let rules: Vec<Value> = (0..470u32)

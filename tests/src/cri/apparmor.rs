@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use crate::support::machine::{Result, command};
 use crate::support::needs::{APPARMOR, Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
+use crate::support::seccomp::CALLS_32;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -13,6 +14,21 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE,
         APPARMOR,
         PARSER
+    ),
+    test!(
+        the_default_apparmor_profile_denies_the_sockets_that_a_seccomp_filter_can_not_deny,
+        A_NODE,
+        APPARMOR,
+        PARSER,
+        Need::RrunCri,
+        CALLS_32
+    ),
+    test!(
+        a_new_server_replaces_the_default_apparmor_profile_of_an_earlier_version,
+        A_NODE,
+        APPARMOR,
+        PARSER,
+        Need::RrunCri
     ),
     test!(
         a_container_can_use_an_apparmor_profile_that_the_node_has_loaded,
@@ -27,6 +43,12 @@ pub(crate) const TESTS: &[Test] = &[
 ];
 
 const PARSER: Need = Need::Program("apparmor_parser");
+
+/// The number of the system call socket(2).
+#[cfg(target_arch = "x86_64")]
+const SOCKET: &str = "41";
+#[cfg(target_arch = "aarch64")]
+const SOCKET: &str = "198";
 
 /// Runs a container with the security context `context`. Returns the container's exit code and
 /// output.
@@ -93,6 +115,56 @@ fn containers_run_under_the_default_apparmor_profile_unless_they_opt_out() -> Re
         ensure!(
             output.contains("refused"),
             "the default profile does not refuse a mount; output of the mount command: {output}"
+        );
+        Ok(())
+    })
+}
+
+fn the_default_apparmor_profile_denies_the_sockets_that_a_seccomp_filter_can_not_deny() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let default = json!({ "seccomp": { "profile_type": 0 } });
+        for (family, expected) in [("38", "EACCES"), ("40", "EACCES"), ("1", "3"), ("2", "3")] {
+            let command = ["/inside", "socketcall", "1", family, "1"];
+            let (_, output) = outcome(node, default.clone(), &command)?;
+            ensure_eq!(
+                output.trim(),
+                expected,
+                "result of socketcall(2) for a socket of the family {family}"
+            );
+        }
+        // Without AppArmor, the seccomp filter denies socketcall.
+        let mut unconfined = default;
+        unconfined["apparmor"] = json!({ "profile_type": 1 });
+        let (_, output) = outcome(node, unconfined, &["/inside", "socketcall", "1", "1", "1"])?;
+        ensure_eq!(
+            output.trim(),
+            "ENOSYS",
+            "result of socketcall(2) in a container without an AppArmor profile"
+        );
+        // AppArmor also restricts a container without a seccomp filter.
+        let (_, output) = outcome(node, json!({}), &["/inside", "call", SOCKET, "38", "5"])?;
+        ensure_eq!(
+            output.trim(),
+            "EACCES",
+            "result of socket(AF_ALG) in a container without a seccomp filter"
+        );
+        Ok(())
+    })
+}
+
+fn a_new_server_replaces_the_default_apparmor_profile_of_an_earlier_version() -> Result {
+    let earlier = "profile rrun-default flags=(attach_disconnected,mediate_deleted) {\n  file,\n  network,\n  capability,\n}\n";
+    command("apparmor_parser", ["--replace", "--skip-cache"])
+        .stdin(earlier)
+        .ok()?;
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let (_, output) = outcome(node, json!({}), &["/inside", "call", SOCKET, "38", "5"])?;
+        ensure_eq!(
+            output.trim(),
+            "EACCES",
+            "result of socket(AF_ALG) in a container of the new server"
         );
         Ok(())
     })

@@ -6,9 +6,10 @@ use std::fs;
 use nix::libc;
 use serde_json::{Value, json};
 
-use crate::support::machine::Result;
+use crate::support::machine::{Result, program_path};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
+use crate::support::seccomp::CALLS_32;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -19,6 +20,23 @@ pub(crate) const TESTS: &[Test] = &[
     test!(
         capabilities_allow_more_system_calls_in_the_default_seccomp_profile,
         A_NODE
+    ),
+    test!(
+        bits_that_the_kernel_ignores_do_not_bypass_the_default_seccomp_profile,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        the_default_seccomp_profile_restricts_32_bit_programs,
+        A_NODE,
+        Need::RrunCri,
+        CALLS_32
+    ),
+    test!(
+        the_configuration_decides_whether_32_bit_programs_can_use_socketcall,
+        A_NODE,
+        Need::RrunCri,
+        CALLS_32
     ),
     test!(
         containers_get_no_seccomp_filter_if_they_are_privileged_or_unconfined_or_have_no_profile,
@@ -54,9 +72,14 @@ fn report(node: &Node, pod: &(String, Value), container: &Value) -> Result<Value
 }
 
 fn a_pod(node: &Node) -> Result<(String, Value)> {
+    a_pod_by(node, "")
+}
+
+/// Runs a pod with the runtime handler `handler`.
+fn a_pod_by(node: &Node, handler: &str) -> Result<(String, Value)> {
     node.pull(BUSYBOX)?;
     let pod = node.pod("seccomp");
-    Ok((node.runp(&pod)?, pod))
+    Ok((node.runp_by(handler, &pod)?, pod))
 }
 
 /// Makes the system calls `calls` in a running container and checks their results. The command
@@ -73,6 +96,26 @@ fn calls(node: &Node, id: &str, calls: &[(&[i64], &str)]) -> Result {
             words.join(" ")
         );
     }
+    Ok(())
+}
+
+/// Runs a container with the default profile, which then sleeps, and returns the container's id.
+/// The container's pod has the runtime handler `handler`.
+fn sleeper(node: &Node, handler: &str) -> Result<String> {
+    let pod = a_pod_by(node, handler)?;
+    let profile = json!({ "profile_type": RUNTIME_DEFAULT });
+    let container = confined(node, "default", &["/inside", "sleep", "600"], profile);
+    node.run(&pod.0, &pod.1, &container)
+}
+
+/// Runs `inside` with the words `command` in a running container, and checks its output.
+fn prints(node: &Node, id: &str, command: &[&str], expected: &[&str]) -> Result {
+    let output = node.asks(&[&["exec", "-s", id, "/inside"], command].concat())?;
+    ensure!(
+        expected.contains(&output.as_str()),
+        "`inside {}` prints {output}, but the test expects one of {expected:?}",
+        command.join(" ")
+    );
     Ok(())
 }
 
@@ -125,6 +168,106 @@ fn the_runtime_default_seccomp_profile_denies_dangerous_system_calls() -> Result
                 &id,
                 &[(&[libc::SYS_socket, libc::AF_ALG as i64], "EPERM")],
             )?;
+        }
+        Ok(())
+    })
+}
+
+/// Runs `test` with a container of each installed runtime. All runtimes must compile the default
+/// profile to equivalent filters.
+fn by_each_runtime(test: fn(&Node, &str) -> Result) -> Result {
+    on_a_node(|node| {
+        for handler in ["", "runc", "crun"] {
+            if handler.is_empty() || program_path(handler).is_some() {
+                let tested = sleeper(node, handler).and_then(|id| test(node, &id));
+                tested.map_err(|failed| {
+                    let message = failed.message().unwrap_or_default();
+                    format!("test of the runtime handler {handler:?}: {message}")
+                })?;
+                node.asks(&["rmp", "--all", "--force"])?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// The kernel reads only the lower half of an argument of type `int`, but a filter compares both
+/// halves.
+fn bits_that_the_kernel_ignores_do_not_bypass_the_default_seccomp_profile() -> Result {
+    by_each_runtime(|node, id| {
+        let (alg, vsock) = (i64::from(libc::AF_ALG), i64::from(libc::AF_VSOCK));
+        for bits in [1 << 32, -1 << 32] {
+            for family in [alg, vsock] {
+                for call in [libc::SYS_socket, libc::SYS_socketpair] {
+                    calls(node, id, &[(&[call, family | bits, 1], "EPERM")])?;
+                }
+            }
+            calls(
+                node,
+                id,
+                &[
+                    (&[libc::SYS_clone, NEWUSER | bits], "EPERM"),
+                    (&[libc::SYS_personality, 0x4_0000 | bits], "EPERM"),
+                    // The kernel ignores the bits, so these system calls are harmless.
+                    (&[libc::SYS_socket, i64::from(libc::AF_UNIX) | bits, 1], "3"),
+                    (&[libc::SYS_personality, 0xffff_ffff | bits], "0"),
+                ],
+            )?;
+        }
+        #[cfg(target_arch = "x86_64")]
+        for family in [alg, vsock] {
+            const X32: i64 = 0x4000_0000;
+            let number = libc::SYS_socket | X32;
+            calls(node, id, &[(&[number, family | 1 << 32, 1], "EPERM")])?;
+        }
+        Ok(())
+    })
+}
+
+/// 32-bit x86 system calls with their arguments, each with its result under the default profile.
+const CALLS_OF_32_BITS: [(&[&str], &str); 12] = [
+    (&["359", "38", "5"], "EPERM"),   // socket(AF_ALG)
+    (&["359", "40", "1"], "EPERM"),   // socket(AF_VSOCK)
+    (&["359", "1", "1"], "3"),        // socket(AF_UNIX)
+    (&["360", "38", "5"], "EPERM"),   // socketpair(AF_ALG)
+    (&["120", "268435456"], "EPERM"), // clone(CLONE_NEWUSER)
+    (&["310", "268435456"], "EPERM"), // unshare(CLONE_NEWUSER)
+    (&["435"], "ENOSYS"),             // clone3
+    (&["136", "262144"], "EPERM"),    // personality(ADDR_NO_RANDOMIZE)
+    (&["21"], "EPERM"),               // mount
+    (&["288"], "EPERM"),              // keyctl
+    (&["357"], "EPERM"),              // bpf
+    (&["425"], "EPERM"),              // io_uring_setup
+];
+
+fn the_default_seccomp_profile_restricts_32_bit_programs() -> Result {
+    by_each_runtime(|node, id| {
+        for (call, expected) in CALLS_OF_32_BITS {
+            prints(node, id, &[&["call32"], call].concat(), &[expected])?;
+        }
+        // With AppArmor, the profile allows socketcall, and AppArmor denies the families.
+        for family in ["38", "40"] {
+            for operation in ["1", "8"] {
+                let command = ["socketcall", operation, family, "1"];
+                prints(node, id, &command, &["ENOSYS", "EACCES"])?;
+            }
+        }
+        Ok(())
+    })
+}
+
+fn the_configuration_decides_whether_32_bit_programs_can_use_socketcall() -> Result {
+    on_a_node(|node| {
+        let config = node.join("config.toml");
+        let text = fs::read_to_string(&config)?;
+        for (value, expected) in [("allow", "3"), ("deny", "ENOSYS")] {
+            fs::write(&config, format!("seccomp_socketcall = {value:?}\n{text}"))?;
+            node.terminate_server()?;
+            node.start_server()?;
+            let id = sleeper(node, "")?;
+            let unix = ["socketcall", "1", "1", "1"];
+            prints(node, &id, &unix, &[expected])?;
+            node.asks(&["rmp", "--all", "--force"])?;
         }
         Ok(())
     })

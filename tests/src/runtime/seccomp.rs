@@ -7,7 +7,8 @@ use crate::support::bundle::Bundle;
 use crate::support::machine::{Directory, Result, command, deadline, note};
 use crate::support::needs::{Need, Test};
 use crate::support::seccomp::{
-    LEAST_PROGRAM, REFUSING, but, filtered, for_getpgid, getpgid, least, with_least_program,
+    CALLS_32, LEAST_PROGRAM, REFUSING, but, filtered, for_getpgid, getpgid, least,
+    with_least_program,
 };
 use crate::{ensure, ensure_eq, test};
 
@@ -52,14 +53,6 @@ pub(crate) const TESTS: &[Test] = &[
 
 /// The number of the 32-bit x86 system call getpid(2).
 const GETPID_32: &str = "20";
-
-/// A kernel for x86-64 that also supports 32-bit system calls. To check this, a shell runs the
-/// command below. The parent of the shell is the test program, so the command executes the test
-/// program again. Because RRUN_E2E_INSIDE is set, the test program acts as the program `inside`.
-const CALLS_32: Need = Need::Works(
-    "32-bit system calls",
-    "RRUN_E2E_INSIDE=1 exec /proc/$PPID/exe call32 20",
-);
 
 /// Runs `inside` with the arguments `args` and the seccomp profile `profile`, and returns its exit
 /// code and output.

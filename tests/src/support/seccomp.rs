@@ -5,6 +5,15 @@ use serde_json::{Value, json};
 
 use crate::support::bundle::Bundle;
 use crate::support::machine::Result;
+use crate::support::needs::Need;
+
+/// A kernel for x86-64 that also supports 32-bit system calls. To check this, a shell runs the
+/// command below. The parent of the shell is the test program, so the command executes the test
+/// program again. Because RRUN_E2E_INSIDE is set, the test program acts as the program `inside`.
+pub(crate) const CALLS_32: Need = Need::Works(
+    "32-bit system calls",
+    "RRUN_E2E_INSIDE=1 exec /proc/$PPID/exe call32 20",
+);
 
 /// Returns a bundle with the seccomp profile `profile`.
 pub(crate) fn filtered(profile: Value, args: &[&str]) -> Result<Bundle> {

@@ -14,6 +14,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use super::rlimit::Rlimit;
 use super::runtime_handler::RuntimeHandler;
 use crate::cgroup::{CgroupDriver, slice};
+use crate::container::seccomp::Socketcall;
 use rrun_images::ImageSettings;
 use rrun_network::CniSettings;
 use rrun_network::NetworkConfig;
@@ -54,6 +55,8 @@ pub(crate) struct Config {
     pub restrict_oom_score_adj: bool,
     /// The seccomp profile of containers that request no profile.
     pub unset_seccomp_profile: String,
+    /// Whether the default seccomp profile allows the system call socketcall.
+    pub seccomp_socketcall: Socketcall,
     /// True if pods get SELinux labels.
     pub enable_selinux: bool,
     /// The number of SELinux categories. Each pod's SELinux level contains two of these categories.
@@ -120,6 +123,7 @@ impl Default for Config {
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),
             restrict_oom_score_adj: false,
             unset_seccomp_profile: "unconfined".to_owned(),
+            seccomp_socketcall: Socketcall::Auto,
             enable_selinux: false,
             selinux_category_range: 1024,
             default_cgroup_parent: None,

@@ -8,6 +8,8 @@
 use std::io::Write as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rrun_proto::v1::security_profile::ProfileType;
 use rrun_proto::v1::{LinuxContainerSecurityContext, SecurityProfile};
@@ -16,11 +18,17 @@ use rrun_calls::error::{During, Error, Result};
 
 const ENABLED: &str = "/sys/module/apparmor/parameters/enabled";
 const LOADED: &str = "/sys/kernel/security/apparmor/profiles";
+/// The address families that the kernel's AppArmor can restrict.
+const FAMILIES: &str = "/sys/kernel/security/apparmor/features/network_v8/af_mask";
 const PARSER: &str = "apparmor_parser";
 /// The prefix in the name of a requested profile that the node's administrator has loaded.
 const LOCALHOST: &str = "localhost/";
 /// The name of the default profile. Containers get it if they request RuntimeDefault or no profile.
 const DEFAULT: &str = "rrun-default";
+/// The address families that the default profile denies, as the default seccomp profile does
+/// (`SOCKET_FAMILIES` in seccomp_default.rs). AppArmor also denies them to 32-bit x86 programs that
+/// use the system call socketcall.
+const DENIED_FAMILIES: [&str; 2] = ["alg", "vsock"];
 
 /// Returns the requested profile. A request that does not specify a profile means RuntimeDefault.
 fn requested(context: &LinuxContainerSecurityContext) -> Result<SecurityProfile> {
@@ -103,9 +111,26 @@ fn is_loaded(name: &str) -> Result<bool> {
     }))
 }
 
-/// Loads the default AppArmor profile into the kernel, unless it is loaded already.
+/// Returns true if the container's AppArmor profile `profile` denies the address families that the
+/// default seccomp profile denies.
+pub(super) fn restricts_families(profile: Option<&str>) -> bool {
+    static BY_KERNEL: OnceLock<bool> = OnceLock::new();
+    profile == Some(DEFAULT)
+        && *BY_KERNEL.get_or_init(|| {
+            // The kernel's securityfs provides this file, so opening it by its path is safe.
+            let families = std::fs::read_to_string(FAMILIES).unwrap_or_default();
+            let restricted: Vec<&str> = families.split_whitespace().collect();
+            DENIED_FAMILIES
+                .iter()
+                .all(|family| restricted.contains(family))
+        })
+}
+
+/// Loads the default AppArmor profile into the kernel, unless this server has loaded it already. A
+/// profile that an earlier version of the server loaded is replaced.
 fn load_default() -> Result<()> {
-    if is_loaded(DEFAULT)? {
+    static IS_CURRENT: AtomicBool = AtomicBool::new(false);
+    if IS_CURRENT.load(Ordering::Relaxed) && is_loaded(DEFAULT)? {
         return Ok(());
     }
     let doing = || format!("load the AppArmor profile {DEFAULT} with {PARSER}");
@@ -129,15 +154,23 @@ fn load_default() -> Result<()> {
             stderr.split_whitespace().collect::<Vec<_>>().join(" ")
         )));
     }
+    IS_CURRENT.store(true, Ordering::Relaxed);
     log::info!("loaded the AppArmor profile {DEFAULT}");
     Ok(())
 }
 
-/// Returns the text of the default AppArmor profile. The profile denies mounts, and access to the
-/// files in /proc and /sys that a container does not need. The container's capabilities, seccomp
-/// profile and mounts restrict the container further.
+/// Returns the text of the default AppArmor profile. The profile denies mounts, the address
+/// families in [`DENIED_FAMILIES`], and access to the files in /proc and /sys that a container does
+/// not need. The container's capabilities, seccomp profile and mounts restrict the container
+/// further.
 fn default_profile(tree: &Path) -> String {
     let has = |name: &str| tree.join(name).exists();
+    // AppArmor 3 and later compile a profile without this line for the features of an old kernel,
+    // if the distribution configures the parser so. With the features of AppArmor 4 and later, the
+    // rule `network` would no longer include Unix sockets.
+    let abi = if has("abi/3.0") { "abi <abi/3.0>," } else { "" };
+    let denied = DENIED_FAMILIES.map(|family| format!("deny network {family},"));
+    let denied = denied.join("\n  ");
     let before = if has("tunables/global") {
         "include <tunables/global>"
     } else {
@@ -149,11 +182,13 @@ fn default_profile(tree: &Path) -> String {
         ""
     };
     format!(
-        "{before}
+        "{abi}
+{before}
 profile {DEFAULT} flags=(attach_disconnected,mediate_deleted) {{
   {base}
   file,
   network,
+  {denied}
   capability,
   umount,
   deny mount,

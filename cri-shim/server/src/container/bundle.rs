@@ -43,6 +43,8 @@ pub(super) struct Inputs<'a> {
 struct Security {
     context: LinuxContainerSecurityContext,
     capabilities: capabilities::CapabilitySets,
+    /// The name of the container's AppArmor profile.
+    apparmor: Option<String>,
     /// The value of `linux.seccomp`.
     seccomp: Option<SeccompFilter>,
     selinux: Option<Labels>,
@@ -82,8 +84,11 @@ fn security(inputs: &Inputs<'_>) -> Result<Security> {
         context.privileged,
         capabilities::bounding_set(),
     )?;
-    let profile = SeccompProfile::of(&context, &inputs.node.config.unset_seccomp_profile)?;
-    let seccomp = profile.profile(capabilities)?;
+    let apparmor = apparmor::profile(&context)?;
+    let config = &inputs.node.config;
+    let profile = SeccompProfile::of(&context, &config.unset_seccomp_profile)?;
+    let socketcall = config.seccomp_socketcall.is_allowed(apparmor.as_deref());
+    let seccomp = profile.profile(capabilities, socketcall)?;
     let selinux = match &inputs.sandbox.selinux {
         Some(pod) => {
             let options = context.selinux_options.clone().unwrap_or_default();
@@ -94,6 +99,7 @@ fn security(inputs: &Inputs<'_>) -> Result<Security> {
     Ok(Security {
         context,
         capabilities,
+        apparmor,
         seccomp,
         selinux,
     })
@@ -224,7 +230,7 @@ fn write_config(
         annotations: handler.map_or_else(Default::default, |handler| {
             annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)
         }),
-        apparmor: apparmor::profile(context)?,
+        apparmor: security.apparmor,
         capabilities: security.capabilities,
         seccomp: security.seccomp,
         selinux: security.selinux,

@@ -6,11 +6,11 @@ use oci_spec::runtime::LinuxSeccomp;
 use rrun_proto::v1::security_profile::ProfileType;
 use rrun_proto::v1::{LinuxContainerSecurityContext, SecurityProfile};
 use rustix::fs::OFlags;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::capabilities::CapabilitySets;
-use super::seccomp_default;
+use super::{apparmor, seccomp_default};
 use rrun_calls::error::{Error, Result};
 use rrun_kernel::regular_file;
 
@@ -35,6 +35,31 @@ impl std::fmt::Display for SeccompProfile {
             SeccompProfile::Unconfined => formatter.write_str("unconfined"),
             SeccompProfile::RuntimeDefault => formatter.write_str("runtime/default"),
             SeccompProfile::Localhost(path) => write!(formatter, "localhost/{}", path.display()),
+        }
+    }
+}
+
+/// Whether the default profile allows the system call socketcall of 32-bit x86 programs. A seccomp
+/// filter can't restrict the address family of a socket that a program creates through socketcall.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Socketcall {
+    /// The profile allows socketcall if the container's AppArmor profile restricts the address
+    /// families.
+    #[default]
+    Auto,
+    Allow,
+    Deny,
+}
+
+impl Socketcall {
+    /// Returns true if the default profile of a container with the AppArmor profile `apparmor`
+    /// allows socketcall.
+    pub(crate) fn is_allowed(self, apparmor: Option<&str>) -> bool {
+        match self {
+            Socketcall::Auto => apparmor::restricts_families(apparmor),
+            Socketcall::Allow => true,
+            Socketcall::Deny => false,
         }
     }
 }
@@ -112,11 +137,16 @@ impl SeccompProfile {
     }
 
     /// Returns the value of `linux.seccomp` in config.json. Blocks if the profile is in a file.
-    pub(crate) fn profile(&self, capabilities: CapabilitySets) -> Result<Option<SeccompFilter>> {
+    /// `socketcall` is true if the default profile allows socketcall.
+    pub(crate) fn profile(
+        &self,
+        capabilities: CapabilitySets,
+        socketcall: bool,
+    ) -> Result<Option<SeccompFilter>> {
         match self {
             SeccompProfile::Unconfined => Ok(None),
             SeccompProfile::RuntimeDefault => {
-                let profile = seccomp_default::profile(capabilities)?;
+                let profile = seccomp_default::profile(capabilities, socketcall)?;
                 Ok(Some(SeccompFilter::Default(profile)))
             }
             SeccompProfile::Localhost(path) => {
@@ -203,8 +233,8 @@ mod tests {
         std::fs::create_dir_all(&directory).unwrap();
         let file = directory.join("profile.json");
         let failure = |path: &Path| {
-            let read =
-                SeccompProfile::Localhost(path.to_owned()).profile(CapabilitySets::default());
+            let read = SeccompProfile::Localhost(path.to_owned())
+                .profile(CapabilitySets::default(), false);
             read.err().map(|error| error.sentence().to_owned())
         };
         for (text, word) in [

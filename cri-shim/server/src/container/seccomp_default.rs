@@ -404,10 +404,7 @@ const GROUPS: &[Group] = &[
         "timerfd_settime64",
         "times",
     ]),
-    // System calls on existing sockets. Separate rules cover the system call socket. On 32-bit x86,
-    // socketcall can perform every socket operation, including socket. A filter can't see the
-    // operation that a program requests from socketcall. The rules for socket therefore do not
-    // restrict socketcall.
+    // System calls on existing sockets. Separate rules cover socket, socketpair and socketcall.
     everyone(&[
         "accept",
         "accept4",
@@ -428,8 +425,6 @@ const GROUPS: &[Group] = &[
         "sendto",
         "setsockopt",
         "shutdown",
-        "socketcall",
-        "socketpair",
     ]),
     // System calls for System V and POSIX IPC, which are restricted to the container's IPC
     // namespace.
@@ -565,14 +560,22 @@ const CLONE_NAMESPACES: u32 = 0x7e02_0000;
 const EPERM: u32 = 1;
 const ENOSYS: u32 = 38;
 
-/// The address families that are allowed for socket(2): all except AF_ALG (38) and AF_VSOCK (40).
-/// AF_ALG gives access to the kernel's cryptography, for which programs can use libraries instead.
-/// In 2026, programs could still use AF_ALG to become root. AF_VSOCK reaches the hypervisor and
-/// other virtual machines, and the network namespace does not restrict it.
-const SOCKET_FAMILIES: [(LinuxSeccompOperator, u32); 3] = [
-    (LinuxSeccompOperator::ScmpCmpLt, 38),
-    (LinuxSeccompOperator::ScmpCmpEq, 39),
-    (LinuxSeccompOperator::ScmpCmpGt, 40),
+/// The address families that are allowed for socket(2) and socketpair(2): all families of Linux
+/// 6.18 except AF_ALG (38) and AF_VSOCK (40). AF_ALG gives access to the kernel's cryptography, for
+/// which programs can use libraries instead. In 2026, programs could still use AF_ALG to become
+/// root. AF_VSOCK reaches the hypervisor and other virtual machines, and the network namespace does
+/// not restrict it.
+///
+/// Each entry consists of a mask and a value. A family is allowed if the family has the value
+/// within the mask of at least one entry.
+const SOCKET_FAMILIES: [(u32, u32); 7] = [
+    (!31, 0), // 0 to 31
+    (!3, 32), // 32 to 35
+    (!1, 36), // 36 and 37
+    (!0, 39), // AF_NFC
+    (!0, 41), // AF_KCM
+    (!1, 42), // 42 and 43
+    (!1, 44), // 44 and 45, which is the last family
 ];
 
 /// The allowed arguments of personality(2). The personalities PER_LINUX (0) and PER_LINUX32 (8) are
@@ -592,23 +595,41 @@ fn allow(names: &[&str]) -> LinuxSyscall {
     rule(names, LinuxSeccompAction::ScmpActAllow)
 }
 
-/// Returns a rule that allows a system call under one condition: its first argument and `value`
-/// satisfy the comparison `operator`.
-fn allow_if(name: &str, operator: LinuxSeccompOperator, value: u32) -> Result<LinuxSyscall> {
+/// Returns a rule that makes a system call fail with ENOSYS, as on a kernel without the call.
+fn absent(name: &str) -> LinuxSyscall {
+    let mut rule = rule(&[name], LinuxSeccompAction::ScmpActErrno);
+    rule.set_errno_ret(Some(ENOSYS));
+    rule
+}
+
+/// Returns a rule that allows system calls under one condition: in the bits of `mask`, the first
+/// argument is equal to `value`.
+///
+/// This function is the only source of conditions in the profile. A filter compares 64 bits, but
+/// the kernel reads only the lower 32 bits of a parameter of type `int`. With another operator, for
+/// example SCMP_CMP_GT, a program could set an upper bit to satisfy the condition, and the kernel
+/// would ignore that bit. A mask of 32 bits excludes the upper half from the comparison. Each
+/// system call with a condition must therefore ignore the upper half of its first argument.
+fn allow_if(names: &[&str], mask: u32, value: u32) -> Result<LinuxSyscall> {
     let argument = LinuxSeccompArgBuilder::default()
         .index(0_usize)
-        .op(operator)
-        .value(value)
-        .value_two(0_u64)
+        .op(LinuxSeccompOperator::ScmpCmpMaskedEq)
+        .value(mask)
+        .value_two(value)
         .build()
         .map_err(|error| Error::internal(error.to_string()))?;
-    let mut rule = allow(&[name]);
+    let mut rule = allow(names);
     rule.set_args(Some(vec![argument]));
     Ok(rule)
 }
 
-/// Returns the value of `linux.seccomp` for a container with these capabilities.
-pub(super) fn profile(capabilities: CapabilitySets) -> Result<LinuxSeccomp> {
+/// Returns the value of `linux.seccomp` for a container with these capabilities. `socketcall` is
+/// true if the profile allows the system call socketcall.
+///
+/// 32-bit x86 programs can perform every socket operation through socketcall. The arguments of the
+/// operation are in memory, and a filter can't read memory. If the profile allows socketcall, a
+/// program can therefore create sockets of all address families.
+pub(super) fn profile(capabilities: CapabilitySets, socketcall: bool) -> Result<LinuxSeccomp> {
     let has_any = |of: &[Capability]| capabilities.held & mask(of) != 0;
     let mut rules: Vec<LinuxSyscall> = GROUPS
         .iter()
@@ -616,22 +637,27 @@ pub(super) fn profile(capabilities: CapabilitySets) -> Result<LinuxSeccomp> {
         .map(|group| allow(group.names))
         .collect();
     rules.push(allow(OF_ARCHITECTURE));
-    for (operator, family) in SOCKET_FAMILIES {
-        rules.push(allow_if("socket", operator, family)?);
+    // In libseccomp, a rule that allows a socket operation with some arguments also allows the
+    // operation through socketcall with all arguments. Only a rule for socketcall itself prevents
+    // this, and runc ignores a rule whose action is the default action, EPERM. The rule therefore
+    // returns ENOSYS.
+    rules.push(if socketcall {
+        allow(&["socketcall"])
+    } else {
+        absent("socketcall")
+    });
+    for (mask, value) in SOCKET_FAMILIES {
+        rules.push(allow_if(&["socket", "socketpair"], mask, value)?);
     }
     for personality in PERSONALITIES {
-        let equal = LinuxSeccompOperator::ScmpCmpEq;
-        rules.push(allow_if("personality", equal, personality)?);
+        rules.push(allow_if(&["personality"], u32::MAX, personality)?);
     }
     if !has_any(&[CAP_SYS_ADMIN]) {
-        let masked = LinuxSeccompOperator::ScmpCmpMaskedEq;
-        rules.push(allow_if("clone", masked, CLONE_NAMESPACES)?);
+        rules.push(allow_if(&["clone"], CLONE_NAMESPACES, 0)?);
         // A program passes the flags of clone3 in memory, and a seccomp filter can't read memory.
         // The profile therefore makes clone3 fail with ENOSYS, and C libraries then use clone
         // instead.
-        let mut clone3 = rule(&["clone3"], LinuxSeccompAction::ScmpActErrno);
-        clone3.set_errno_ret(Some(ENOSYS));
-        rules.push(clone3);
+        rules.push(absent("clone3"));
     }
     let mut profile = LinuxSeccomp::default();
     profile
@@ -651,11 +677,15 @@ mod tests {
     use super::*;
 
     fn with_capabilities(held: &[Capability]) -> Value {
+        with(held, false)
+    }
+
+    fn with(held: &[Capability], socketcall: bool) -> Value {
         let sets = CapabilitySets {
             held: mask(held),
             ambient: 0,
         };
-        json!(profile(sets).expect("the profile can't be built"))
+        json!(profile(sets, socketcall).expect("the profile can't be built"))
     }
 
     /// Returns the names of the system calls that are allowed with any arguments.
@@ -725,6 +755,8 @@ mod tests {
             "userfaultfd",
             "keyctl",
             "socket",
+            "socketpair",
+            "socketcall",
             "personality",
             "syslog",
         ] {
@@ -747,7 +779,61 @@ mod tests {
                 "{capability} does not allow the system call {name}"
             );
         }
-        let admin = with_capabilities(&[CAP_SYS_ADMIN]).to_string();
-        assert!(!admin.contains("MASKED_EQ") && !admin.contains("errnoRet"));
+        let admin = with_capabilities(&[CAP_SYS_ADMIN]);
+        let names = |rule: &Value| rule["names"].to_string();
+        let rules = admin["syscalls"].as_array().into_iter().flatten();
+        for rule in rules.filter(|rule| rule["names"].to_string().contains("clone")) {
+            assert_eq!(rule.get("args"), None, "{}", names(rule));
+            assert_eq!(rule["action"], "SCMP_ACT_ALLOW", "{}", names(rule));
+        }
+    }
+
+    /// A filter compares 64 bits of an argument, and the kernel reads only 32 of them.
+    #[test]
+    fn no_condition_depends_on_the_upper_half_of_an_argument() {
+        let profile = with_capabilities(&[]);
+        let rules = profile["syscalls"].as_array().into_iter().flatten();
+        let conditions: Vec<&Value> = rules
+            .flat_map(|rule| rule["args"].as_array().into_iter().flatten())
+            .collect();
+        assert!(conditions.len() > 10);
+        for condition in conditions {
+            assert_eq!(condition["op"], "SCMP_CMP_MASKED_EQ", "{condition}");
+            for field in ["value", "valueTwo"] {
+                assert!(
+                    condition[field].as_u64() <= Some(u32::MAX.into()),
+                    "{condition}"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn all_socket_families_are_allowed_except_af_alg_and_af_vsock() {
+        let is_allowed = |family: u32| {
+            let allows = |(mask, value): &(u32, u32)| family & mask == *value;
+            SOCKET_FAMILIES.iter().any(allows)
+        };
+        let denied: Vec<u32> = (0..46).filter(|family| !is_allowed(*family)).collect();
+        assert_eq!(denied, [38, 40]);
+        for family in [46, 64, 0x100, 0x8000_0000 | 38, u32::MAX] {
+            assert!(!is_allowed(family), "{family}");
+        }
+    }
+
+    #[test]
+    fn socketcall_is_allowed_or_absent() {
+        assert!(allowed(&with(&[], true)).contains(&"socketcall"));
+        let profile = with(&[], false);
+        let rules = profile["syscalls"].as_array().into_iter().flatten();
+        let rules: Vec<&Value> = rules
+            .filter(|rule| rule["names"].to_string().contains("socketcall"))
+            .collect();
+        assert_eq!(
+            rules,
+            [&json!({
+                "names": ["socketcall"], "action": "SCMP_ACT_ERRNO", "errnoRet": ENOSYS,
+            })]
+        );
     }
 }

@@ -13,6 +13,7 @@ use nix::sys::signal::{SigSet, Signal};
 use serde_json::{Value, json};
 
 pub(crate) mod attacker;
+mod calls32;
 pub(crate) mod traffic;
 
 /// The error type of all commands of `inside`.
@@ -62,7 +63,8 @@ pub(crate) fn main(args: &[String]) -> i32 {
             .map_err(InsideError::from)
             .and_then(count),
         ["call", numbers @ ..] => call(numbers),
-        ["call32", numbers @ ..] => call32(numbers),
+        ["call32", numbers @ ..] => calls32::call(numbers),
+        ["socketcall", numbers @ ..] => calls32::socketcall(numbers),
         ["call-in-thread", numbers @ ..] => call_in_thread(numbers),
         ["call-and-catch", numbers @ ..] => call_and_catch(numbers),
         ["burst", lines] => lines.parse().map_err(InsideError::from).and_then(burst),
@@ -414,7 +416,8 @@ fn burst(lines: u64) -> Result<(), InsideError> {
 fn words_of_call(numbers: &[&str]) -> Result<[i64; 7], InsideError> {
     let mut all = [0; 7];
     for (place, number) in all.iter_mut().zip(numbers) {
-        *place = number.parse::<u64>()? as i64;
+        let parsed = number.parse::<u64>().map(u64::cast_signed);
+        *place = number.parse::<i64>().or(parsed)?;
     }
     Ok(all)
 }
@@ -428,33 +431,6 @@ fn call(numbers: &[&str]) -> Result<(), InsideError> {
         -1 => format!("{:?}", nix::errno::Errno::last()),
         number => number.to_string(),
     })
-}
-
-/// Like [`call`], but makes a 32-bit system call (`int 0x80`) with at most one argument.
-#[cfg(target_arch = "x86_64")]
-fn call32(numbers: &[&str]) -> Result<(), InsideError> {
-    let [number, argument, ..] = words_of_call(numbers)?;
-    let returned: i64;
-    // SAFETY: the tests pass no pointers. The code restores rbx, which the compiler reserves.
-    unsafe {
-        std::arch::asm!(
-            "xchg rbx, {argument}",
-            "int 0x80",
-            "xchg rbx, {argument}",
-            argument = inout(reg) argument => _,
-            inout("rax") number => returned,
-            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
-        );
-    }
-    say(&match returned as i32 {
-        errno @ ..=-1 => format!("{:?}", nix::errno::Errno::from_raw(-errno)),
-        number => number.to_string(),
-    })
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn call32(_numbers: &[&str]) -> Result<(), InsideError> {
-    Err("only x86-64 supports 32-bit system calls by `int 0x80`".into())
 }
 
 /// Makes a system call in a separate thread, and prints a line if the process survives the system
