@@ -77,6 +77,7 @@ suites! {
         handlers,
         config,
         apparmor,
+        pause,
         selinux,
         calls,
         restart,

@@ -16,7 +16,7 @@
 //! out-of-memory kills are reported.
 //!
 //! The modules above call the kernel and the runtime through `runtime`, `readonly_exec`,
-//! `log_file`, `console`, `exec_cgroup`, `descendants`, `exit` and `pause`.
+//! `log_file`, `console`, `exec_cgroup`, `descendants`, `exit`, `pause` and `pause_filter`.
 
 mod attach;
 mod calls;
@@ -45,6 +45,7 @@ mod oom;
 mod output;
 mod own_log;
 mod pause;
+mod pause_filter;
 mod poller;
 mod readonly_exec;
 mod runtime;

@@ -7,10 +7,12 @@
 //!
 //! The pause process only waits, and the kernel kills it when the monitor exits. Orphaned processes
 //! of the containers become children of the pause process, and the kernel reaps them. The
-//! containers see the pause process in /proc, and a container with CAP_SYS_PTRACE could take
-//! control of it. For this reason, the pause process has no descriptors, no capabilities, an empty
-//! root directory and an empty network namespace. Its executable is the monitor's binary on a
-//! read-only mount. The containers can see this executable as /proc/1/exe.
+//! containers see the pause process in /proc, and a container with CAP_SYS_PTRACE can take control
+//! of it. For this reason, the pause process has a seccomp filter that allows it only to wait. It
+//! has no descriptors, no capabilities, an empty environment, an empty root directory and an empty
+//! network namespace. Its executable is the monitor's binary on a read-only mount. The containers
+//! can see this executable as /proc/1/exe. The pause process is in a separate cgroup below the
+//! pod's cgroup, so the pod's limits apply to it.
 
 use std::ffi::CStr;
 use std::fs::File;
@@ -29,11 +31,12 @@ use rustix::process::DumpableBehavior;
 use rustix::thread::{CapabilitySet, CapabilitySets};
 
 use super::descriptors::close_from;
+use super::pause_filter;
 use super::readonly_exec;
 use rrun_kernel::clone3::{Cloned, clone3};
 use rrun_kernel::errno::describe;
 use rrun_kernel::readonly_exec::open_on_readonly_mount;
-use rrun_protocol::{IdMaps, Pod};
+use rrun_protocol::{IdMaps, Pause, Pod};
 
 /// The name of the pause process, which `ps` shows in a container.
 const PROCESS_NAME: &CStr = c"rrun-pod";
@@ -82,14 +85,18 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
         }
     }
     let flags = u64::try_from(flags).unwrap_or_default();
+    let cgroup = pod.pause.as_ref().map(open_cgroup).transpose()?;
     // SAFETY: the monitor has only one thread, so the child's copy of the memory is consistent.
-    match unsafe { clone3(flags, None) }? {
+    match unsafe { clone3(flags, cgroup.as_ref().map(AsFd::as_fd)) }? {
         Cloned::Child => {
             drop(to_child);
             become_pause(pod, &binary, &from_us, &to_us)
         }
         Cloned::Parent { pid, .. } => {
             drop((to_us, from_us));
+            if let Some(pause) = &pod.pause {
+                set_oom_score_adj(pid, pause.oom_score_adj)?;
+            }
             if let Some(users) = &pod.users {
                 map_ids(pid, users)?;
             }
@@ -97,6 +104,29 @@ pub(crate) fn start(pod: &Pod) -> std::io::Result<i32> {
             await_ready(&from_child)?;
             Ok(pid)
         }
+    }
+}
+
+fn open_cgroup(pause: &Pause) -> std::io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    rustix::fs::open(&pause.cgroup, flags, Mode::empty()).map_err(|errno| {
+        let path = pause.cgroup.display();
+        let reason = describe(&errno.into());
+        std::io::Error::other(format!("open the cgroup {path}: {reason}"))
+    })
+}
+
+/// Sets the OOM score adjustment of the pause process. Without CAP_SYS_RESOURCE, the monitor cannot
+/// lower the adjustment. The pause process then keeps the monitor's adjustment.
+fn set_oom_score_adj(pid: i32, adj: i64) -> std::io::Result<()> {
+    match std::fs::write(format!("/proc/{pid}/oom_score_adj"), adj.to_string()) {
+        Err(error) if error.kind() != std::io::ErrorKind::PermissionDenied => {
+            let reason = describe(&error);
+            Err(std::io::Error::other(format!(
+                "set the oom_score_adj of the pause process to {adj}: {reason}"
+            )))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -144,8 +174,11 @@ fn await_ready(from_child: &OwnedFd) -> std::io::Result<()> {
     match reported.as_slice() {
         READY => Ok(()),
         other => {
-            let reported = String::from_utf8_lossy(other).into_owned();
-            Err(std::io::Error::other(reported))
+            // The pause process sends the message before it loads its filter, because the filter
+            // forbids write(2). An error of the loading can therefore follow the message.
+            let error = other.strip_prefix(READY).unwrap_or(other);
+            let error = String::from_utf8_lossy(error).into_owned();
+            Err(std::io::Error::other(error))
         }
     }
 }
@@ -216,9 +249,13 @@ fn report(what: &[u8]) {
 
 /// Runs the pause process. Returns only if the process could not isolate itself.
 pub(crate) fn run() {
-    match isolate() {
-        Ok(()) => report(READY),
-        Err((step, error)) => return report(format!("{step}: {}", describe(&error)).as_bytes()),
+    let failed = |step, error| report(format!("{step}: {}", describe(&error)).as_bytes());
+    if let Err((step, error)) = isolate() {
+        return failed(step, error);
+    }
+    report(READY);
+    if let Err(errno) = pause_filter::load() {
+        return failed("load the seccomp filter of the pause process", errno.into());
     }
     close_from(0);
     loop {

@@ -58,6 +58,19 @@ pub struct Pod {
     /// read-only overlay of this binary in advance.
     #[serde(default)]
     pub runtime: Option<PathBuf>,
+    /// The settings of the pod's pause process. `None` if the server is older than this field. The
+    /// pause process then stays in the monitor's cgroup.
+    #[serde(default)]
+    pub pause: Option<Pause>,
+}
+
+/// The settings of a pod's pause process. The pause process is the process that the monitor starts
+/// for [`Pod::shared_pid`] or [`Pod::users`].
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pause {
+    /// The directory of the cgroup in which the monitor creates the pause process.
+    pub cgroup: PathBuf,
+    pub oom_score_adj: i64,
 }
 
 /// The id maps of a pod's user namespace in the kernel's format. Each line describes a range of ids
@@ -321,7 +334,7 @@ mod tests {
 
         let pod = r#"{"id":"a","hostname":null,"new_ipc":true,"shared_pid":false}"#;
         let pod: Pod = serde_json::from_str(pod).unwrap();
-        assert_eq!((pod.users, pod.runtime), (None, None));
+        assert_eq!((pod.users, pod.runtime, pod.pause), (None, None, None));
     }
 
     #[test]
@@ -362,10 +375,14 @@ mod tests {
             shared_pid: true,
             users: Some(maps),
             runtime: None,
+            pause: Some(Pause {
+                cgroup: "/c".into(),
+                oom_score_adj: -998,
+            }),
         };
         assert_eq!(
             serde_json::to_string(&pod).unwrap(),
-            r#"{"id":"a","hostname":null,"new_ipc":false,"shared_pid":true,"users":{"uid_map":"0 1 1\n","gid_map":"0 2 1\n"},"runtime":null}"#
+            r#"{"id":"a","hostname":null,"new_ipc":false,"shared_pid":true,"users":{"uid_map":"0 1 1\n","gid_map":"0 2 1\n"},"runtime":null,"pause":{"cgroup":"/c","oom_score_adj":-998}}"#
         );
     }
 }

@@ -47,6 +47,13 @@ pub(crate) fn directory(cgroup: &str) -> PathBuf {
     Path::new(MOUNT_POINT).join(cgroup.trim_start_matches('/'))
 }
 
+/// Returns the directory of the pause process's cgroup in a pod. The kernel refuses processes in the
+/// pod's cgroup itself, because controllers are enabled for its children (cgroup-v2.rst, "No
+/// Internal Process Constraint").
+pub(crate) fn of_pause(pod: &str) -> PathBuf {
+    directory(pod).join("rrun-pause")
+}
+
 /// Returns the cgroup path that the cgroup parent in a pod's request specifies. The parent must
 /// have the form that the cgroup driver requires.
 pub(crate) fn of_pod(driver: CgroupDriver, parent: &str) -> Result<String> {

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use crate::support::machine::{Result, command};
+use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{APPARMOR, Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::support::seccomp::CALLS_32;
@@ -22,6 +22,13 @@ pub(crate) const TESTS: &[Test] = &[
         PARSER,
         Need::RrunCri,
         CALLS_32
+    ),
+    test!(
+        the_default_apparmor_profile_protects_processes_of_the_runtime,
+        A_NODE,
+        APPARMOR,
+        PARSER,
+        Need::RrunCri
     ),
     test!(
         a_new_server_replaces_the_default_apparmor_profile_of_an_earlier_version,
@@ -148,6 +155,32 @@ fn the_default_apparmor_profile_denies_the_sockets_that_a_seccomp_filter_can_not
             output.trim(),
             "EACCES",
             "result of socket(AF_ALG) in a container without a seccomp filter"
+        );
+        Ok(())
+    })
+}
+
+/// Without AppArmor, a container with CAP_SYS_PTRACE can control these processes.
+fn the_default_apparmor_profile_protects_processes_of_the_runtime() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("seized");
+        let pod_id = node.runp(&pod)?;
+        let command = ["/inside", "attack", "seize", "30"];
+        let mut container = node.container("attacker", &command);
+        container["linux"]["security_context"]["capabilities"] =
+            json!({ "add_capabilities": ["SYS_PTRACE"] });
+        let id = node.run(&pod_id, &pod, &container)?;
+        let log = || node.asks(&["logs", &id]);
+        wait_for("the attacker to start", || {
+            Ok(log()?.contains("ready").then_some(()))
+        })?;
+        while node.asks(&["exec", "-s", &id, "true"]).is_ok() {}
+        node.exited(&id)?;
+        let log = log()?;
+        ensure!(
+            log.contains("done") && !log.contains("done, 0 ") && !log.contains("took control"),
+            "the attacker saw no process of rrun, or took control of one: {log}"
         );
         Ok(())
     })

@@ -4,18 +4,29 @@
 use std::fs;
 use std::path::Path;
 
+use serde_json::json;
+
+use crate::support::caller::cgroup_of;
 use crate::support::counted_lines::{line_numbers, without_gap};
 use crate::support::machine::{Failed, Result, command, program_path, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
-pub(crate) const TESTS: &[Test] = &[test!(
-    pods_keep_running_when_the_unit_is_restarted_or_reloaded_or_stopped,
-    Need::Systemd,
-    A_NODE,
-    Need::RrunCri
-)];
+pub(crate) const TESTS: &[Test] = &[
+    test!(
+        pods_keep_running_when_the_unit_is_restarted_or_reloaded_or_stopped,
+        Need::Systemd,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        the_pause_process_is_in_the_pods_slice,
+        Need::Systemd,
+        A_NODE,
+        Need::RrunCri
+    ),
+];
 
 const UNIT: &str = "rrun-cri.service";
 const UNITS: &str = "/run/systemd/system";
@@ -189,4 +200,47 @@ fn use_the_unit(node: &mut Node) -> Result {
     without_gap(&line_numbers(&fs::read_to_string(&log)?)?)?;
     node.asks(&["rmp", "--all", "--force"])?;
     Ok(())
+}
+
+fn the_pause_process_is_in_the_pods_slice() -> Result {
+    const SLICE: &str = "e2epause.slice";
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        for requested in ["", SLICE] {
+            let mut pod = node.pod("sliced");
+            pod["linux"]["cgroup_parent"] = json!(requested);
+            pod["linux"]["security_context"]["namespace_options"]["pid"] = json!(0);
+            let pod_id = node.runp(&pod)?;
+            let slice = match requested {
+                "" => format!("rrun.slice/rrun-{pod_id}.slice"),
+                requested => requested.to_owned(),
+            };
+            let pause = node.pause_process(&pod_id)?.to_string();
+            let cgroup = Path::new("/sys/fs/cgroup").join(slice).join("rrun-pause");
+            let is_inside = || -> Result {
+                ensure_eq!(cgroup_of(&pause)?, cgroup, "cgroup of the pause process");
+                Ok(())
+            };
+            is_inside()?;
+            let mut container = node.container("sliced", &["sleep", "600"]);
+            container["linux"]["security_context"]["namespace_options"]["pid"] = json!(0);
+            let id = node.run(&pod_id, &pod, &container)?;
+            // systemd applies its settings to the slice again, and the last unit leaves the slice.
+            systemctl(&["daemon-reload"])?;
+            is_inside()?;
+            node.asks(&["rm", "--force", &id])?;
+            is_inside()?;
+            node.asks(&["exec", "-s", &node.run(&pod_id, &pod, &container)?, "true"])?;
+            is_inside()?;
+            node.asks(&["stopp", &pod_id])?;
+            ensure!(
+                !cgroup.exists(),
+                "{} still exists after the pod was stopped",
+                cgroup.display()
+            );
+            node.asks(&["rmp", &pod_id])?;
+        }
+        // Only the caller that requested the slice stops it.
+        systemctl(&["stop", SLICE]).map(|_| ())
+    })
 }

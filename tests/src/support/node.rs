@@ -446,6 +446,15 @@ impl Node {
             .try_into()?)
     }
 
+    /// Returns the node's id of the pause process of a pod whose containers share one PID namespace.
+    pub(crate) fn pause_process(&self, pod_id: &str) -> Result<i64> {
+        let info = self.json(&["inspectp", pod_id])?;
+        let id = info.pointer("/info/pid1").and_then(Value::as_i64);
+        Ok(id.ok_or(format!(
+            "the output of `crictl inspectp` contains no info.pid1: {info}"
+        ))?)
+    }
+
     /// Returns the directory of the container's cgroup.
     pub(crate) fn cgroup(&self, container: &str) -> Result<PathBuf> {
         let groups = fs::read_to_string(format!("/proc/{}/cgroup", self.pid(container)?))?;

@@ -12,8 +12,8 @@ use rrun_calls::error::{During, Error, Result};
 /// The prefix of the names of containers' scopes, which have the form `cri-rrun-ID.scope`.
 const PREFIX: &str = "cri-rrun";
 
-/// The time limit for systemd to stop an empty slice.
-const STOP_TIMEOUT: Duration = Duration::from_secs(60);
+/// The time limit for systemd to start a slice, or to stop an empty slice.
+const SYSTEMCTL_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// Returns whether systemd is PID 1, sd_booted(3).
 pub(crate) fn is_systemd_booted() -> bool {
@@ -67,30 +67,45 @@ pub(crate) fn for_runtime(slice: &str, container: &str) -> String {
     format!("{}:{PREFIX}:{container}", name(slice))
 }
 
+/// Starts a slice. systemd then creates the slice's cgroup.
+pub(crate) async fn start(slice: &str) -> Result<()> {
+    systemctl("start", slice).await
+}
+
 /// Stops a slice, together with the units that remain in it. Only rrun-cri may create units in the
 /// slice, because this function also stops the units of other programs. A missing slice is not an
 /// error.
 pub(crate) async fn stop(slice: &str) -> Result<()> {
+    let stopped = systemctl("stop", slice).await;
+    if super::directory(slice).exists() {
+        stopped
+    } else {
+        Ok(())
+    }
+}
+
+/// Runs `systemctl COMMAND` for a slice.
+async fn systemctl(command: &str, slice: &str) -> Result<()> {
     let name = name(slice);
-    let what = || format!("run systemctl stop {name}");
-    let stopping = Command::new("systemctl")
-        .args(["--quiet", "stop", name])
+    let what = || format!("run systemctl {command} {name}");
+    let running = Command::new("systemctl")
+        .args(["--quiet", command, name])
         .stdin(std::process::Stdio::null())
         .kill_on_drop(true)
         .output();
-    match tokio::time::timeout(STOP_TIMEOUT, stopping).await {
+    match tokio::time::timeout(SYSTEMCTL_TIMEOUT, running).await {
         Ok(output) => {
             let output = output.during(what)?;
-            let stderr = String::from_utf8_lossy(&output.stderr);
-            if !output.status.success() && super::directory(slice).exists() {
-                return Err(Error::internal(format!("{}: {}", what(), stderr.trim())));
+            if output.status.success() {
+                return Ok(());
             }
-            Ok(())
+            let stderr = String::from_utf8_lossy(&output.stderr);
+            Err(Error::internal(format!("{}: {}", what(), stderr.trim())))
         }
         Err(_) => Err(Error::internal(format!(
             "{}: the command did not exit within {} s",
             what(),
-            STOP_TIMEOUT.as_secs()
+            SYSTEMCTL_TIMEOUT.as_secs()
         ))),
     }
 }

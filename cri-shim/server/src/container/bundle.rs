@@ -225,7 +225,10 @@ fn write_config(
         mounts: mounts::mounts(mounts, &mount_inputs)?,
         root_propagation: mounts::root_propagation(mounts),
         resources: resources::limits(requested, controllers)?,
-        oom_score_adj: oom_score_adj(requested.oom_score_adj, node.config.restrict_oom_score_adj),
+        oom_score_adj: resources::oom_score_adj(
+            requested.oom_score_adj,
+            node.config.restrict_oom_score_adj,
+        ),
         rlimits: &node.config.rlimits,
         annotations: handler.map_or_else(Default::default, |handler| {
             annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)
@@ -271,15 +274,4 @@ fn namespaces_to_join(
         pid,
         users: mappings.map(|mappings| (of_holder("user"), mappings)),
     }
-}
-
-/// Returns the container's oom_score_adj. If `restrict` is not set, the result is the requested
-/// value. If `restrict` is set, the result is the requested value or the server's own value,
-/// whichever is higher. A server without CAP_SYS_RESOURCE can't set a value lower than its own.
-fn oom_score_adj(requested: i64, restrict: bool) -> i64 {
-    if !restrict {
-        return requested;
-    }
-    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
-    requested.max(own.trim().parse().unwrap_or_default())
 }

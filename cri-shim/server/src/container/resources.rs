@@ -75,6 +75,18 @@ pub(crate) fn update_json(
         .map_err(|error| Error::internal(format!("serialize the new limits: {error}")))
 }
 
+/// Returns the oom_score_adj of a container or of a pause process. If `restrict` is not set, the
+/// result is the requested value. If `restrict` is set, the result is the requested value or the
+/// server's own value, whichever is higher. A server without CAP_SYS_RESOURCE can't set a value
+/// lower than its own.
+pub(crate) fn oom_score_adj(requested: i64, restrict: bool) -> i64 {
+    if !restrict {
+        return requested;
+    }
+    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
+    requested.max(own.trim().parse().unwrap_or_default())
+}
+
 fn cpu(requested: &LinuxContainerResources) -> Result<Option<LinuxCpu>> {
     let text = |list: &String| (!list.is_empty()).then(|| list.clone());
     let mut cpu = LinuxCpu::default();

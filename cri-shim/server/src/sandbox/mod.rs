@@ -3,11 +3,12 @@
 //! [`run`] creates the resources that the containers of a pod share, and [`stop`] releases and
 //! removes these resources. [`files`] mounts /dev/shm, and writes the files that containers see in
 //! /etc. [`namespaces`] decides which namespaces the pod shares with the node, and [`users`] maps
-//! the pod's user ids. [`watch`] handles the events of the pod's monitor, and [`status`] builds the
-//! CRI messages.
+//! the pod's user ids. The module `pause` creates the cgroup of the pod's pause process. [`watch`]
+//! handles the events of the pod's monitor, and [`status`] builds the CRI messages.
 
 pub(crate) mod files;
 pub(crate) mod namespaces;
+mod pause;
 pub(crate) mod run;
 pub(crate) mod status;
 pub(crate) mod stop;

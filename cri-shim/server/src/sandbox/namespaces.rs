@@ -21,6 +21,13 @@ pub(crate) struct Sharing {
     pub own_users: bool,
 }
 
+impl Sharing {
+    /// Returns true if the monitor starts a pause process for the pod.
+    pub(crate) fn has_pause_process(self) -> bool {
+        self.shared_pid || self.own_users
+    }
+}
+
 /// Returns the pod's namespace options. An option that the request does not set has the default of
 /// its protobuf field.
 pub(crate) fn options(config: &PodSandboxConfig) -> NamespaceOption {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use rrun_proto::v1::{ContainerEventType, PodSandboxConfig, PodSandboxMetadata, SeLinuxOption};
 
 use super::namespaces::{self, Sharing};
-use super::{RECORD, Sandbox, SandboxRecord, files, stop, sysctl, users, watch};
+use super::{RECORD, Sandbox, SandboxRecord, files, pause, stop, sysctl, users, watch};
 use crate::cgroup;
 use crate::clock::now;
 use crate::id::new_id;
@@ -410,6 +410,7 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
         shared_pid: sharing.shared_pid,
         users: users::mappings(&sandbox.config)?.map(|users| users.for_monitor()),
         runtime: handler.map(|handler| handler.path.clone()),
+        pause: pause::prepare(node, sandbox).await?,
     };
     let dir = node.sandbox_dir(&sandbox.id);
     rrun_monitor_client::spawn(&dir, &pod, &node.config.monitor).await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use futures_util::future::join_all;
 use rrun_proto::v1::ContainerEventType;
 
-use super::{Sandbox, files, namespaces};
+use super::{Sandbox, files, namespaces, pause};
 use crate::cgroup;
 use crate::container::{self, Container};
 use crate::node::Node;
@@ -104,6 +104,7 @@ async fn release(
         end_monitor(sandbox),
     )
     .await?;
+    pause::remove(sandbox).await?;
     if namespaces::sharing(&sandbox.config).is_ok_and(|sharing| !sharing.own_network) {
         if sandbox.config.port_mappings.is_empty() {
             return Ok(());

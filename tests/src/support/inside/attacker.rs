@@ -27,6 +27,7 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
     match args {
         ["overwrite", seconds] => overwrite(Duration::from_secs_f64(seconds.parse()?)),
         ["pry", seconds] => pry(Duration::from_secs_f64(seconds.parse()?)),
+        ["seize", seconds] => seize(Duration::from_secs_f64(seconds.parse()?)),
         _ => Err("unknown attack".into()),
     }
 }
@@ -128,6 +129,41 @@ fn pry(time: Duration) -> Result<(), InsideError> {
             if let (Ok(mut memory), Ok(true)) = (memory, still_foreign) {
                 let _ = memory.read(&mut [0u8; 1]);
                 say(&format!("opened the memory of {}", process.display()));
+            }
+        }
+    }
+    say(&format!(
+        "done, {} processes entered the container",
+        seen.len()
+    ));
+    Ok(())
+}
+
+/// Tries to take control of each process of rrun that enters the container, before the process
+/// executes the container's program.
+fn seize(time: Duration) -> Result<(), InsideError> {
+    use nix::sys::ptrace;
+
+    let is_rrun = |process: &Path| {
+        fs::read_to_string(process.join("comm")).is_ok_and(|name| name == "rrun\n")
+    };
+    say("ready");
+    let started = Instant::now();
+    let mut seen = BTreeSet::new();
+    while started.elapsed() < time {
+        for process in others() {
+            let name = process.file_name().and_then(|name| name.to_str());
+            let Some(Ok(id)) = name.map(str::parse) else {
+                continue;
+            };
+            if !is_rrun(&process) || !seen.insert(id) {
+                continue;
+            }
+            let pid = nix::unistd::Pid::from_raw(id);
+            let seized =
+                ptrace::seize(pid, ptrace::Options::empty()).and_then(|()| ptrace::interrupt(pid));
+            if seized.is_ok() && is_rrun(&process) {
+                say(&format!("took control of the process {id} of rrun"));
             }
         }
     }

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 pub(crate) mod attacker;
 mod calls32;
+mod tracer;
 pub(crate) mod traffic;
 
 /// The error type of all commands of `inside`.
@@ -65,6 +66,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["call", numbers @ ..] => call(numbers),
         ["call32", numbers @ ..] => calls32::call(numbers),
         ["socketcall", numbers @ ..] => calls32::socketcall(numbers),
+        ["call-in", process, numbers @ ..] => tracer::call_in(process, numbers),
         ["call-in-thread", numbers @ ..] => call_in_thread(numbers),
         ["call-and-catch", numbers @ ..] => call_and_catch(numbers),
         ["burst", lines] => lines.parse().map_err(InsideError::from).and_then(burst),

@@ -1,0 +1,244 @@
+//! Tests of the pause process, which the monitor starts in pods with a shared PID namespace or a user
+//! namespace. The containers of the pod can see the pause process.
+
+use std::fs;
+use std::path::Path;
+
+use nix::libc;
+use serde_json::{Value, json};
+
+use crate::support::caller::cgroup_of;
+use crate::support::machine::{Result, wait_for};
+use crate::support::needs::{Need, SYSTEMD, Test};
+use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
+use crate::support::user_namespace;
+use crate::{ensure, ensure_eq, test};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(
+        a_container_that_controls_the_pause_process_can_not_make_system_calls_in_its_name,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        the_pause_process_is_in_the_pods_cgroup_until_the_pod_is_stopped,
+        A_NODE,
+        Need::RrunCri,
+        Need::Absent(SYSTEMD)
+    ),
+    test!(
+        the_kernel_prefers_every_container_to_the_pause_process_when_memory_runs_out,
+        A_NODE,
+        Need::RrunCri,
+        MAY_LOWER
+    ),
+    test!(
+        a_pod_whose_monitor_was_killed_leaves_no_cgroup_of_its_pause_process,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_container_in_a_user_namespace_can_not_control_processes_of_the_runtime,
+        A_NODE,
+        Need::RrunCri
+    ),
+];
+
+/// The capability to lower an oom_score_adj, which the native view lacks.
+const MAY_LOWER: Need = Need::Works("CAP_SYS_RESOURCE", "echo -1 > /proc/$$/oom_score_adj");
+
+/// The name of the cgroup that a pod requests.
+const CGROUP: &str = "rrun-e2e-pause";
+
+/// Returns the configuration of a pod whose containers share one PID namespace.
+fn shared(node: &Node, name: &str) -> Value {
+    let mut pod = node.pod(name);
+    pod["linux"]["security_context"]["namespace_options"]["pid"] = json!(0);
+    pod
+}
+
+/// Returns the configuration of a container that can trace other processes of its pod.
+fn tracer(node: &Node, command: &[&str]) -> Value {
+    let mut container = node.container("tracer", command);
+    let context = &mut container["linux"]["security_context"];
+    context["namespace_options"]["pid"] = json!(0);
+    context["capabilities"] = json!({ "add_capabilities": ["SYS_PTRACE"] });
+    context["seccomp"] = json!({ "profile_type": 0 });
+    // rrun's AppArmor profile does not allow a container to trace the pause process.
+    context["apparmor"] = json!({ "profile_type": 1 });
+    container
+}
+
+fn a_container_that_controls_the_pause_process_can_not_make_system_calls_in_its_name() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = shared(node, "traced");
+        let pod_id = node.runp(&pod)?;
+        let container = tracer(node, &["/inside", "sleep", "600"]);
+        let id = node.run(&pod_id, &pod, &container)?;
+        let pause = node.pause_process(&pod_id)?;
+        let call = |words: &[i64]| {
+            let words: Vec<String> = words.iter().map(i64::to_string).collect();
+            let mut command = vec!["exec", "-s", &id, "/inside", "call-in", "1"];
+            command.extend(words.iter().map(String::as_str));
+            node.asks(&command)
+        };
+        for words in [
+            &[libc::SYS_socket, i64::from(libc::AF_VSOCK), 1][..],
+            &[libc::SYS_socket, i64::from(libc::AF_INET), 1],
+            &[libc::SYS_clone, i64::from(libc::SIGCHLD)],
+            &[libc::SYS_clone3],
+            &[libc::SYS_unshare, i64::from(libc::CLONE_NEWUSER)],
+            &[libc::SYS_execve],
+            &[libc::SYS_openat, -100],
+            &[libc::SYS_ptrace],
+            &[libc::SYS_keyctl],
+            &[libc::SYS_kill, -1, 0],
+            &[libc::SYS_mmap, 0, 4096],
+            &[libc::SYS_prctl, 22],
+            &[libc::SYS_exit_group],
+            // No system call has the number 9999.
+            &[9999],
+        ] {
+            ensure_eq!(
+                call(words)?,
+                "EPERM",
+                "result of the system call with this number and these arguments in the pause process: {words:?}"
+            );
+        }
+        // The tracer does control the process.
+        ensure_eq!(
+            call(&[libc::SYS_close_range, 0, i64::from(u32::MAX)])?,
+            "0",
+            "result of close_range(2), which the pause process needs"
+        );
+        // The pause process still waits.
+        ensure_eq!(
+            node.pause_process(&pod_id)?,
+            pause,
+            "id of the pause process"
+        );
+        let status = fs::read_to_string(format!("/proc/{pause}/status"))?;
+        for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "CapEff:\t0000000000000000"] {
+            ensure!(
+                status.contains(line),
+                "the status of the pause process does not contain {line:?}: {status}"
+            );
+        }
+        let environment = fs::read(format!("/proc/{pause}/environ"))?;
+        ensure_eq!(
+            environment.len(),
+            0,
+            "size of the pause process's environment"
+        );
+        node.asks(&["exec", "-s", &id, "true"]).map(|_| ())
+    })
+}
+
+fn the_pause_process_is_in_the_pods_cgroup_until_the_pod_is_stopped() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let mut with_parent = shared(node, "parent");
+        with_parent["linux"]["cgroup_parent"] = json!(format!("/{CGROUP}"));
+        let users = user_namespace::pod(node, "users", 0);
+        for (pod, parent) in [
+            (with_parent, Some(CGROUP)),
+            (shared(node, "own"), None),
+            (users, None),
+        ] {
+            let pod_id = node.runp(&pod)?;
+            let cgroup = cgroup_of(&node.pause_process(&pod_id)?.to_string())?;
+            let parent = parent.map_or_else(|| format!("rrun/{pod_id}"), str::to_owned);
+            ensure_eq!(
+                cgroup,
+                Path::new("/sys/fs/cgroup").join(parent).join("rrun-pause"),
+                "cgroup of the pause process"
+            );
+            node.asks(&["stopp", &pod_id])?;
+            ensure!(
+                !cgroup.exists(),
+                "the cgroup {} still exists after the pod was stopped",
+                cgroup.display()
+            );
+            node.asks(&["rmp", &pod_id])?;
+        }
+        Ok(())
+    })
+}
+
+fn the_kernel_prefers_every_container_to_the_pause_process_when_memory_runs_out() -> Result {
+    on_a_node(|node| {
+        let config = node.join("config.toml");
+        let text = fs::read_to_string(&config)?;
+        let free = text.replace("restrict_oom_score_adj = true", "");
+        fs::write(&config, free)?;
+        node.terminate_server()?;
+        node.start_server()?;
+        node.pull(BUSYBOX)?;
+        for pod in [
+            shared(node, "shared"),
+            user_namespace::pod(node, "users", 0),
+        ] {
+            let pod_id = node.runp(&pod)?;
+            let pause = node.pause_process(&pod_id)?;
+            let adj = fs::read_to_string(format!("/proc/{pause}/oom_score_adj"))?;
+            ensure_eq!(adj.trim(), "-998", "oom_score_adj of the pause process");
+            node.asks(&["rmp", "--force", &pod_id])?;
+        }
+        Ok(())
+    })
+}
+
+fn a_pod_whose_monitor_was_killed_leaves_no_cgroup_of_its_pause_process() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = shared(node, "killed");
+        let pod_id = node.runp(&pod)?;
+        let cgroup = cgroup_of(&node.pause_process(&pod_id)?.to_string())?;
+        let monitor = node.monitor(&pod_id)?;
+        nix::sys::signal::kill(monitor, nix::sys::signal::Signal::SIGKILL)?;
+        wait_for("the server to notice the monitor's exit", || {
+            let state = node.json(&["inspectp", &pod_id])?["status"]["state"].clone();
+            Ok((state == "SANDBOX_NOTREADY").then_some(()))
+        })?;
+        node.asks(&["stopp", &pod_id])?;
+        ensure!(
+            !cgroup.exists(),
+            "the cgroup {} still exists after the pod was stopped",
+            cgroup.display()
+        );
+        node.asks(&["rmp", &pod_id]).map(|_| ())
+    })
+}
+
+/// Without a user namespace, a container with CAP_SYS_PTRACE can control these processes. Only
+/// AppArmor or SELinux then prevents this.
+fn a_container_in_a_user_namespace_can_not_control_processes_of_the_runtime() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = user_namespace::pod(node, "seized", 0);
+        let pod_id = node.runp(&pod)?;
+        let mut container = tracer(node, &["/inside", "attack", "seize", "6"]);
+        let options = user_namespace::container(node, "", 0, &[]);
+        let options = options.pointer("/linux/security_context/namespace_options");
+        container["linux"]["security_context"]["namespace_options"] = json!(options);
+        let id = node.run(&pod_id, &pod, &container)?;
+        let log = || node.asks(&["logs", &id]);
+        wait_for("the attacker to start", || {
+            Ok(log()?.contains("ready").then_some(()))
+        })?;
+        // The test repeats `exec` until the container exits. The last `exec` then fails.
+        while node.asks(&["exec", "-s", &id, "true"]).is_ok() {}
+        node.exited(&id)?;
+        let log = log()?;
+        ensure!(
+            log.contains("done") && !log.contains("done, 0 "),
+            "the attacker saw no process of rrun: {log}"
+        );
+        ensure!(
+            !log.contains("took control"),
+            "the container took control of a process of rrun: {log}"
+        );
+        Ok(())
+    })
+}
