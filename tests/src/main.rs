@@ -72,6 +72,7 @@ suites! {
         seccomp,
         users,
         hostile_files,
+        file_access,
         volumes,
         devices,
         handlers,

@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use rrun_kernel::unix_socket::at_address;
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -34,6 +35,8 @@ fn at<T>(
 pub(crate) fn bind(socket: &Path) -> Result<OwnedFd, Errno> {
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
     let listener = rustix::net::socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    // bind(2) gives the file the mode of the unbound socket.
+    rustix::fs::fchmod(&listener, Mode::from_raw_mode(0o600))?;
     at(socket, |address| rustix::net::bind(&listener, address))?;
     rustix::net::listen(&listener, BACKLOG)?;
     Ok(listener)

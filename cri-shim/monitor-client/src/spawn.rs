@@ -1,6 +1,9 @@
 //! A function that starts a pod's monitor.
 
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -46,7 +49,7 @@ pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnErr
     };
     let json = serde_json::to_vec(pod)
         .map_err(|error| failed("encode", &configuration)(std::io::Error::other(error)))?;
-    std::fs::write(&configuration, json).map_err(failed("write", &configuration))?;
+    write_private(&configuration, &json).map_err(failed("write", &configuration))?;
 
     let listener = match bind(&socket) {
         Err(rustix::io::Errno::ADDRINUSE) => {
@@ -68,6 +71,17 @@ pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnErr
     rrun_kernel::descriptor_limit::restore_for(pid);
     reap(pid);
     Ok(pid)
+}
+
+fn write_private(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    // Ours: only root can create an entry in a pod's directory.
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(bytes)
 }
 
 /// Starts the monitor's process. The only descriptor that the monitor inherits from this process is

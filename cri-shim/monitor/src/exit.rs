@@ -1,7 +1,8 @@
 //! Exit statuses of processes, and the exit record that is stored on disk for each container.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::Write;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -35,7 +36,13 @@ pub(crate) fn now() -> i64 {
 /// Writes the exit record to disk, either completely or not at all.
 pub(crate) fn record(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
     let temporary = bundle.join(TEMPORARY_RECORD);
-    let mut file = File::create(&temporary)?;
+    // Ours: only root can create an entry in the bundle.
+    let mut file = OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&temporary)?;
     file.write_all(&serde_json::to_vec(exit)?)?;
     file.sync_all()?;
     std::fs::rename(&temporary, bundle.join(RECORD))?;

@@ -4,6 +4,7 @@ mod cgroup;
 mod clock;
 mod config;
 mod container;
+mod directories;
 mod events;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;

@@ -15,7 +15,7 @@ use hyper::server::conn::http2;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, Mode, flock};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
@@ -26,10 +26,9 @@ use crate::config::{Config, ConfigSource};
 use crate::container::rootfs::make_mount_points;
 use crate::node::Node;
 use crate::reload::Reload;
-use crate::sandbox::files::private_dir;
 use crate::selinux::Selinux;
 use crate::streaming::{self, Shutdown};
-use crate::{metrics, preflight, reconcile, services};
+use crate::{directories, metrics, preflight, reconcile, services};
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::blocking;
 use rrun_images::{Images, Registries};
@@ -47,6 +46,9 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Runs the server until it receives SIGTERM or SIGINT.
 pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
+    // With this mask, only root can write to the server's files, and the users of containers can
+    // read resolv.conf. Monitors, runtimes and CNI plugins inherit the mask.
+    rustix::process::umask(Mode::from_raw_mode(0o022));
     heap::one_heap();
     descriptor_limit::raise();
     // With two worker threads, a task that blocks by mistake does not stop the other tasks. Work
@@ -62,7 +64,7 @@ pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
 }
 
 async fn serve(source: ConfigSource, config: Config) -> Result<()> {
-    make_directories(&config)?;
+    directories::make(&config)?;
     // The locks on the root directory and the state directory are held until the process exits.
     let _root = lock(&config.root).await?;
     let _state = lock(&config.state).await?;
@@ -120,18 +122,6 @@ async fn serve(source: ConfigSource, config: Config) -> Result<()> {
     })
     .await;
     Ok(())
-}
-
-fn make_directories(config: &Config) -> Result<()> {
-    private_dir(&config.root)?;
-    private_dir(&config.state)?;
-    for dir in ["pods", "runtime"] {
-        private_dir(&config.state.join(dir))?;
-    }
-    let namespaces = config.namespaces();
-    std::fs::create_dir_all(namespaces.dir())
-        .during(|| format!("create the directory {}", namespaces.dir().display()))?;
-    private_dir(&config.root.join("containers"))
 }
 
 /// Opens the store, the images, the network and SELinux. This call blocks on disk I/O. The call

@@ -13,6 +13,8 @@
 mod error;
 pub mod record;
 
+use std::fs::{OpenOptions, Permissions};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::sync::{Arc, Mutex};
@@ -109,10 +111,21 @@ struct StoreFile {
 }
 
 impl StoreFile {
+    /// Opens the file with access for root only, because records contain the secrets in containers'
+    /// environments. Earlier versions of the server created the file with the mode 0644.
     fn open(&self) -> Result<Database, redb::DatabaseError> {
+        // Ours: only root can create an entry in the directory ROOT.
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .open(&self.path)?;
+        file.set_permissions(Permissions::from_mode(0o600))?;
         Database::builder()
             .set_cache_size(CACHE_BYTES)
-            .create(&self.path)
+            .create_file(file)
     }
 
     fn with<T>(

@@ -16,7 +16,7 @@ use super::{
 use crate::cgroup::{self, slice};
 use crate::handlers::Features;
 use crate::node::Node;
-use crate::sandbox::files::{let_through, of_node, private_dir, write};
+use crate::sandbox::files::{let_through, of_node, private_dir, write_secret};
 use crate::sandbox::{Sandbox, namespaces, users};
 use crate::selinux::{self, Labels, relabel};
 use rrun_calls::error::{During, Result};
@@ -239,7 +239,8 @@ fn write_config(
         selinux: security.selinux,
     })?;
     cdi.apply(&mut spec, privileged)?;
-    write(&inputs.dir.join("config.json"), &spec.text()?)
+    let path = inputs.dir.join("config.json");
+    write_secret(&path, spec.text()?.as_bytes()).during(|| format!("write {}", path.display()))
 }
 
 fn hostname(sandbox: &Sandbox, own_uts: bool) -> String {

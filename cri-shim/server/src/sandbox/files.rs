@@ -1,9 +1,9 @@
 //! The files of a pod: its directory, the files that its containers see in /etc, and /dev/shm.
 
 use std::fmt::Write as _;
-use std::io;
+use std::io::{self, Write as _};
 use std::net::IpAddr;
-use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -28,8 +28,22 @@ pub(crate) fn private_dir(path: &Path) -> Result<()> {
         .during(|| format!("create the directory {}", path.display()))
 }
 
+/// Writes a file that the pod's containers can read.
 pub(crate) fn write(path: &Path, text: &str) -> Result<()> {
     std::fs::write(path, text).during(|| format!("write {}", path.display()))
+}
+
+/// Writes a file that only root can read. The file contains secrets, such as the environment of a
+/// container.
+pub(crate) fn write_secret(path: &Path, text: &[u8]) -> io::Result<()> {
+    // Ours: only root can create an entry in a pod's directory.
+    let mut file = std::fs::OpenOptions::new()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)?;
+    file.write_all(text)
 }
 
 /// Writes a record atomically: if the server is killed, the file contains either the old or the new
@@ -40,7 +54,7 @@ pub(crate) fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Resu
         .map_err(io::Error::from)
         .during(what)?;
     let new = path.with_extension("json.new");
-    std::fs::write(&new, json).during(what)?;
+    write_secret(&new, &json).during(what)?;
     std::fs::rename(&new, path).during(what)
 }
 
@@ -79,16 +93,18 @@ pub(crate) fn set_owner(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
 }
 
 /// Sets permissions for the runtime's access to the bundles from inside the pod's user namespace.
-/// The directories in `all` are shared by all pods. Any user can traverse these directories, but
-/// only root can list them. The directories in `own` belong to one pod, and only the group of the
-/// pod's root user can traverse them.
+/// The directories in `all` are shared by all pods. Any user can then traverse these directories.
+/// The directories in `own` belong to one pod, and only the group of the pod's root user can
+/// traverse them.
 pub(crate) fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> {
     let set = |path: &Path, mode: u32| {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))
             .during(|| format!("set the mode of {}", path.display()))
     };
     for path in all {
-        set(path, 0o711)?;
+        let metadata = std::fs::metadata(path)
+            .during(|| format!("read the attributes of {}", path.display()))?;
+        set(path, metadata.mode() & 0o7777 | 0o011)?;
     }
     for path in own {
         std::os::unix::fs::lchown(path, None, Some(gid))
