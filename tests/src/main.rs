@@ -73,6 +73,7 @@ suites! {
         users,
         hostile_files,
         file_access,
+        long_lists,
         volumes,
         devices,
         handlers,

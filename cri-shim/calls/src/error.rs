@@ -8,6 +8,11 @@ use rrun_kernel::errno::describe;
 pub use tonic::Code;
 use tonic::Status;
 
+/// The size limit of a sentence in bytes. A sentence can contain a value of the request, which can
+/// have any length. gRPC sends the sentence in a header, and many clients refuse a header of more
+/// than 16 KiB.
+const MAX_SENTENCE_BYTES: usize = 4 << 10;
+
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// The error that a failed CRI request returns. Every caller that joined the failed work receives a
@@ -22,7 +27,7 @@ impl Error {
     pub fn new(code: Code, sentence: impl Into<String>) -> Self {
         Error {
             code,
-            sentence: sentence.into(),
+            sentence: shortened(sentence.into()),
         }
     }
 
@@ -72,6 +77,19 @@ impl From<Error> for Status {
     }
 }
 
+/// Removes the middle of a sentence that is longer than [`MAX_SENTENCE_BYTES`]. The beginning names
+/// the failed operation, and the end contains the reason.
+fn shortened(sentence: String) -> String {
+    if sentence.len() <= MAX_SENTENCE_BYTES {
+        return sentence;
+    }
+    let begin = sentence.floor_char_boundary(MAX_SENTENCE_BYTES / 2);
+    let end = sentence.ceil_char_boundary(sentence.len() - MAX_SENTENCE_BYTES / 4);
+    let (first, _) = sentence.split_at(begin);
+    let (_, last) = sentence.split_at(end);
+    format!("{first} [{} bytes are left out here] {last}", end - begin)
+}
+
 /// Prefixes an error with a description of the operation that failed.
 pub trait During<T> {
     /// Prefixes the error with the text that `what` returns. The text describes the failed
@@ -93,16 +111,23 @@ impl<T> During<T> for rustix::io::Result<T> {
 
 impl<T> During<T> for Result<T> {
     fn during(self, what: impl FnOnce() -> String) -> Result<T> {
-        self.map_err(|error| Error {
-            code: error.code,
-            sentence: format!("{}: {}", what(), error.sentence),
-        })
+        self.map_err(|error| Error::new(error.code, format!("{}: {}", what(), error.sentence)))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_middle_of_a_long_sentence_is_left_out() {
+        let long = Error::invalid(format!("the name \"{}\" is too long", "é".repeat(10_000)));
+        let long: Result<()> = Err(long).during(|| "run the pod".to_owned());
+        let text = long.map_err(|error| error.to_string()).unwrap_err();
+        assert!(text.starts_with("run the pod: the name \"é"));
+        assert!(text.ends_with("é\" is too long"));
+        assert!(text.len() < MAX_SENTENCE_BYTES, "{} bytes", text.len());
+    }
 
     #[test]
     fn an_error_contains_the_description_and_the_name_of_the_errno() {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceCgroup, LinuxDeviceType};
 use rrun_proto::v1::Device;
 
+use super::mounts::keep_last;
 use rrun_calls::error::{During, Error, Result};
 
 /// The maximum depth at which a directory of devices is searched.
@@ -58,6 +59,7 @@ pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices>
         };
         devices.add(host, container, access, !privileged, MAX_DEPTH)?;
     }
+    keep_last(&mut devices.nodes, |node| node.path().clone());
     Ok(devices)
 }
 
@@ -94,7 +96,6 @@ impl Devices {
         if rule {
             self.rules.push(allow(&node, access));
         }
-        self.nodes.retain(|other| other.path() != node.path());
         self.nodes.push(node);
         Ok(())
     }

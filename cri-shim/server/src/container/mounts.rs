@@ -1,6 +1,8 @@
 //! The mounts of a container. There are three kinds: the default mounts of every container, the
 //! shared files of the pod's containers, and the requested mounts.
 
+use std::collections::HashSet;
+use std::hash::Hash;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime as oci;
@@ -26,19 +28,26 @@ pub(crate) fn mounts(requested: &[Mount], inputs: &MountInputs<'_>) -> Result<Ve
     let mut all = kernel_file_systems(inputs.privileged);
     all.extend(pod_files(inputs));
     for mount in requested {
-        let mount = bind_mount(mount, inputs)?;
-        // A requested mount replaces a default mount at the same path.
-        all.retain(|other| other.destination() != mount.destination());
-        all.push(mount);
+        all.push(bind_mount(mount, inputs)?);
     }
-    sort(&mut all);
+    arrange(&mut all);
     Ok(all)
 }
 
-/// Sorts the mounts by the depth of their paths. A mount then precedes the mounts inside it. Mounts
-/// at the same depth keep their order.
-pub(crate) fn sort(mounts: &mut [oci::Mount]) {
-    mounts.sort_by_key(|mount| mount.destination().components().count());
+/// Removes each mount that a later mount at the same path replaces. Sorts the mounts by the depth
+/// of their paths. A mount then precedes the mounts inside it. Mounts at the same depth keep their
+/// order.
+pub(crate) fn arrange(mounts: &mut Vec<oci::Mount>) {
+    keep_last(mounts, |mount| mount.destination().clone());
+    mounts.sort_by_cached_key(|mount| mount.destination().components().count());
+}
+
+/// Removes each entry whose key a later entry has, too.
+pub(crate) fn keep_last<T, K: Eq + Hash>(all: &mut Vec<T>, key: impl Fn(&T) -> K) {
+    let mut seen = HashSet::with_capacity(all.len());
+    all.reverse();
+    all.retain(|one| seen.insert(key(one)));
+    all.reverse();
 }
 
 /// Returns an entry of the runtime specification's `mounts`.

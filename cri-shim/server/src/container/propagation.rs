@@ -1,5 +1,6 @@
 //! Checks whether a mount's source supports the requested mount propagation, mount_namespaces(7).
 
+use std::collections::HashMap;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
@@ -27,7 +28,7 @@ pub(crate) fn check(requested: &[Mount]) -> Result<()> {
     let table =
         std::fs::read("/proc/self/mountinfo").during(|| "read /proc/self/mountinfo".to_owned())?;
     let table = String::from_utf8_lossy(&table);
-    let lines: Vec<MountInfoLine<'_>> = table.lines().filter_map(parse).collect();
+    let lines = by_point(&table);
     for mount in requested {
         let source = std::fs::canonicalize(&mount.host_path)
             .during(|| format!("resolve the mount source {}", mount.host_path))?;
@@ -89,13 +90,21 @@ fn unescaped(word: &str) -> PathBuf {
     PathBuf::from(std::ffi::OsStr::from_bytes(&bytes))
 }
 
+/// Returns the lines of mountinfo by their mount points. If several mounts have the same mount
+/// point, only the last mount is returned, because it covers the others.
+fn by_point(table: &str) -> HashMap<PathBuf, MountInfoLine<'_>> {
+    let lines = table.lines().filter_map(parse);
+    lines.map(|line| (line.point.clone(), line)).collect()
+}
+
 /// Returns the mount that contains `path`. A mount contains `path` if its mount point is `path` or
 /// a parent of `path`. If several mounts contain `path`, the mount with the longest mount point is
-/// returned. If several mounts have the same mount point, the last mount is returned, because it
-/// covers the others.
-fn mount_of<'a, 'b>(lines: &'a [MountInfoLine<'b>], path: &Path) -> Option<&'a MountInfoLine<'b>> {
-    let above = lines.iter().filter(|line| path.starts_with(&line.point));
-    above.max_by_key(|line| line.point.as_os_str().len())
+/// returned.
+fn mount_of<'a, 'b>(
+    lines: &'a HashMap<PathBuf, MountInfoLine<'b>>,
+    path: &Path,
+) -> Option<&'a MountInfoLine<'b>> {
+    path.ancestors().find_map(|above| lines.get(above))
 }
 
 #[cfg(test)]
@@ -108,7 +117,7 @@ mod tests {
             1 0 8:1 / / rw shared:1 - ext4 /dev/vda rw\n\
             2 1 8:1 / /mnt/a\\040b rw - tmpfs t rw\n\
             3 1 8:1 / /mnt/a\\040b rw,nodev master:4 propagate_from:2 - tmpfs t rw\n";
-        let lines: Vec<MountInfoLine<'_>> = table.lines().filter_map(parse).collect();
+        let lines = by_point(table);
         let fields = |path: &str| mount_of(&lines, Path::new(path)).map(|line| line.fields.clone());
         assert_eq!(
             fields("/mnt/a b/c"),

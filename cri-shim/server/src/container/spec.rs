@@ -1,7 +1,8 @@
 //! Builds a container's config.json from the CRI request. The OCI runtime specification defines the
 //! format of config.json.
 
-use std::collections::BTreeMap;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{
@@ -209,15 +210,21 @@ fn arguments(config: &ContainerConfig, image: &ImageConfig) -> Result<Vec<String
 /// Returns the environment, each entry as `NAME=value`. A variable in the request replaces the
 /// image's variable with the same name.
 fn environment(inputs: &SpecInputs<'_>) -> Result<Vec<String>> {
-    let mut all: Vec<String> = vec![DEFAULT_PATH.to_owned()];
-    let mut set = |pair: String| {
-        let name = pair.split('=').next().unwrap_or_default();
-        let same = |existing: &&mut String| existing.split('=').next() == Some(name);
-        match all.iter_mut().find(same) {
-            Some(existing) => *existing = pair,
-            None => all.push(pair),
+    let mut all: Vec<String> = Vec::new();
+    // The index in `all` of each variable.
+    let mut places = HashMap::new();
+    let mut set = |pair: String| match places.entry(name_of(&pair).to_owned()) {
+        Entry::Occupied(place) => {
+            if let Some(existing) = all.get_mut(*place.get()) {
+                *existing = pair;
+            }
+        }
+        Entry::Vacant(place) => {
+            place.insert(all.len());
+            all.push(pair);
         }
     };
+    set(DEFAULT_PATH.to_owned());
     set(format!("HOSTNAME={}", inputs.hostname));
     if inputs.config.tty {
         set("TERM=xterm".to_owned());
@@ -233,6 +240,11 @@ fn environment(inputs: &SpecInputs<'_>) -> Result<Vec<String>> {
         set(format!("{}={value}", pair.key));
     }
     Ok(all)
+}
+
+/// Returns the name of the variable in the entry `NAME=value` of an environment.
+pub(crate) fn name_of(pair: &str) -> &str {
+    pair.split('=').next().unwrap_or_default()
 }
 
 /// Returns the working directory of the container's process, which is an absolute path.

@@ -2,10 +2,11 @@
 //! the overlay of its root filesystem. The directory starts as a copy of the image's directory at
 //! the same path.
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use pathrs::flags::OpenFlags;
 use pathrs::{Root, error::ErrorKind};
@@ -40,10 +41,12 @@ pub(crate) fn make(
     owner: (u32, u32),
 ) -> Result<Vec<Mount>> {
     let mut made: Vec<Mount> = Vec::new();
+    let paths = requested.iter().map(|mount| cleaned(&mount.container_path));
+    let mut taken: HashSet<PathBuf> = paths.collect();
+    taken.insert("/".into());
     for volume in declared {
         let destination = cleaned(volume);
-        let is_same = |mount: &Mount| cleaned(&mount.container_path) == destination;
-        if destination == Path::new("/") || requested.iter().chain(&made).any(is_same) {
+        if !taken.insert(destination.clone()) {
             continue;
         }
         let host = dir.join(made.len().to_string());

@@ -4,16 +4,16 @@
 mod registry;
 mod spec_file;
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use oci_spec::runtime::{
-    Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNetDevice, Process, User,
-};
+use oci_spec::runtime::{Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNetDevice, User};
 use rrun_proto::v1::ContainerConfig;
 
-use super::spec::ConfigJson;
-use super::{devices, mounts};
+use super::devices;
+use super::mounts::{self, keep_last};
+use super::spec::{ConfigJson, name_of};
 use registry::Registry;
 use rrun_calls::error::{Error, Result};
 pub(crate) use spec_file::IntelRdt;
@@ -40,13 +40,11 @@ fn requested(config: &ContainerConfig) -> Vec<&str> {
         .filter(|(name, _)| name.starts_with(ANNOTATION))
         .flat_map(|(_, value)| value.split(','))
         .map(str::trim);
-    let mut names: Vec<&str> = Vec::new();
-    for name in fields.chain(annotations) {
-        if !names.contains(&name) {
-            names.push(name);
-        }
-    }
-    names
+    let mut seen = HashSet::new();
+    fields
+        .chain(annotations)
+        .filter(|name| seen.insert(*name))
+        .collect()
 }
 
 /// Returns the edits of the devices that the container requests. This call blocks.
@@ -73,16 +71,27 @@ pub(crate) fn find(dirs: &[PathBuf], config: &ContainerConfig) -> Result<DeviceE
 impl DeviceEdits {
     /// Applies the edits to config.json. Blocks while it reads the devices' attributes.
     pub(crate) fn apply(&self, config: &mut ConfigJson, privileged: bool) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
         for edits in &self.0 {
             edits.apply(config, privileged)?;
         }
+        // A later edit replaces what an earlier edit or the request sets.
+        let env = config.process.typed.env_mut().get_or_insert_default();
+        keep_last(env, |pair| name_of(pair).to_owned());
+        if let Some(nodes) = config.linux.typed.devices_mut() {
+            keep_last(nodes, |node| node.path().clone());
+        }
+        mounts::arrange(&mut config.mounts);
         Ok(())
     }
 }
 
 impl ContainerEdits {
     fn apply(&self, config: &mut ConfigJson, privileged: bool) -> Result<()> {
-        self.set_environment(&mut config.process.typed);
+        let env = config.process.typed.env_mut().get_or_insert_default();
+        env.extend(self.env.iter().cloned());
         for node in &self.device_nodes {
             node.apply(config, privileged)?;
         }
@@ -107,15 +116,6 @@ impl ContainerEdits {
         }
         Ok(())
     }
-
-    fn set_environment(&self, process: &mut Process) {
-        let env = process.env_mut().get_or_insert_default();
-        for pair in &self.env {
-            let name = pair.split('=').next();
-            env.retain(|other| other.split('=').next() != name);
-            env.push(pair.clone());
-        }
-    }
 }
 
 impl DeviceNode {
@@ -128,9 +128,7 @@ impl DeviceNode {
             let resources = linux.resources_mut().get_or_insert_default();
             resources.devices_mut().get_or_insert_default().push(rule);
         }
-        let nodes = linux.devices_mut().get_or_insert_default();
-        nodes.retain(|other| other.path() != node.path());
-        nodes.push(node);
+        linux.devices_mut().get_or_insert_default().push(node);
         Ok(())
     }
 
@@ -187,9 +185,7 @@ impl Mount {
         let kind = kind.unwrap_or("bind");
         let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
         let entry = mounts::entry(&self.container_path, kind, &self.host_path, &options);
-        mounts.retain(|other| other.destination() != entry.destination());
         mounts.push(entry);
-        mounts::sort(mounts);
     }
 }
 
