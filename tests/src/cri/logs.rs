@@ -28,6 +28,12 @@ pub(crate) const TESTS: &[Test] = &[
         the_log_of_a_container_with_a_terminal_has_one_stream,
         A_NODE
     ),
+    test!(an_absolute_log_path_is_inside_the_log_directory, A_NODE),
+    test!(
+        a_log_path_outside_the_log_directory_is_refused,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 fn log_rotations_and_kills_of_the_server_lose_no_line_of_a_fast_container() -> Result {
@@ -226,6 +232,84 @@ fn the_log_of_a_container_with_a_terminal_has_one_stream() -> Result {
                 "the log line {line:?} does not end with {end:?}"
             );
         }
+        Ok(())
+    })
+}
+
+fn an_absolute_log_path_is_inside_the_log_directory() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let outside = node.join("outside");
+        fs::create_dir(&outside)?;
+        let pod = node.pod("absolute");
+        let pod_id = node.runp(&pod)?;
+        let absolute = outside.join("a.log").display().to_string();
+        for (name, path) in [
+            ("absolute", absolute.clone()),
+            ("slashes", format!("//{absolute}")),
+            ("deep", "deep/er/b.log".to_owned()),
+        ] {
+            let script = "echo first; while ! [ -e /go ]; do sleep 0.1; done; echo second";
+            let mut container = node.container(name, &["sh", "-c", script]);
+            container["log_path"] = json!(path);
+            let id = node.run(&pod_id, &pod, &container)?;
+            let expected = node
+                .join("logs/absolute")
+                .join(path.trim_start_matches('/'));
+            let holds = |line: &str| {
+                wait_for(&format!("{} to contain {line}", expected.display()), || {
+                    let log = fs::read_to_string(&expected).unwrap_or_default();
+                    Ok(log.contains(line).then_some(()))
+                })
+            };
+            holds("first")?;
+            let shown = node.status(&id)?["logPath"].clone();
+            ensure_eq!(
+                shown.as_str().map(|shown| shown.replace("//", "/")),
+                Some(expected.display().to_string()),
+                "logPath in the status of the container {name}"
+            );
+            fs::remove_file(&expected)?;
+            node.asks(&["logs", "--reopen", &id])?;
+            node.asks(&["exec", "-s", &id, "touch", "/go"])?;
+            holds("second")?;
+            node.asks(&["rm", "--force", &id])?;
+        }
+        let written = fs::read_dir(&outside)?.count();
+        ensure_eq!(written, 0, "number of logs outside the pod's log directory");
+        Ok(())
+    })
+}
+
+fn a_log_path_outside_the_log_directory_is_refused() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("refused");
+        let pod_id = node.runp(&pod)?;
+        for path in [
+            "../a.log",
+            "/../a.log",
+            "b/../../a.log",
+            "b/..",
+            "/",
+            ".",
+            "b/",
+            "a\0.log",
+        ] {
+            let mut container = node.container("c", &["true"]);
+            container["log_path"] = json!(path);
+            let created = node.try_create(&pod_id, &pod, &container)?;
+            ensure!(
+                created.code != 0 && created.told().contains("log"),
+                "a container with the log path {path:?} was created, or the error does not name the log: {}",
+                created.told()
+            );
+        }
+        let written: Vec<_> = fs::read_dir(node.join("logs"))?.flatten().collect();
+        ensure!(
+            written.len() == 1,
+            "the refused log paths left files behind: {written:?}"
+        );
         Ok(())
     })
 }

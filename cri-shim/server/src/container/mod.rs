@@ -354,6 +354,9 @@ impl Container {
     }
 }
 
+/// Returns the path of a log. The path is always inside the pod's log directory, even if `path` is
+/// absolute. CreateContainer refuses a path with `..`.
 fn log_path(directory: &str, path: &str) -> Option<PathBuf> {
-    (!directory.is_empty() && !path.is_empty()).then(|| Path::new(directory).join(path))
+    let inside = path.trim_start_matches('/');
+    (!directory.is_empty() && !path.is_empty()).then(|| Path::new(directory).join(inside))
 }
