@@ -62,6 +62,14 @@ impl Channels {
         }
     }
 
+    /// Closes the server's half of a SPDY stream, without waiting. The call has no effect on a
+    /// WebSocket.
+    pub(crate) fn close_soon(&self, channel: u32) {
+        if let Channels::Spdy(writer) = self {
+            writer.close_soon(channel);
+        }
+    }
+
     /// Closes both halves of a SPDY stream, without waiting. The call has no effect on a WebSocket,
     /// because a server can't close a channel of a WebSocket.
     pub(crate) fn reset(&self, channel: u32) {

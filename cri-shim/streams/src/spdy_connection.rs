@@ -196,6 +196,15 @@ impl SpdyWriter {
         Ok(())
     }
 
+    /// Closes the server's half of a stream, without waiting.
+    pub(crate) fn close_soon(&self, stream: u32) {
+        self.output.reply(|replies| {
+            if self.session().close(stream) {
+                replies.extend_from_slice(&frame::data_header(stream, 0, true));
+            }
+        });
+    }
+
     /// Resets a stream, without waiting.
     pub(crate) fn reset(&self, stream: u32) {
         self.output

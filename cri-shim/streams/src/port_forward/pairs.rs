@@ -212,9 +212,8 @@ impl<P: PodPorts> Pairs<P> {
     /// because clients treat any error text as fatal for all their forwarded connections.
     fn abandon(&self, pair: &ServedPair) {
         pair.task.abort();
-        let (error, channels) = (pair.error, self.channels.clone());
         // The client waits until the error stream is closed, so the server closes this stream.
-        tokio::spawn(async move { channels.close(error).await });
+        self.channels.close_soon(pair.error);
     }
 
     /// Returns the time at which the oldest incomplete pair is reset.
