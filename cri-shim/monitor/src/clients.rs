@@ -16,8 +16,12 @@ use rrun_kernel::errno::describe;
 use rrun_protocol::Reply;
 
 /// The maximum number of simultaneous clients. Further clients wait in the backlog of the listening
-/// socket.
-const MAX_CLIENTS: usize = 256;
+/// socket. Other requests than [`MAX_SESSIONS`] execs and attachments end soon, so a client with
+/// such a request, for example to stop a container, does not have to wait.
+const MAX_CLIENTS: usize = MAX_SESSIONS + 64;
+
+/// The maximum number of execs and attachments at the same time. They can last as long as the pod.
+pub(crate) const MAX_SESSIONS: usize = 256;
 
 /// The time for which the monitor accepts no further clients. This pause begins when
 /// [`MAX_CLIENTS`] clients are connected, or when accept(2) fails.
@@ -38,6 +42,19 @@ impl Clients {
             connections: BTreeMap::new(),
             accept_paused_until: None,
         })
+    }
+
+    /// Counts the client's connection as an exec or an attachment. Returns false if [`MAX_SESSIONS`]
+    /// connections already count.
+    pub(crate) fn begin_session(&mut self, client: ClientId) -> bool {
+        let sessions = self.connections.values().filter(|it| it.is_session);
+        if sessions.count() >= MAX_SESSIONS {
+            return false;
+        }
+        if let Some(connection) = self.connections.get_mut(&client) {
+            connection.is_session = true;
+        }
+        true
     }
 
     pub(crate) fn contains(&self, client: ClientId) -> bool {

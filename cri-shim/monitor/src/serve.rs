@@ -16,7 +16,7 @@ use rustix::io::Errno;
 use rustix::process::WaitOptions;
 
 use super::calls::{Calls, Purpose};
-use super::clients::Clients;
+use super::clients::{Clients, MAX_SESSIONS};
 use super::coalescing::{self, Coalescing};
 use super::connection::{ClientId, Incoming, Stage};
 use super::container::{Container, State};
@@ -272,6 +272,14 @@ impl Monitor {
     }
 
     fn answer(&mut self, client: ClientId, request: Request, fds: Vec<OwnedFd>) {
+        if matches!(request, Request::Exec(_) | Request::Attach(_))
+            && !self.clients.begin_session(client)
+        {
+            let message = format!(
+                "the pod already has {MAX_SESSIONS} execs and attachments, and this number is the limit"
+            );
+            return self.fail(client, FailureKind::WrongState, message);
+        }
         match request {
             Request::Subscribe => self.subscribe(client),
             Request::Create(create) => self.create(client, create, fds),
