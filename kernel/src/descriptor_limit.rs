@@ -25,6 +25,14 @@ pub fn raise() {
     );
 }
 
+/// Returns a sixteenth of this process's limit on open descriptors. This number is the limit on
+/// objects of one kind that need a few descriptors each, so that other objects can have descriptors,
+/// too.
+pub fn share() -> usize {
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(limit / 16).unwrap_or(usize::MAX).max(1)
+}
+
 /// Gives the process `pid` the descriptor limit that the calling process had before it called
 /// [`raise`]. The CRI server calls this function for each monitor, because containers inherit the
 /// monitor's descriptor limit.

@@ -88,6 +88,7 @@ suites! {
         streaming_attach,
         streaming_ports,
         streaming_server,
+        streaming_crowds,
         streaming_spdy,
         systemd,
         wedge,

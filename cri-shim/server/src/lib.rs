@@ -22,6 +22,7 @@ mod services;
 mod stats;
 mod stderr_log;
 mod streaming;
+mod waiting;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -79,7 +79,7 @@ async fn serve(source: ConfigSource, config: Config) -> Result<()> {
     let streams = streaming::server::Server::listen(&node).await?;
     reconcile::run(&node).await?;
     let (end, ending) = watch::channel(false);
-    tokio::spawn(streams.serve(Arc::clone(&node), Shutdown(ending.clone())));
+    tokio::spawn(streams.serve(Arc::clone(&node), Shutdown::of_server(ending.clone())));
 
     let routes = Routes::new(services::runtime(Arc::clone(&node)))
         .add_service(services::image(Arc::clone(&node)))

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr};
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use super::runtime_handler::RuntimeHandler;
 use crate::cgroup::{CgroupDriver, slice};
 use crate::container::seccomp::Socketcall;
 use rrun_images::ImageSettings;
+use rrun_kernel::descriptor_limit;
 use rrun_network::CniSettings;
 use rrun_network::NetworkConfig;
 use rrun_network::namespace::Namespaces;
@@ -48,6 +50,8 @@ pub(crate) struct Config {
     pub stream_tls_key: Option<PathBuf>,
     /// See [`Config::stream_idle_timeout`].
     pub(super) stream_idle_timeout: u64,
+    /// See [`Config::stream_sessions`].
+    pub(super) stream_sessions: NonZeroUsize,
     pub monitor: PathBuf,
     /// See [`Config::namespaces`].
     pub(super) netns_dir: PathBuf,
@@ -118,6 +122,7 @@ impl Default for Config {
             stream_tls_key: None,
             // The default of kubelet's streamingConnectionIdleTimeout is also four hours.
             stream_idle_timeout: 4 * 60 * 60,
+            stream_sessions: NonZeroUsize::new(1024).unwrap_or(NonZeroUsize::MIN),
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),
@@ -160,6 +165,12 @@ impl Config {
         // could overflow an `Instant`. u32::MAX seconds are about 136 years, so such a timeout
         // never expires in practice.
         Duration::from_secs(self.stream_idle_timeout.min(u32::MAX.into()))
+    }
+
+    /// Returns the limit on simultaneous exec, attach and port-forward streams. The limit is lower
+    /// than the configured value if the server's limit on open descriptors is too low.
+    pub(crate) fn stream_sessions(&self) -> usize {
+        self.stream_sessions.get().min(descriptor_limit::share())
     }
 
     /// Returns the parent cgroup of pods that specify no parent cgroup: by default `/rrun`, or

@@ -1,7 +1,8 @@
 //! A minimal HTTP/1 server for metrics scrapers, which listens on the address `metrics_listen`.
 //!
 //! To restrict the resources that clients can use, the server accepts one request per connection.
-//! It also limits the request size, the number of connections and the duration of a connection.
+//! It also limits the request size, the number of connections and the duration of a connection. If
+//! the limit on connections is reached, a new connection replaces the oldest one.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -9,15 +10,16 @@ use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
 
 use super::exposition;
 use crate::node::Node;
+use crate::waiting::WaitingClients;
 use rrun_calls::error::{During, Result};
+use rrun_kernel::descriptor_limit;
 use rrun_kernel::errno::describe;
 
-/// The limit on concurrent connections. Further connections wait in the socket's backlog.
-const MAX_CONNECTIONS: usize = 8;
+/// The limit on concurrent connections.
+const MAX_CONNECTIONS: usize = 1024;
 
 /// The size limit of a request's first line and headers.
 const MAX_REQUEST_BYTES: usize = 8 << 10;
@@ -27,18 +29,23 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Serves the metrics over HTTP until the calling task is aborted.
 pub(crate) async fn serve(node: Arc<Node>, listener: TcpListener) {
-    let permits = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let connections = MAX_CONNECTIONS.min(descriptor_limit::share());
+    let waiting = WaitingClients::new("metrics", connections);
     loop {
-        let Ok(permit) = Arc::clone(&permits).acquire_owned().await else {
-            return;
-        };
         match listener.accept().await {
             Ok((stream, _)) => {
                 let node = Arc::clone(&node);
+                let (place, replaced) = waiting.add();
                 tokio::spawn(async move {
-                    let _ = tokio::time::timeout(REQUEST_TIMEOUT, answer(&node, stream)).await;
-                    drop(permit);
+                    let _place = place;
+                    let answer = answer(&node, stream);
+                    tokio::select! {
+                        _ = tokio::time::timeout(REQUEST_TIMEOUT, answer) => {}
+                        () = replaced.notified() => {}
+                    }
                 });
+                // Read the request of this client before the next client can replace it.
+                tokio::task::yield_now().await;
             }
             Err(error) => {
                 log::error!("accept a connection for metrics: {}", describe(&error));

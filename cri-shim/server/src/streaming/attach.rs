@@ -12,7 +12,7 @@ use std::sync::Arc;
 use rrun_proto::v1::AttachRequest;
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::shutdown::Shutdown;
+use super::shutdown::{Reason, Shutdown};
 use crate::container::Container;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
@@ -34,9 +34,6 @@ struct Attached {
     handle: AttachHandle,
 }
 
-/// The message to the client when the server is stopped.
-const STOPPED: &str = "the CRI server is stopping; the container continues to run";
-
 /// Serves the client until the client disconnects, the container exits or the server stops.
 pub(super) async fn attach(
     node: &Node,
@@ -53,7 +50,7 @@ pub(super) async fn attach(
                     ended?;
                     Outcome::Exit(0)
                 }
-                () = shutdown.begun() => Outcome::Failed(STOPPED.to_owned()),
+                reason = shutdown.begun() => Outcome::Failed(sentence(reason).to_owned()),
                 detached = input(&container, request.stdin, &mut receiver, stdin, sender) => {
                     match detached? {
                         Detached::ClientGone => return Ok(()),
@@ -68,6 +65,16 @@ pub(super) async fn attach(
         )),
     };
     sender.finish(&outcome, &mut receiver).await
+}
+
+/// Returns the message to a client whose session must end.
+fn sentence(reason: Reason) -> &'static str {
+    match reason {
+        Reason::ServerStops => "the CRI server is stopping; the container continues to run",
+        Reason::Replaced => {
+            "the limit on streams (stream_sessions) is reached and this pod has the most streams, so the CRI server closed this stream; the container continues to run"
+        }
+    }
 }
 
 async fn begin(node: &Node, request: &AttachRequest) -> Result<(Arc<Container>, Attached)> {

@@ -8,7 +8,7 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::sync::watch;
 
 use super::command;
-use super::shutdown::Shutdown;
+use super::shutdown::{Reason, Shutdown};
 use crate::container::{Container, Phase};
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
@@ -19,9 +19,6 @@ use rrun_streams::remotecommand::{
     Channel, ClientReceiver, ClientSender, Outcome, copy_input, copy_output_until_exit,
 };
 use rrun_streams::{Descriptor, PIPE_BYTES};
-
-/// The message to the client if the server stops while the command runs.
-const STOPPED: &str = "the CRI server is stopping, and it killed the command";
 
 /// The server's ends of the pipes for a command's stdio, or the command's terminal.
 #[derive(Default)]
@@ -50,7 +47,7 @@ pub(super) async fn exec(
                     Some(outcome) => outcome,
                     None => return Ok(()),
                 },
-                () = shutdown.begun() => Outcome::Failed(STOPPED.to_owned()),
+                reason = shutdown.begun() => Outcome::Failed(sentence(reason).to_owned()),
             }
         }
         Err(error) => Outcome::Failed(format!(
@@ -59,6 +56,16 @@ pub(super) async fn exec(
         )),
     };
     sender.finish(&outcome, &mut receiver).await
+}
+
+/// Returns the message to a client whose session must end while its command runs.
+fn sentence(reason: Reason) -> &'static str {
+    match reason {
+        Reason::ServerStops => "the CRI server is stopping, and it killed the command",
+        Reason::Replaced => {
+            "the limit on streams (stream_sessions) is reached and this pod has the most streams, so the CRI server killed the command"
+        }
+    }
 }
 
 /// Copies data between the client and the command's stdio until the command exits. If the client

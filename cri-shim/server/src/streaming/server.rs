@@ -2,7 +2,8 @@
 //!
 //! The server handles one upgrade request on each connection. The upgrade request must arrive
 //! within [`REQUEST_TIMEOUT`], and its head must fit into [`MAX_HEAD_BYTES`]; otherwise the server
-//! closes the connection. At most [`MAX_CONNECTIONS`] connections are open at the same time.
+//! closes the connection. At most [`MAX_WAITING`] connections wait for a valid request at the same
+//! time ([`WaitingClients`]). The number of sessions has its own limit (`sessions`).
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
@@ -15,14 +16,17 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_rustls::TlsAcceptor;
 
 use super::session::Session;
 use super::shutdown::Shutdown;
+use super::tickets::IssuedTicket;
 use super::tls;
 use crate::node::Node;
+use crate::waiting::{Place, WaitingClients};
 use rrun_calls::error::{During, Error, Result};
+use rrun_calls::lock::lock;
+use rrun_kernel::descriptor_limit;
 use rrun_kernel::errno::describe;
 use rrun_streams::Transport;
 use rrun_streams::upgrade::{negotiate, refuse};
@@ -33,8 +37,8 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 /// The size limit of a request's head, in bytes.
 const MAX_HEAD_BYTES: usize = 16 << 10;
 
-/// The limit on concurrent connections. The server immediately closes further connections.
-const MAX_CONNECTIONS: usize = 1024;
+/// The limit on connections without a valid request.
+const MAX_WAITING: usize = 1024;
 
 /// The streaming server, which listens on its address but does not accept connections yet.
 pub(crate) struct Server {
@@ -70,11 +74,11 @@ impl Server {
     /// Serves clients until the shutdown begins. At the shutdown, the open sessions end, and each
     /// session informs its client.
     pub(crate) async fn serve(self, node: Arc<Node>, mut shutdown: Shutdown) {
-        let slots = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+        let waiting = WaitingClients::new("streams", MAX_WAITING.min(descriptor_limit::share()));
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
-                () = shutdown.begun() => return,
+                _ = shutdown.begun() => return,
             };
             let stream = match accepted {
                 Ok((stream, _)) => stream,
@@ -87,19 +91,15 @@ impl Server {
                     continue;
                 }
             };
-            let Ok(slot) = Arc::clone(&slots).try_acquire_owned() else {
-                log::warn!(
-                    "closed a new streaming connection: the limit of {MAX_CONNECTIONS} connections is reached"
-                );
-                continue;
-            };
+            let (place, replaced) = waiting.add();
             let (node, tls) = (Arc::clone(&node), self.tls.clone());
             let mut until = shutdown.clone();
             tokio::spawn(async move {
-                let served = serve_request(node, stream, tls, slot, until.clone());
+                let served = serve_request(node, stream, tls, place, until.clone());
                 let served = tokio::select! {
                     served = tokio::time::timeout(REQUEST_TIMEOUT, served) => served,
-                    () = until.begun() => return,
+                    () = replaced.notified() => return,
+                    _ = until.begun() => return,
                 };
                 match served {
                     Ok(Ok(())) => {}
@@ -109,6 +109,8 @@ impl Server {
                     ),
                 }
             });
+            // Read the request of this client before the next client can replace it.
+            tokio::task::yield_now().await;
         }
     }
 }
@@ -118,13 +120,13 @@ async fn serve_request(
     node: Arc<Node>,
     stream: TcpStream,
     tls: Option<TlsAcceptor>,
-    slot: OwnedSemaphorePermit,
+    place: Place,
     shutdown: Shutdown,
 ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
     let transport = Transport::accept(stream, tls).await?;
-    let slot = Arc::new(Mutex::new(Some(slot)));
+    let place = Mutex::new(Some(place));
     let service = service_fn(move |request| {
-        let response = respond(&node, request, &slot, &shutdown);
+        let response = respond(&node, request, &place, &shutdown);
         std::future::ready(Ok::<_, Infallible>(response))
     });
     http1::Builder::new()
@@ -137,11 +139,12 @@ async fn serve_request(
     Ok(())
 }
 
-/// Responds to an upgrade request. After the upgrade, the stream's session runs in a separate task.
+/// Responds to an upgrade request. After the upgrade, the stream's session runs in a separate task,
+/// and the connection no longer occupies its place among the waiting connections.
 fn respond(
     node: &Arc<Node>,
     mut request: Request<Incoming>,
-    slot: &Mutex<Option<OwnedSemaphorePermit>>,
+    place: &Mutex<Option<Place>>,
     shutdown: &Shutdown,
 ) -> Response<String> {
     if !matches!(*request.method(), Method::GET | Method::POST) {
@@ -153,7 +156,7 @@ fn respond(
     let path = request.uri().path().trim_start_matches('/');
     let (method, token) = path.split_once('/').unwrap_or_default();
     let unknown = || *refuse(StatusCode::NOT_FOUND, "this URL is invalid or has expired");
-    let Some(ticket) = node.streams.tickets.find(method, token) else {
+    let Some(IssuedTicket { pod, ticket, .. }) = node.streams.tickets.find(method, token) else {
         return unknown();
     };
     // If the negotiation fails, the ticket remains valid. The client can then retry with another
@@ -162,19 +165,27 @@ fn respond(
         Ok(agreed) => agreed,
         Err(refusal) => return *refusal,
     };
+    let Some(session_place) = node.streams.sessions.add(&pod) else {
+        let limit = node.streams.sessions.limit();
+        let sentence = format!(
+            "open a stream for the pod {pod}: the limit of {limit} streams (stream_sessions) is reached"
+        );
+        log::warn!("{sentence}");
+        return *refuse(StatusCode::SERVICE_UNAVAILABLE, &sentence);
+    };
     if !node.streams.tickets.redeem(token) {
         return unknown();
     }
-    let slot = slot.lock().ok().and_then(|mut slot| slot.take());
+    drop(lock(place).take());
     let upgrade = hyper::upgrade::on(&mut request);
     let session = Session {
         node: Arc::clone(node),
         ticket,
         subprotocol,
-        shutdown: shutdown.clone(),
+        shutdown: shutdown.of_session(session_place.replaced.clone()),
     };
     tokio::spawn(async move {
-        let _slot = slot;
+        let _place = session_place;
         session.run(upgrade).await;
     });
     response

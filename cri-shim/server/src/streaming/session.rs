@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::upgrade::{OnUpgrade, Upgraded};
@@ -15,6 +16,10 @@ use crate::node::Node;
 use rrun_streams::remotecommand;
 use rrun_streams::upgrade::Subprotocol;
 use rrun_streams::{Transport, is_disconnect, port_forward};
+
+/// The time limit for a client to read the reason for the end of its session, if another session
+/// has replaced the session.
+const REPLACED_GRACE: Duration = Duration::from_secs(10);
 
 /// A client's connection with its ticket and its protocol.
 pub(super) struct Session {
@@ -50,8 +55,14 @@ impl Session {
         let transport = parts.io.into_inner();
         let watch = transport.watch();
         let idle = self.node.config.stream_idle_timeout();
+        let replaced = self.shutdown.clone();
+        let replaced = async {
+            replaced.replaced().await;
+            tokio::time::sleep(REPLACED_GRACE).await;
+        };
         let served = tokio::select! {
             served = self.serve(transport, parts.read_buf) => served,
+            () = replaced => Ok(()),
             () = watch.idle(idle) => Err(io::Error::new(
                 io::ErrorKind::TimedOut,
                 format!("no data was transferred for {} s", idle.as_secs()),

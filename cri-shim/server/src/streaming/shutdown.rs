@@ -1,22 +1,57 @@
-//! The notification that the server is shutting down. The sessions of clients wait for this
-//! notification.
+//! The notifications that a session must end although its client is still connected.
 
 use std::io;
 
 use tokio::sync::watch;
 
-/// A receiver of the shutdown notification. A session keeps its receiver until the session ends.
-/// The sender can therefore wait for all sessions.
+/// A receiver of the notifications. A session keeps its receiver until the session ends. The sender
+/// of the server's notification can therefore wait for all sessions.
 #[derive(Clone)]
-pub(crate) struct Shutdown(pub watch::Receiver<bool>);
+pub(crate) struct Shutdown {
+    server: watch::Receiver<bool>,
+    /// The notification that another session has replaced this session.
+    replaced: Option<watch::Receiver<bool>>,
+}
+
+/// The reason for the end of a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Reason {
+    ServerStops,
+    /// The limit on sessions is reached, and another session has replaced this session.
+    Replaced,
+}
 
 impl Shutdown {
-    /// Waits until the shutdown begins or the sender is dropped.
-    pub(super) async fn begun(&mut self) {
-        let _ = self.0.wait_for(|begun| *begun).await;
+    pub(crate) fn of_server(server: watch::Receiver<bool>) -> Self {
+        Shutdown {
+            server,
+            replaced: None,
+        }
     }
 
-    /// Runs the future `served` until it ends or the shutdown begins. This function is for
+    /// Returns a receiver that also receives the notification of one session.
+    pub(super) fn of_session(&self, replaced: watch::Receiver<bool>) -> Self {
+        Shutdown {
+            server: self.server.clone(),
+            replaced: Some(replaced),
+        }
+    }
+
+    /// Waits until the session must end. The session must also end if the server's sender is
+    /// dropped.
+    pub(super) async fn begun(&mut self) -> Reason {
+        tokio::select! {
+            _ = self.server.wait_for(|begun| *begun) => Reason::ServerStops,
+            () = replaced(self.replaced.as_mut()) => Reason::Replaced,
+        }
+    }
+
+    /// Waits until another session has replaced this session.
+    pub(super) async fn replaced(mut self) {
+        replaced(self.replaced.as_mut()).await;
+    }
+
+    /// Runs the future `served` until it ends or the session must end. This function is for
     /// protocols in which the server can't send a reason for the session's end.
     pub(super) async fn cut(
         &mut self,
@@ -24,7 +59,16 @@ impl Shutdown {
     ) -> io::Result<()> {
         tokio::select! {
             served = served => served,
-            () = self.begun() => Ok(()),
+            _ = self.begun() => Ok(()),
         }
     }
+}
+
+async fn replaced(notification: Option<&mut watch::Receiver<bool>>) {
+    if let Some(notification) = notification
+        && notification.wait_for(|replaced| *replaced).await.is_ok()
+    {
+        return;
+    }
+    std::future::pending().await
 }

@@ -2,12 +2,14 @@
 //! one session.
 
 use std::collections::BTreeMap;
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use rrun_proto::v1::{AttachRequest, ExecRequest, PortForwardRequest};
 use tonic::Code;
 
+use super::fair_share::pod_with_most;
+use super::sessions::Sessions;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::lock::lock;
 use rrun_streams::remotecommand::StreamOptions;
@@ -20,22 +22,32 @@ const TICKET_LIFETIME: Duration = Duration::from_secs(60);
 const MAX_TICKETS: usize = 1000;
 
 /// The shared state of the gRPC service and the streaming server.
-#[derive(Default)]
 pub(crate) struct Streams {
     pub(super) tickets: Tickets,
+    pub(super) sessions: Arc<Sessions>,
     /// The base URL `http://ADDRESS:PORT`. It is set when the streaming server begins to listen.
     pub(super) base: OnceLock<String>,
 }
 
 impl Streams {
-    /// Issues a ticket, and returns a URL that contains `token`. A client can use the URL once.
-    pub(super) fn url(&self, token: &str, ticket: StreamTicket) -> Result<String> {
+    /// Creates the state for at most `sessions` simultaneous sessions.
+    pub(crate) fn new(sessions: usize) -> Self {
+        Streams {
+            tickets: Tickets::default(),
+            sessions: Sessions::new(sessions),
+            base: OnceLock::new(),
+        }
+    }
+
+    /// Issues a ticket for the pod, and returns a URL that contains `token`. A client can use the
+    /// URL once.
+    pub(super) fn url(&self, token: &str, pod: &str, ticket: StreamTicket) -> Result<String> {
         let base = self
             .base
             .get()
             .ok_or_else(|| Error::internal("the streaming server does not listen yet"))?;
         let method = ticket.method();
-        self.tickets.issue(token, ticket)?;
+        self.tickets.issue(token, pod, ticket)?;
         Ok(format!("{base}/{method}/{token}"))
     }
 }
@@ -93,39 +105,62 @@ impl StreamTicket {
     }
 }
 
+/// A ticket that is not redeemed yet.
+#[derive(Clone)]
+pub(super) struct IssuedTicket {
+    /// The id of the pod for which the ticket is valid.
+    pub pod: String,
+    pub ticket: StreamTicket,
+    until: Instant,
+}
+
 /// The tickets that are not redeemed yet, keyed by their tokens.
 #[derive(Default)]
-pub(super) struct Tickets(Mutex<BTreeMap<String, (Instant, StreamTicket)>>);
+pub(super) struct Tickets(Mutex<BTreeMap<String, IssuedTicket>>);
 
 impl Tickets {
-    fn all(&self) -> MutexGuard<'_, BTreeMap<String, (Instant, StreamTicket)>> {
+    fn all(&self) -> MutexGuard<'_, BTreeMap<String, IssuedTicket>> {
         lock(&self.0)
     }
 
-    /// Stores a ticket until a client redeems it with its token.
-    fn issue(&self, token: &str, ticket: StreamTicket) -> Result<()> {
+    /// Stores a ticket until a client redeems it with its token. If the limit on tickets is
+    /// reached, the ticket replaces the oldest ticket of the pod with the most tickets.
+    fn issue(&self, token: &str, pod: &str, ticket: StreamTicket) -> Result<()> {
         let now = Instant::now();
         let mut all = self.all();
-        all.retain(|_, (until, _)| *until > now);
+        all.retain(|_, issued| issued.until > now);
         if all.len() >= MAX_TICKETS {
-            return Err(Error::new(
-                Code::ResourceExhausted,
-                format!(
-                    "{MAX_TICKETS} streams are waiting for their clients; try again in a minute"
-                ),
-            ));
+            let pods = all.values().map(|issued| issued.pod.as_str());
+            let most = pod_with_most(pods, pod).ok_or_else(|| {
+                Error::new(
+                    Code::ResourceExhausted,
+                    format!(
+                        "{MAX_TICKETS} streams are waiting for their clients; try again in a minute"
+                    ),
+                )
+            })?;
+            let of_pod = all.iter().filter(|(_, issued)| issued.pod == most);
+            let oldest = of_pod.min_by_key(|(_, issued)| issued.until);
+            if let Some(oldest) = oldest.map(|(token, _)| token.clone()) {
+                all.remove(&oldest);
+            }
         }
-        all.insert(token.to_owned(), (now + TICKET_LIFETIME, ticket));
+        let issued = IssuedTicket {
+            pod: pod.to_owned(),
+            ticket,
+            until: now + TICKET_LIFETIME,
+        };
+        all.insert(token.to_owned(), issued);
         Ok(())
     }
 
     /// Returns the ticket of a token. If the ticket has expired or is not for `method`, the result
     /// is `None`.
-    pub(super) fn find(&self, method: &str, token: &str) -> Option<StreamTicket> {
+    pub(super) fn find(&self, method: &str, token: &str) -> Option<IssuedTicket> {
         let all = self.all();
-        let (until, ticket) = all.get(token)?;
-        let good = *until > Instant::now() && ticket.method() == method;
-        good.then(|| ticket.clone())
+        let issued = all.get(token)?;
+        let good = issued.until > Instant::now() && issued.ticket.method() == method;
+        good.then(|| issued.clone())
     }
 
     /// Removes a ticket. Returns false if another client redeemed the ticket first.
@@ -141,33 +176,36 @@ mod tests {
     #[test]
     fn a_ticket_is_valid_once_and_only_for_its_method() -> Result<()> {
         let tickets = Tickets::default();
-        tickets.issue("a", StreamTicket::Attach(AttachRequest::default()))?;
-        assert_eq!(tickets.find("exec", "a"), None);
+        tickets.issue("a", "pod", StreamTicket::Attach(AttachRequest::default()))?;
+        assert!(tickets.find("exec", "a").is_none());
         assert!(tickets.find("attach", "a").is_some());
         assert!(tickets.redeem("a"));
         assert!(!tickets.redeem("a"));
-        assert_eq!(tickets.find("attach", "a"), None);
+        assert!(tickets.find("attach", "a").is_none());
         Ok(())
     }
 
     #[test]
-    fn the_number_of_tickets_is_limited() -> Result<()> {
+    fn the_number_of_tickets_is_limited_and_no_pod_prevents_tickets_for_other_pods() -> Result<()> {
         let tickets = Tickets::default();
-        let issue = |token: &str| {
+        let issue = |token: &str, pod: &str| {
             let ticket = StreamTicket::Attach(AttachRequest::default());
-            tickets.issue(token, ticket)
+            tickets.issue(token, pod, ticket)
         };
+        let is_valid = |token: &str| tickets.find("attach", token).is_some();
         for number in 0..MAX_TICKETS {
-            issue(&number.to_string())?;
+            issue(&number.to_string(), "many")?;
         }
         assert_eq!(
-            issue("more").err().map(|e| e.code()),
+            issue("more", "many").err().map(|e| e.code()),
             Some(Code::ResourceExhausted)
         );
+        issue("other", "few")?;
+        assert!(is_valid("other") && !is_valid("0") && is_valid("1"));
         // After one ticket has expired, it is removed, so the next ticket is accepted.
-        if let Some((until, _)) = tickets.all().values_mut().next() {
-            *until = Instant::now();
+        if let Some(issued) = tickets.all().values_mut().next() {
+            issued.until = Instant::now();
         }
-        issue("more")
+        issue("more", "many")
     }
 }

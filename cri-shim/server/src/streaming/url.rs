@@ -18,7 +18,9 @@ pub(crate) fn exec_url(node: &Node, mut request: ExecRequest) -> Result<String> 
     }
     check(request.tty, request.stdin, request.stdout, request.stderr)?;
     request.container_id.clone_from(&container.id);
-    node.streams.url(&new_id()?, StreamTicket::Exec(request))
+    let pod = &container.sandbox.id;
+    node.streams
+        .url(&new_id()?, pod, StreamTicket::Exec(request))
 }
 
 /// Returns a URL that the client can use once, to attach to the container.
@@ -30,7 +32,9 @@ pub(crate) fn attach_url(node: &Node, mut request: AttachRequest) -> Result<Stri
     if container.config.tty {
         request.stderr = false;
     }
-    node.streams.url(&new_id()?, StreamTicket::Attach(request))
+    let pod = &container.sandbox.id;
+    node.streams
+        .url(&new_id()?, pod, StreamTicket::Attach(request))
 }
 
 /// Returns a URL that the client can use once, to connect to the pod's ports.
@@ -49,7 +53,7 @@ pub(crate) fn port_forward_url(node: &Node, mut request: PortForwardRequest) -> 
     }
     request.pod_sandbox_id.clone_from(&sandbox.id);
     node.streams
-        .url(&new_id()?, StreamTicket::PortForward(request))
+        .url(&new_id()?, &sandbox.id, StreamTicket::PortForward(request))
 }
 
 fn running(node: &Node, id: &str) -> Result<Arc<Container>> {
