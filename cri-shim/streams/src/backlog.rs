@@ -26,6 +26,17 @@ const MAX_QUEUE_BYTES: usize = 1 << 20;
 /// programs of a client.
 const MAX_BACKLOG_BYTES: usize = 4 << 20;
 
+/// The limit on the waiting bytes of all clients together. A client's backlog is already full when
+/// it contains half of the bytes that are left of this limit. A few clients can therefore not use up
+/// the limit.
+const MAX_TOTAL_BYTES: usize = 128 << 20;
+
+/// The number of waiting bytes that each client can have, even if [`MAX_TOTAL_BYTES`] is reached.
+const MIN_BACKLOG_BYTES: usize = 64 << 10;
+
+/// The waiting bytes of all clients together.
+static TOTAL: AtomicUsize = AtomicUsize::new(0);
+
 /// The number of bytes that each waiting piece of data counts in addition to its length. Even a
 /// short piece occupies memory in the queue.
 const PIECE_OVERHEAD_BYTES: usize = 64;
@@ -84,7 +95,18 @@ impl Backlog {
     }
 
     pub(crate) fn is_full(&self) -> bool {
-        self.waiting.load(Ordering::Relaxed) > MAX_BACKLOG_BYTES
+        self.waiting.load(Ordering::Relaxed) > backlog_limit(TOTAL.load(Ordering::Relaxed))
+    }
+
+    fn enter(&self, cost: usize) {
+        self.waiting.fetch_add(cost, Ordering::Relaxed);
+        TOTAL.fetch_add(cost, Ordering::Relaxed);
+    }
+
+    fn leave(&self, cost: usize) {
+        self.waiting.fetch_sub(cost, Ordering::Relaxed);
+        TOTAL.fetch_sub(cost, Ordering::Relaxed);
+        self.shrunk.notify_one();
     }
 
     /// Waits until the backlog has shrunk. The call can also return without a change. For this
@@ -108,9 +130,15 @@ impl Queue {
 
     fn leave(&self, state: &mut QueueState, cost: usize) {
         state.waiting -= cost.min(state.waiting);
-        self.all.waiting.fetch_sub(cost, Ordering::Relaxed);
-        self.all.shrunk.notify_one();
+        self.all.leave(cost);
     }
+}
+
+/// Returns the number of waiting bytes at which a client's backlog is full. `total` is the number of
+/// waiting bytes of all clients.
+fn backlog_limit(total: usize) -> usize {
+    let left = MAX_TOTAL_BYTES.saturating_sub(total);
+    (left / 2).clamp(MIN_BACKLOG_BYTES, MAX_BACKLOG_BYTES)
 }
 
 fn cost(bytes: &Bytes) -> usize {
@@ -135,7 +163,7 @@ impl QueueSender {
             queue.touch();
         }
         state.waiting += cost(&bytes);
-        queue.all.waiting.fetch_add(cost(&bytes), Ordering::Relaxed);
+        queue.all.enter(cost(&bytes));
         state.queue.push_back(bytes);
         drop(state);
         queue.more.notify_one();
@@ -214,6 +242,20 @@ impl Drop for QueueReceiver {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_clients_limit_shrinks_if_the_clients_together_have_much_waiting_data() {
+        assert_eq!(backlog_limit(0), MAX_BACKLOG_BYTES);
+        assert_eq!(backlog_limit(MAX_TOTAL_BYTES - (2 << 20)), 1 << 20);
+        assert_eq!(backlog_limit(MAX_TOTAL_BYTES), MIN_BACKLOG_BYTES);
+        assert_eq!(backlog_limit(usize::MAX), MIN_BACKLOG_BYTES);
+        // All clients push as much data as their limits allow.
+        let mut total = 0;
+        for _ in 0..1024 {
+            total += backlog_limit(total);
+        }
+        assert!(total <= MAX_TOTAL_BYTES + 1024 * MIN_BACKLOG_BYTES);
+    }
 
     #[tokio::test]
     async fn waiting_data_is_counted_for_its_queue_and_for_the_backlog() {

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rrun_kernel::errno::describe;
@@ -27,6 +28,30 @@ const UNSENT_POLL_INTERVAL: Duration = Duration::from_secs(1);
 /// pod closes its side of the connection. Other CRI servers also wait for one second. If the client
 /// does not reset the streams, the forwarded connection ends only after this time.
 const LINGER_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// The number of forwarded connections of all clients.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+
+/// Returns the number of forwarded connections of all clients.
+pub(super) fn count_open() -> usize {
+    OPEN.load(Ordering::Relaxed)
+}
+
+/// A forwarded connection that [`count_open`] counts.
+struct Counted;
+
+impl Counted {
+    fn new() -> Self {
+        OPEN.fetch_add(1, Ordering::Relaxed);
+        Counted
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        OPEN.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// The two channels of a forwarded connection.
 pub(super) struct ForwardChannels {
@@ -72,6 +97,7 @@ pub(super) async fn forward(
     input: QueueReceiver,
     client: &ForwardChannels,
 ) {
+    let _counted = Counted::new();
     let failure = match pod.connect(port).await {
         Ok(stream) => match copy(stream, input, client).await {
             Err(error) if !is_disconnect(&error) => Some(format!(

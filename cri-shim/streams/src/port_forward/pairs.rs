@@ -10,13 +10,14 @@ use bytes::Bytes;
 use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
-use super::forward::{ForwardChannels, forward};
+use super::forward::{ForwardChannels, count_open, forward};
 use super::target::PodPorts;
 use crate::backlog::{Backlog, QueueSender};
 use crate::channels::Channels;
 use crate::spdy::{Event, Headers};
 use crate::spdy_connection::{SpdyReader, SpdyWriter};
 use crate::watch::Watch;
+use rrun_kernel::descriptor_limit;
 
 /// The timeout for a program in the pod that does not read while the backlog or a queue is full.
 /// After this timeout, the server closes the forwarded connection to the program. The client's
@@ -28,6 +29,10 @@ const PAIR_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The maximum number of simultaneous forwarded connections of one client.
 const MAX_PAIRS: usize = 500;
+
+/// The number of simultaneous forwarded connections that each client can have, even if all clients
+/// together have too many, see [`pair_limit`].
+const MIN_PAIRS: usize = 8;
 
 /// Serves a client's streams until the client disconnects.
 pub(super) async fn serve(
@@ -128,7 +133,8 @@ impl<P: PodPorts> Pairs<P> {
         };
         let DescribedStream { id, is_data, port } = described;
         let pairs = self.half_open.len() + self.tasks.len();
-        if pairs >= MAX_PAIRS && !self.half_open.contains_key(&id) {
+        let all = 4 * descriptor_limit::share();
+        if pairs >= pair_limit(all, count_open()) && !self.half_open.contains_key(&id) {
             self.channels.reset(stream);
             return;
         }
@@ -265,6 +271,13 @@ impl<P: PodPorts> Pairs<P> {
     }
 }
 
+/// Returns the limit on one client's forwarded connections. `all` is the limit on the connections of
+/// all clients, of which `open` are open. A client can use half of the remaining connections, so a
+/// few clients cannot use up all of them.
+fn pair_limit(all: usize, open: usize) -> usize {
+    (all.saturating_sub(open) / 2).clamp(MIN_PAIRS, MAX_PAIRS)
+}
+
 /// Returns the time at which the server closes this pair if the program reads no data until then.
 fn stall_deadline(pair: &ServedPair) -> Instant {
     Instant::now() + STALL_TIMEOUT.saturating_sub(pair.input.stalled_for())
@@ -308,6 +321,13 @@ impl DescribedStream {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_client_can_use_half_of_the_remaining_connections() {
+        assert_eq!(pair_limit(4096, 0), MAX_PAIRS);
+        assert_eq!(pair_limit(4096, 4000), 48);
+        assert_eq!(pair_limit(4096, 5000), MIN_PAIRS);
+    }
 
     #[test]
     fn a_stream_belongs_to_the_pair_with_its_id_or_to_the_pair_of_the_previous_stream() {
