@@ -88,6 +88,15 @@ pub(crate) fn own(parent: &str, pod: &str) -> String {
     }
 }
 
+/// Returns the directories that [`create`] would create now, outermost first.
+pub(crate) fn missing(cgroup: &str) -> Vec<PathBuf> {
+    let dir = directory(cgroup);
+    let missing = dir.ancestors().take_while(|dir| !dir.is_dir());
+    let mut missing: Vec<PathBuf> = missing.map(Path::to_owned).collect();
+    missing.reverse();
+    missing
+}
+
 /// Creates the cgroup and its missing parents, and enables every available controller in them.
 /// Returns the directories that were created, outermost first.
 pub(crate) fn create(cgroup: &str) -> Result<Vec<PathBuf>> {

@@ -2,6 +2,8 @@
 //! container or image, and the containers continue to run.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rrun_proto::v1::{
@@ -12,7 +14,7 @@ use serde_json::json;
 
 use crate::support::calls::{Calls, RuntimeClient, container, pod};
 use crate::support::counted_lines::{line_numbers, without_gap};
-use crate::support::machine::Result;
+use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
@@ -32,6 +34,17 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE
     ),
     test!(a_stopped_server_leaves_the_containers_running, A_NODE),
+    test!(
+        a_server_that_is_killed_while_it_creates_a_cgroup_leaves_no_cgroup,
+        A_NODE,
+        Need::RrunCri,
+        Need::Program("strace")
+    ),
+    test!(
+        a_restarted_server_kills_the_hanging_monitor_of_a_partial_pod,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 fn a_restarted_server_finds_pods_and_containers_unchanged() -> Result {
@@ -293,4 +306,78 @@ fn a_stopped_server_leaves_the_containers_running() -> Result {
         node.asks(&["stop", "--timeout", "0", &id])?;
         without_gap(&line_numbers(&node.log_of("calm", "counts")?)?)
     })
+}
+
+fn a_server_that_is_killed_while_it_creates_a_cgroup_leaves_no_cgroup() -> Result {
+    on_a_node(|node| {
+        let outer = Path::new("/sys/fs/cgroup/e2e-killed");
+        let inner = outer.join("inner");
+        let mut pod = node.pod("killed");
+        pod["linux"]["cgroup_parent"] = json!("/e2e-killed/inner");
+        let pid = node.server_pid()?.to_string();
+        // The kernel kills the server when the server creates the inner cgroup.
+        let mut strace = command("strace", ["-f", "-p", &pid, "-P"])
+            .arg(&inner)
+            .args(["-e", "inject=mkdir,mkdirat:signal=KILL"])
+            .start()?;
+        wait_for("strace to attach to the server", || {
+            Ok(strace.stderr().contains("attached").then_some(()))
+        })?;
+        let created = node.try_runp(&pod)?;
+        ensure!(
+            created.code != 0 && outer.is_dir(),
+            "the server was not killed after it had created {}: {}",
+            outer.display(),
+            created.told()
+        );
+        strace.end()?;
+        node.kill_server()?;
+        node.start_server()?;
+        ensure!(
+            !outer.exists(),
+            "the restarted server did not remove {}",
+            outer.display()
+        );
+        Ok(())
+    })
+}
+
+fn a_restarted_server_kills_the_hanging_monitor_of_a_partial_pod() -> Result {
+    on_a_node(|node| {
+        let hanging = node.join("hanging-monitor");
+        fs::write(&hanging, "#!/bin/sh\nkill -STOP $$\n")?;
+        fs::set_permissions(&hanging, PermissionsExt::from_mode(0o755))?;
+        let file = node.join("config.toml");
+        let text = fs::read_to_string(&file)?;
+        node.terminate_server()?;
+        fs::write(&file, format!("monitor = {hanging:?}\n{text}"))?;
+        node.start_server()?;
+        let pod = node.pod("hangs");
+        let run = node.start_runp(&pod)?;
+        let script = hanging.display().to_string();
+        wait_for("the monitor to hang", || {
+            Ok((!monitors(&script)?.is_empty()).then_some(()))
+        })?;
+        node.kill_server()?;
+        run.end()?;
+        fs::write(&file, text)?;
+        node.start_server()?;
+        wait_for("the restarted server to kill the hanging monitor", || {
+            Ok(monitors(&script)?.is_empty().then_some(()))
+        })?;
+        node.runp(&pod)?;
+        Ok(())
+    })
+}
+
+/// Returns the stopped processes whose command lines contain `script`.
+fn monitors(script: &str) -> Result<Vec<PathBuf>> {
+    let mut found = Vec::new();
+    for process in fs::read_dir("/proc")?.flatten() {
+        let read = |name: &str| fs::read_to_string(process.path().join(name)).unwrap_or_default();
+        if read("cmdline").contains(script) && read("stat").contains(") T ") {
+            found.push(process.path());
+        }
+    }
+    Ok(found)
 }

@@ -349,6 +349,12 @@ impl Node {
         self.crictl(&["runp", &file]).end()
     }
 
+    /// Starts `crictl runp` in the background.
+    pub(crate) fn start_runp(&self, pod: &Value) -> Result<Running> {
+        let file = self.pod_file(pod)?;
+        self.crictl(&["runp", &file]).start()
+    }
+
     fn pod_file(&self, pod: &Value) -> Result<String> {
         let name = pod["metadata"]["name"].as_str().unwrap_or("pod");
         self.file(&format!("pod-{name}"), pod)

@@ -272,10 +272,18 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
     // If the server is killed later, it finds the pod's directory at its next start. It then
     // removes the resources that the record lists.
     let intent = dir.join(RECORD);
+    let owns_cgroup = !cgroup::slice::is_slice(&record.cgroup);
+    if owns_cgroup {
+        record.cgroups_made = cgroup::missing(&record.cgroup);
+    }
     files::write_record(&intent, &record)?;
-    if !cgroup::slice::is_slice(&record.cgroup) {
-        record.cgroups_made = cgroup::create(&record.cgroup)?;
-        files::write_record(&intent, &record)?;
+    if owns_cgroup {
+        let made = cgroup::create(&record.cgroup)?;
+        // Another program may have created one of the missing directories in the meantime.
+        if made != record.cgroups_made {
+            record.cgroups_made = made;
+            files::write_record(&intent, &record)?;
+        }
     }
 
     let config = &record.config;

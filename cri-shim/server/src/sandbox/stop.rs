@@ -1,6 +1,7 @@
 //! StopPodSandbox and RemovePodSandbox. Callers can repeat both operations: a step that an earlier
 //! call has already completed succeeds again.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,13 +14,17 @@ use crate::container::{self, Container};
 use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::{blocking, slow};
-use rrun_monitor_client::MonitorError;
+use rrun_monitor_client::{MonitorClient, MonitorError};
 use rrun_network::namespace as netns;
 use rrun_network::{DetachOutcome, RetryBy};
 use rrun_protocol::FailureKind;
 
 /// The maximum time that a pod's removal waits for unfinished CreateContainer calls in the pod.
 const CREATIONS_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The time for which the server waits for a monitor's exit before it checks whether the monitor
+/// hangs.
+const HANG_CHECK_DELAY: Duration = Duration::from_secs(5);
 
 /// Stops the pod's processes, and disconnects the pod from its network.
 pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
@@ -101,7 +106,7 @@ async fn release(
     sandbox.state().retired = true;
     slow(
         format!("{name}: stop the pod's monitor"),
-        end_monitor(sandbox),
+        end_monitor(node, sandbox),
     )
     .await?;
     pause::remove(sandbox).await?;
@@ -129,9 +134,9 @@ async fn release(
 }
 
 /// Stops the pod's monitor. Containers that the monitor still manages are deleted first.
-async fn end_monitor(sandbox: &Sandbox) -> Result<()> {
+async fn end_monitor(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let monitor = &sandbox.monitor;
-    let mut ended = monitor.shutdown().await;
+    let mut ended = shut_down(monitor).await;
     if let Err(MonitorError::Failed(failure)) = &ended
         && failure.kind == FailureKind::WrongState
         && let Ok((hello, _)) = monitor.subscribe().await
@@ -143,37 +148,82 @@ async fn end_monitor(sandbox: &Sandbox) -> Result<()> {
                 log::warn!("{}: {error}", sandbox.name());
             }
         }
-        ended = monitor.shutdown().await;
+        ended = shut_down(monitor).await;
     }
     match ended {
         Ok(()) | Err(MonitorError::Gone { .. }) => {}
         Err(error) => {
             log::error!("{}: {error}; the server kills the monitor", sandbox.name());
-            kill_monitor(sandbox);
+            let (known, dir) = (sandbox.state().monitor, node.sandbox_dir(&sandbox.id));
+            blocking("kill a monitor", move || kill_monitor(known, &dir)).await;
         }
     }
     sandbox.state().monitor = 0;
     Ok(())
 }
 
-/// Kills an unresponsive monitor. If the recorded process id now belongs to another process, that
-/// process is not killed.
-fn kill_monitor(sandbox: &Sandbox) {
-    let pid = sandbox.state().monitor;
-    let Some(process) = rustix::process::Pid::from_raw(pid) else {
-        return;
-    };
-    let flags = rustix::process::PidfdFlags::empty();
-    let Ok(pidfd) = rustix::process::pidfd_open(process, flags) else {
-        return;
-    };
-    // The pidfd always refers to the same process. The signal therefore can't reach a later process
-    // with the same process id. If the process's command line contains the pod's id, the process is
-    // the pod's monitor.
-    let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    if String::from_utf8_lossy(&arguments).contains(&sandbox.id) {
-        let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+/// Requests the monitor's exit. The monitor exits only after all calls of the runtime, which can
+/// take minutes. A monitor that hangs does not answer other requests either. In this case, returns
+/// the error of the other request without waiting for the exit.
+async fn shut_down(monitor: &MonitorClient) -> Result<(), MonitorError> {
+    let mut ended = std::pin::pin!(monitor.shutdown());
+    tokio::select! {
+        ended = ended.as_mut() => return ended,
+        () = tokio::time::sleep(HANG_CHECK_DELAY) => {}
     }
+    let hangs = async {
+        loop {
+            if let Err(error @ MonitorError::Deadline { .. }) = monitor.subscribe().await {
+                return error;
+            }
+            tokio::time::sleep(HANG_CHECK_DELAY).await;
+        }
+    };
+    tokio::select! {
+        ended = ended => ended,
+        error = hangs => Err(error),
+    }
+}
+
+/// Kills the unresponsive monitor of the pod with this directory. `known` is the monitor's process
+/// id, or 0 if the server was restarted before the monitor reported its process id. This call
+/// blocks.
+fn kill_monitor(known: i32, dir: &Path) {
+    let candidates = match known {
+        0 => processes(),
+        known => vec![known],
+    };
+    for pid in candidates {
+        let Some(process) = rustix::process::Pid::from_raw(pid) else {
+            continue;
+        };
+        let flags = rustix::process::PidfdFlags::empty();
+        let Ok(pidfd) = rustix::process::pidfd_open(process, flags) else {
+            continue;
+        };
+        // The pidfd always refers to the same process. The signal therefore can't reach a later
+        // process with the same process id.
+        let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        if is_monitor_of(&arguments, dir) {
+            let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Returns the ids of all processes.
+fn processes() -> Vec<i32> {
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .collect()
+}
+
+/// Returns whether a command line in the format of proc_pid_cmdline(5) contains `--dir` and the
+/// pod's directory, as the command line of the pod's monitor does.
+fn is_monitor_of(arguments: &[u8], dir: &Path) -> bool {
+    let arguments: Vec<&[u8]> = arguments.split(|byte| *byte == 0).collect();
+    let expected = [b"--dir".as_slice(), dir.as_os_str().as_encoded_bytes()];
+    arguments.windows(2).any(|pair| pair == expected)
 }
 
 /// Removes everything that was created for the pod, except its containers.
@@ -209,4 +259,26 @@ pub(crate) async fn roll_back(node: &Node, sandbox: &Sandbox) -> Result<()> {
         files::remove_tree(&dir)
     })
     .await
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_monitor_is_identified_by_the_directory_in_its_command_line() {
+        let dir = Path::new("/run/rrun/pods/ab");
+        for (arguments, expected) in [
+            ("rrun-monitor\0--dir\0/run/rrun/pods/ab\0", true),
+            (
+                "sh\0monitor\0--dir\0/run/rrun/pods/ab\0--runtime-timeout\09\0",
+                true,
+            ),
+            ("rrun-monitor\0--dir\0/run/rrun/pods/abc\0", false),
+            ("cat\0/run/rrun/pods/ab\0", false),
+            ("", false),
+        ] {
+            assert_eq!(is_monitor_of(arguments.as_bytes(), dir), expected);
+        }
+    }
 }
