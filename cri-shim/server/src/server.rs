@@ -44,6 +44,11 @@ const CALLS_GRACE: Duration = Duration::from_secs(5);
 /// The time to wait for the locks of a previous server that was killed.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// The limit on threads for work that blocks. A file system that hangs, such as a container's
+/// volume, occupies a thread until it responds. The limit is therefore much higher than the number
+/// of threads that a node normally needs.
+const MAX_BLOCKING_THREADS: usize = 4096;
+
 /// Runs the server until it receives SIGTERM or SIGINT.
 pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
     // With this mask, only root can write to the server's files, and the users of containers can
@@ -55,6 +60,7 @@ pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
     // that is known to block runs in separate threads.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
+        .max_blocking_threads(MAX_BLOCKING_THREADS)
         .thread_stack_size(heap::THREAD_STACK_BYTES)
         .thread_name("rrun-cri")
         .enable_all()

@@ -34,7 +34,7 @@ struct Stdio {
 /// if the client disconnects or the server is stopped.
 pub(super) async fn exec(
     node: &Node,
-    request: &ExecRequest,
+    request: ExecRequest,
     sender: &ClientSender,
     mut receiver: ClientReceiver,
     shutdown: &mut Shutdown,
@@ -101,13 +101,15 @@ async fn run(
     }
 }
 
-async fn begin(node: &Node, request: &ExecRequest) -> Result<(ExecHandle, Stdio)> {
+/// Starts the command. Drops the request, because a session can last long and its command can be
+/// long, too.
+async fn begin(node: &Node, request: ExecRequest) -> Result<(ExecHandle, Stdio)> {
     let container = node.container(&request.container_id)?;
     let name = container.name();
     if container.phase() != Phase::Running {
         return Err(Error::wrong_state(format!("{name} is not running")));
     }
-    start(node, &container, request)
+    start(node, &container, &request)
         .await
         .during(|| format!("execute in {name}"))
 }

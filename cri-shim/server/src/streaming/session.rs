@@ -32,23 +32,21 @@ pub(super) struct Session {
 impl Session {
     /// Serves the client from the upgrade to the end of the session. Either the client or the
     /// server ends the session.
-    pub(super) async fn run(mut self, upgrade: OnUpgrade) {
+    pub(super) async fn run(self, upgrade: OnUpgrade) {
+        let method = self.ticket.method();
         let served = match upgrade.await {
             Ok(upgraded) => self.serve_upgraded(upgraded).await,
             Err(error) => Err(io::Error::other(error)),
         };
         match served {
             Err(error) if !is_disconnect(&error) => {
-                log::info!(
-                    "a client's {} session failed: {error}",
-                    self.ticket.method()
-                );
+                log::info!("a client's {method} session failed: {error}");
             }
             _ => {}
         }
     }
 
-    async fn serve_upgraded(&mut self, upgraded: Upgraded) -> io::Result<()> {
+    async fn serve_upgraded(self, upgraded: Upgraded) -> io::Result<()> {
         let Ok(parts) = upgraded.downcast::<TokioIo<Transport>>() else {
             return Ok(());
         };
@@ -74,24 +72,29 @@ impl Session {
         served
     }
 
-    async fn serve(&mut self, transport: Transport, read: Bytes) -> io::Result<()> {
+    async fn serve(self, transport: Transport, read: Bytes) -> io::Result<()> {
         let options = self.ticket.stream_options();
-        let Session { node, shutdown, .. } = self;
-        match (&self.ticket, self.subprotocol) {
+        let Session {
+            node,
+            ticket,
+            subprotocol,
+            mut shutdown,
+        } = self;
+        match (ticket, subprotocol) {
             (StreamTicket::Exec(request), Subprotocol::Command(protocol)) => {
                 let (receiver, sender) =
                     remotecommand::open(protocol, transport, read, options).await?;
-                exec::exec(node, request, &sender, receiver, shutdown).await
+                exec::exec(&node, request, &sender, receiver, &mut shutdown).await
             }
             (StreamTicket::Attach(request), Subprotocol::Command(protocol)) => {
                 let (receiver, sender) =
                     remotecommand::open(protocol, transport, read, options).await?;
-                attach::attach(node, request, &sender, receiver, shutdown).await
+                attach::attach(&node, &request, &sender, receiver, &mut shutdown).await
             }
             (StreamTicket::PortForward(request), Subprotocol::PortForward(protocol)) => {
                 let pod = Arc::new(SandboxPorts {
-                    node: Arc::clone(node),
-                    sandbox: request.pod_sandbox_id.clone(),
+                    node,
+                    sandbox: request.pod_sandbox_id,
                 });
                 let ports = &request.port;
                 let served = port_forward::serve(protocol, transport, read, pod, ports);

@@ -54,7 +54,7 @@ impl Sessions {
         let mut open = lock(&self.open);
         if open.sessions.len() >= self.limit {
             let pods = open.sessions.values().map(|session| session.pod.as_str());
-            let most = pod_with_most(pods, pod)?;
+            let most = pod_with_most(pods.map(|pod| (pod, 1)), pod, 1)?;
             let mut newest_first = open.sessions.iter().rev();
             let (&newest, _) = newest_first.find(|(_, session)| session.pod == most)?;
             if let Some(session) = open.sessions.remove(&newest) {

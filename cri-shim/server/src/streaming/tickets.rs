@@ -18,8 +18,12 @@ use rrun_streams::upgrade::Purpose;
 /// The lifetime of a ticket.
 const TICKET_LIFETIME: Duration = Duration::from_secs(60);
 
-/// The limit on tickets that are not redeemed yet.
+/// The limit on the sum of the sizes of all tickets that are not redeemed yet, see [`StreamTicket::size`].
 const MAX_TICKETS: usize = 1000;
+
+/// The number of bytes that increases a ticket's size by one. A ticket for a usual command is
+/// smaller.
+const SIZE_UNIT_BYTES: usize = 64 << 10;
 
 /// The shared state of the gRPC service and the streaming server.
 pub(crate) struct Streams {
@@ -77,6 +81,19 @@ impl StreamTicket {
         }
     }
 
+    /// Returns the ticket's size. A ticket that contains a long command counts more than once.
+    fn size(&self) -> usize {
+        let bytes = match self {
+            StreamTicket::Exec(request) => {
+                let words = request.cmd.iter();
+                words.map(|word| size_of::<String>() + word.len()).sum()
+            }
+            StreamTicket::Attach(_) => 0,
+            StreamTicket::PortForward(request) => size_of::<i32>() * request.port.len(),
+        };
+        1 + bytes / SIZE_UNIT_BYTES
+    }
+
     /// Returns the stdio streams that the caller requested. A PortForward request has no stdio
     /// streams.
     pub(super) fn stream_options(&self) -> StreamOptions {
@@ -111,6 +128,8 @@ pub(super) struct IssuedTicket {
     /// The id of the pod for which the ticket is valid.
     pub pod: String,
     pub ticket: StreamTicket,
+    /// See [`StreamTicket::size`].
+    size: usize,
     until: Instant,
 }
 
@@ -126,12 +145,14 @@ impl Tickets {
     /// Stores a ticket until a client redeems it with its token. If the limit on tickets is
     /// reached, the ticket replaces the oldest ticket of the pod with the most tickets.
     fn issue(&self, token: &str, pod: &str, ticket: StreamTicket) -> Result<()> {
-        let now = Instant::now();
+        let (now, size) = (Instant::now(), ticket.size());
         let mut all = self.all();
         all.retain(|_, issued| issued.until > now);
-        if all.len() >= MAX_TICKETS {
-            let pods = all.values().map(|issued| issued.pod.as_str());
-            let most = pod_with_most(pods, pod).ok_or_else(|| {
+        while all.values().map(|issued| issued.size).sum::<usize>() + size > MAX_TICKETS {
+            let sizes = all
+                .values()
+                .map(|issued| (issued.pod.as_str(), issued.size));
+            let most = pod_with_most(sizes, pod, size).ok_or_else(|| {
                 Error::new(
                     Code::ResourceExhausted,
                     format!(
@@ -147,6 +168,7 @@ impl Tickets {
         }
         let issued = IssuedTicket {
             pod: pod.to_owned(),
+            size,
             ticket,
             until: now + TICKET_LIFETIME,
         };
@@ -202,6 +224,13 @@ mod tests {
         );
         issue("other", "few")?;
         assert!(is_valid("other") && !is_valid("0") && is_valid("1"));
+        // A long command counts like several tickets.
+        let long = ExecRequest {
+            cmd: vec!["x".repeat(10 * SIZE_UNIT_BYTES)],
+            ..ExecRequest::default()
+        };
+        tickets.issue("long", "few", StreamTicket::Exec(long))?;
+        assert_eq!(tickets.all().len(), MAX_TICKETS - 10);
         // After one ticket has expired, it is removed, so the next ticket is accepted.
         if let Some(issued) = tickets.all().values_mut().next() {
             issued.until = Instant::now();
