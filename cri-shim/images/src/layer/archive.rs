@@ -8,7 +8,7 @@ use std::io::{self, Read};
 
 use tar::{GnuExtSparseHeader, GnuSparseHeader, Header};
 
-use super::error::{ArchiveError, malformed};
+use super::error::{ArchiveError, malformed, printable};
 use super::pax::{self, EXTENDED_BYTES, Pax, SPARSE_PIECES, decimal};
 
 const BLOCK: usize = 512;
@@ -111,7 +111,7 @@ impl EntryKind {
             other => {
                 return malformed(format!(
                     "the entry {} has the unknown type {:?}",
-                    String::from_utf8_lossy(path),
+                    printable(path),
                     char::from(other)
                 ));
             }
@@ -130,7 +130,7 @@ fn id(pax: &Pax, name: &str, in_header: Option<u64>, path: &[u8]) -> Result<u32,
         Some(id) if id != u32::MAX => Ok(id),
         _ => malformed(format!(
             "the entry {} has a {name} that is not a valid user or group number",
-            String::from_utf8_lossy(path)
+            printable(path)
         )),
     }
 }
@@ -159,7 +159,7 @@ impl<R: Read> TarArchive<R> {
     /// Returns the next entry, or `None` at the end of the archive.
     pub(crate) fn next_entry(&mut self) -> Result<Option<Entry>, ArchiveError> {
         let mut extended = ExtendedHeaders {
-            pax: self.global.clone(),
+            pax: Pax::default(),
             long_name: None,
             long_link: None,
         };
@@ -178,8 +178,7 @@ impl<R: Read> TarArchive<R> {
                 }
                 b'g' => {
                     let records = self.extended(size)?;
-                    self.global.parse(&records)?;
-                    extended.pax.parse(&records)?;
+                    self.global.parse_global(&records)?;
                 }
                 b'L' => extended.long_name = Some(truncate_at_nul(self.extended(size)?)),
                 b'K' => extended.long_link = Some(truncate_at_nul(self.extended(size)?)),
@@ -271,8 +270,9 @@ impl<R: Read> TarArchive<R> {
         header: &Header,
         flag: u8,
         size: u64,
-        extended: ExtendedHeaders,
+        mut extended: ExtendedHeaders,
     ) -> Result<Entry, ArchiveError> {
+        extended.pax = extended.pax.with_global(&self.global);
         let (path, link) = extended.names(header)?;
         let pax = extended.pax;
         let kind = EntryKind::of(flag, &path)?;

@@ -40,8 +40,9 @@ impl LayerError {
 
 /// Formats an untrusted file name for a message. The result is shortened and contains no control
 /// characters.
-fn printable(path: &[u8]) -> String {
-    let mut text: String = String::from_utf8_lossy(path)
+pub(super) fn printable(path: &[u8]) -> String {
+    // 200 characters have at most 800 bytes.
+    let mut text: String = String::from_utf8_lossy(&path[..path.len().min(800)])
         .chars()
         .take(200)
         .map(|c| if c.is_control() { '?' } else { c })

@@ -8,7 +8,7 @@ use rustix::io::Errno;
 
 use super::archive::{Entry, EntryKind, TarArchive};
 use super::descriptor::Bounds;
-use super::error::LayerError;
+use super::error::{LayerError, printable};
 use super::removal;
 use super::tree::{
     EntryName, Tree, is_whiteout, lstat, make_opaque, make_whiteout, mark_unlisted, modified,
@@ -443,7 +443,7 @@ fn set_xattrs(
             Err(Errno::NOTSUP) => {}
             Err(Errno::PERM | Errno::INVAL) if key != b"security.capability" => {}
             Err(error) => {
-                let what = format!("set the attribute {} of", String::from_utf8_lossy(key));
+                let what = format!("set the attribute {} of", printable(key));
                 return Err(LayerError::system(&what, &entry.path, error));
             }
         }
