@@ -24,6 +24,9 @@ const NAME_BYTES: usize = 255;
 /// fails with EAGAIN if any file in the system is renamed during the resolution of a `..`.
 const OPENAT2_TRIES: usize = 64;
 
+/// The maximum number of symbolic links that the kernel follows in one path (path_resolution(7)).
+const MAX_LINKS_IN_PATH: u64 = 40;
+
 pub(super) const OPAQUE: &str = "trusted.overlay.opaque";
 
 /// The extended attribute that marks a directory as unlisted. An archive can contain files in a
@@ -107,6 +110,12 @@ pub(super) struct Tree {
     pub unlisted: u64,
     /// The number of files and directories that were created.
     pub inodes: u64,
+    /// An upper limit for the number of path components that the kernel has looked up. The kernel
+    /// does not report how many components a symbolic link adds to a path. Each path through a link
+    /// therefore counts as the longest possible path.
+    pub lookups: u64,
+    /// The number of components in the longest target of a symbolic link.
+    longest_link: u64,
 }
 
 impl Tree {
@@ -116,7 +125,14 @@ impl Tree {
             current: None,
             unlisted: 0,
             inodes: 0,
+            lookups: 0,
+            longest_link: 0,
         }
+    }
+
+    /// Records that the tree contains a symbolic link to `target`.
+    pub(super) fn count_link(&mut self, target: &[u8]) {
+        self.longest_link = self.longest_link.max(components(target));
     }
 
     pub(super) fn root(&self) -> BorrowedFd<'_> {
@@ -124,8 +140,13 @@ impl Tree {
     }
 
     /// Opens an existing file or directory. Symbolic links are resolved inside the tree's root.
-    pub(super) fn open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    pub(super) fn open(&mut self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
         let path: &[u8] = if path.is_empty() { b"." } else { path };
+        self.lookups += components(path);
+        match open_below(&self.root, path, flags) {
+            Err(Errno::LOOP) => {}
+            other => return other,
+        }
         for _ in 1..OPENAT2_TRIES {
             match self.try_open(path, flags) {
                 Err(Errno::AGAIN) => std::thread::yield_now(),
@@ -135,7 +156,9 @@ impl Tree {
         self.try_open(path, flags)
     }
 
-    fn try_open(&self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    /// Opens a path that contains symbolic links.
+    fn try_open(&mut self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+        self.lookups += MAX_LINKS_IN_PATH * self.longest_link;
         rustix::fs::openat2(
             &self.root,
             path,
@@ -197,7 +220,14 @@ impl Tree {
                 .position(|byte| *byte == b'/')
                 .unwrap_or(rest.len());
             end = start + length;
-            above = match self.open(&directory[..end], flags) {
+            // Each directory is opened in its parent. If each prefix of the path were opened from
+            // the root, the time would grow with the square of the path's length.
+            self.lookups += 1;
+            let opened = match open_below(&above, &directory[start..end], flags) {
+                Err(Errno::LOOP) => self.open(&directory[..end], flags),
+                other => other,
+            };
+            above = match opened {
                 Err(missing @ (Errno::NOENT | Errno::NOTDIR)) => {
                     self.make_unlisted(&above, directory, start..end, missing)?
                 }
@@ -218,7 +248,7 @@ impl Tree {
         missing: Errno,
     ) -> Result<OwnedFd, LayerError> {
         let fail = |e| LayerError::system("create the directory", directory, e);
-        let (prefix, part) = (&directory[..part.end], &directory[part]);
+        let part = &directory[part];
         let times = times_of(above).map_err(fail)?;
         let whiteout = is_whiteout(above, part);
         if whiteout {
@@ -239,8 +269,7 @@ impl Tree {
             }
             Err(error) => return Err(fail(error)),
         }
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let opened = self.open(prefix, flags).map_err(fail)?;
+        let opened = open_below(above, part, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
         // mkdir(2) applies the umask to the mode. If the parent directory has the set-group-ID bit,
         // mkdir(2) also takes the group from the parent. The owner, group and mode are therefore
         // set explicitly.
@@ -257,6 +286,23 @@ impl Tree {
         rustix::fs::futimens(above, &times).map_err(fail)?;
         Ok(opened)
     }
+}
+
+/// Opens a path that contains no symbolic links and leads to no other file system. Returns `LOOP`
+/// if the path contains a symbolic link.
+fn open_below(directory: impl AsFd, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat2(
+        directory,
+        path,
+        flags | OFlags::CLOEXEC,
+        Mode::empty(),
+        ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV,
+    )
+}
+
+/// Returns the number of components of a path.
+fn components(path: &[u8]) -> u64 {
+    1 + path.iter().filter(|byte| **byte == b'/').count() as u64
 }
 
 /// Makes a directory opaque. Overlayfs then hides the contents of the same directory in the layers
@@ -364,6 +410,47 @@ mod tests {
         }
         assert!(EntryName::parse(&[b'x'; 256]).is_err());
         assert!(EntryName::parse(&b"x/".repeat(3000)).is_err());
+        Ok(())
+    }
+
+    fn tree(name: &str) -> Result<(std::path::PathBuf, Tree), Box<dyn std::error::Error>> {
+        let dir = std::env::temp_dir().join(format!("rrun-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&dir)?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let root = rustix::fs::openat(rustix::fs::CWD, &dir, flags, Mode::empty())?;
+        Ok((dir, Tree::new(root)))
+    }
+
+    #[test]
+    fn the_time_to_create_a_deep_path_grows_linearly_with_its_depth()
+    -> Result<(), Box<dyn std::error::Error>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: only root can set the owner of a directory");
+            return Ok(());
+        }
+        let (dir, mut tree) = tree("deep-path")?;
+        let deepest = b"a/".repeat(1000);
+        tree.enter(&deepest[..deepest.len() - 1])?;
+        assert_eq!(tree.inodes, 1000);
+        assert!(tree.lookups <= 3 * 1000, "{} lookups", tree.lookups);
+        drop(tree);
+        crate::layer::remove_path(&dir)?;
+        Ok(())
+    }
+
+    #[test]
+    fn a_path_through_a_link_counts_as_many_lookups() -> Result<(), Box<dyn std::error::Error>> {
+        let (dir, mut tree) = tree("links")?;
+        std::fs::create_dir(dir.join("a"))?;
+        let target = b"a/../".repeat(100);
+        rustix::fs::symlinkat(target.as_slice(), tree.root(), "link")?;
+        tree.count_link(&target);
+        tree.enter(b"a")?;
+        assert!(tree.lookups < 10, "{} lookups", tree.lookups);
+        tree.enter(b"link")?;
+        assert!(tree.lookups > 40 * 200, "{} lookups", tree.lookups);
+        drop(tree);
+        crate::layer::remove_path(&dir)?;
         Ok(())
     }
 }

@@ -22,6 +22,12 @@ const OPAQUE_WHITEOUT: &[u8] = b".wh..wh..opq";
 /// The prefix of aufs's own metadata files, which do not belong to the image.
 const AUFS: &[u8] = b".wh..wh.";
 
+/// The maximum number of path components that the kernel looks up for one layer. An entry's path can
+/// lead through 40 symbolic links with 2,000 components each, and the lookups for such an entry take
+/// milliseconds. Without a limit, a small hostile layer could keep a thread busy for hours. Usual
+/// layers need far fewer lookups, because few of their paths lead through symbolic links.
+const MAX_LOOKUPS: u64 = 1 << 30;
+
 /// The result of unpacking an archive.
 #[derive(Debug, Default)]
 pub struct UnpackSummary {
@@ -60,6 +66,11 @@ pub(super) fn unpack<R: Read>(
             )));
         }
         unpacking.place(archive, &entry)?;
+        if unpacking.tree.lookups > MAX_LOOKUPS {
+            return Err(LayerError::Bound(format!(
+                "the paths in the layer are too long, or lead through too many symbolic links: finding the files takes more than the limit of {MAX_LOOKUPS} lookups"
+            )));
+        }
     }
     unpacking.tree.leave()?;
     Ok(UnpackSummary {
@@ -108,6 +119,7 @@ impl Unpacking {
                         "it is a symbolic link without a target, or with a target of more than 4095 bytes",
                     ));
                 }
+                self.tree.count_link(&entry.link);
                 let parent = self.tree.enter(directory)?;
                 replacing(parent, last, || {
                     rustix::fs::symlinkat(entry.link.as_slice(), parent, last)
