@@ -1,11 +1,11 @@
-//! Removes directory trees of any depth. Untrusted layers can contain very deep trees.
+//! Removes directory trees of any depth. Untrusted layers and containers can contain very deep trees.
 //!
-//! Recursion would need a file descriptor or a stack frame for each level of directories. The
-//! number of levels in a hostile layer is not limited. This module therefore first moves each
-//! nested directory to the top of the tree, and then empties the directory. Two open directories
-//! are then enough for every tree.
+//! Each level of directories needs an open file descriptor and a stack frame. The number of levels
+//! in a hostile tree is not limited. A directory that is nested too deep is therefore moved to the
+//! top of the tree, and removed later. The time for the removal grows linearly with the number of
+//! files: each directory is read once, even while its entries are being removed.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags};
@@ -15,6 +15,9 @@ const OPEN: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
+
+/// The number of levels of directories that are open at the same time.
+const MAX_DEPTH: usize = 32;
 
 /// Removes a file or a whole directory. Does nothing if `path` does not exist.
 pub fn remove_path(path: &Path) -> Result<(), Errno> {
@@ -37,72 +40,104 @@ pub(super) fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
         Err(error) => return Err(error),
     }
     let top = rustix::fs::openat(parent, name, OPEN, Mode::empty())?;
-    let mut moved: u64 = 0;
+    let mut removal = Removal {
+        top: top.as_fd(),
+        moved: 0,
+        waiting: Vec::new(),
+    };
     loop {
-        let directories = unlink_files(&top)?;
-        if directories.is_empty() {
-            break;
-        }
-        for directory in directories {
-            let open = rustix::fs::openat(&top, directory.as_slice(), OPEN, Mode::empty())?;
-            loop {
-                let below = unlink_files(&open)?;
-                if below.is_empty() {
-                    break;
-                }
-                for name in below {
-                    move_up(&open, &name, &top, &mut moved)?;
-                }
+        let removed = removal.empty(&mut Dir::read_from(&top)?, 1)?;
+        while let Some(number) = removal.waiting.pop() {
+            match removal.remove_directory(top.as_fd(), moved_name(number).as_bytes(), 1) {
+                // The loop that reads the top directory can find a moved directory, too.
+                Ok(()) | Err(Errno::NOENT) => {}
+                Err(error) => return Err(error),
             }
-            rustix::fs::unlinkat(&top, directory.as_slice(), AtFlags::REMOVEDIR)?;
         }
-    }
-    rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR)
-}
-
-/// Moves the directory `name` from `from` to `top`, under a name that is not in use in `top`.
-fn move_up(from: &OwnedFd, name: &[u8], top: &OwnedFd, moved: &mut u64) -> Result<(), Errno> {
-    loop {
-        *moved += 1;
-        let to = format!(".rrun-removed-{moved}");
-        match rustix::fs::renameat_with(from, name, top, to.as_str(), RenameFlags::NOREPLACE) {
-            Err(Errno::EXIST) => {}
+        match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOTEMPTY | Errno::EXIST) if removed => {}
             other => return other,
         }
     }
 }
 
-/// The maximum number of directory names that are kept in memory at the same time.
-const NAMES_AT_ONCE: usize = 1024;
+struct Removal<'a> {
+    /// The directory that is being removed.
+    top: BorrowedFd<'a>,
+    /// The number of directories that were moved to `top`.
+    moved: u64,
+    /// The numbers of the directories in `top` that were nested too deep and must be removed later.
+    waiting: Vec<u64>,
+}
 
-/// Unlinks files in a directory and returns the names of up to `NAMES_AT_ONCE` subdirectories. If
-/// the returned list is empty, the directory is now empty.
-fn unlink_files(directory: &OwnedFd) -> Result<Vec<Vec<u8>>, Errno> {
-    let mut directories = Vec::new();
-    for entry in Dir::read_from(directory)? {
-        let entry = entry?;
-        let name = entry.file_name().to_bytes();
-        if name == b"." || name == b".." {
-            continue;
-        }
-        let is_directory = match entry.file_type() {
-            FileType::Directory => true,
-            FileType::Unknown => {
-                let stat = rustix::fs::statat(directory, name, AtFlags::SYMLINK_NOFOLLOW)?;
-                FileType::from_raw_mode(stat.st_mode) == FileType::Directory
+impl Removal<'_> {
+    /// Removes the entries of a directory at the level `depth`. Returns whether the directory had
+    /// entries.
+    fn empty(&mut self, directory: &mut Dir, depth: usize) -> Result<bool, Errno> {
+        let mut removed = false;
+        while let Some(entry) = directory.read() {
+            let entry = entry?;
+            let name = entry.file_name().to_bytes();
+            if name == b"." || name == b".." {
+                continue;
             }
-            _ => false,
-        };
-        if !is_directory {
-            rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
-        } else {
-            directories.push(name.to_vec());
-            if directories.len() == NAMES_AT_ONCE {
-                break;
+            removed = true;
+            let directory = directory.fd()?;
+            if !is_directory(directory, name, entry.file_type())? {
+                rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
+            } else if depth < MAX_DEPTH {
+                self.remove_directory(directory, name, depth)?;
+            } else {
+                self.move_up(directory, name)?;
+            }
+        }
+        Ok(removed)
+    }
+
+    fn remove_directory(
+        &mut self,
+        parent: BorrowedFd<'_>,
+        name: &[u8],
+        depth: usize,
+    ) -> Result<(), Errno> {
+        loop {
+            let opened = rustix::fs::openat(parent, name, OPEN, Mode::empty())?;
+            let removed = self.empty(&mut Dir::new(opened)?, depth + 1)?;
+            // A file system can skip entries if a directory changes while it is being read.
+            match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+                Err(Errno::NOTEMPTY | Errno::EXIST) if removed => {}
+                other => return other,
             }
         }
     }
-    Ok(directories)
+
+    /// Moves the directory `name` from `from` to `top`, under a name that is not in use in `top`.
+    fn move_up(&mut self, from: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errno> {
+        loop {
+            self.moved += 1;
+            let to = moved_name(self.moved);
+            match rustix::fs::renameat_with(from, name, self.top, to, RenameFlags::NOREPLACE) {
+                Err(Errno::EXIST) => {}
+                Err(error) => return Err(error),
+                Ok(()) => {
+                    self.waiting.push(self.moved);
+                    return Ok(());
+                }
+            }
+        }
+    }
+}
+
+fn moved_name(number: u64) -> String {
+    format!(".rrun-removed-{number}")
+}
+
+fn is_directory(parent: BorrowedFd<'_>, name: &[u8], kind: FileType) -> Result<bool, Errno> {
+    if kind != FileType::Unknown {
+        return Ok(kind == FileType::Directory);
+    }
+    let stat = rustix::fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Directory)
 }
 
 #[cfg(test)]
