@@ -45,6 +45,19 @@ pub(crate) fn cause(error: &dyn std::error::Error) -> String {
     message
 }
 
+/// Describes why a JSON document from a registry can't be read. The parser's message can contain a
+/// value of the document. This value is omitted: after a redirection, the document can come from
+/// another host, and the error must not show the contents of that host's documents.
+pub(crate) fn unreadable_json(error: &serde_json::Error) -> String {
+    let message = error.to_string();
+    let place = format!(" at line {} column {}", error.line(), error.column());
+    let kinds = ["invalid type", "invalid value", "invalid length"];
+    match kinds.iter().find(|kind| message.starts_with(**kind)) {
+        Some(kind) => format!("{kind}{place}"),
+        None => clean(&message),
+    }
+}
+
 /// Returns the first 200 characters of untrusted text as one line without control characters. The
 /// result is safe in a message.
 pub(crate) fn clean(text: &str) -> String {
@@ -52,4 +65,34 @@ pub(crate) fn clean(text: &str) -> String {
         .take(200)
         .map(|c| if c.is_control() { ' ' } else { c })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_about_a_json_document_contains_no_value_of_the_document() {
+        for (text, expected) in [
+            (r#"{"n": "hunter2"}"#, "invalid type at line 1 column 15"),
+            ("{\"n\":\n 300}", "invalid value at line 2 column 4"),
+            ("<html>", "expected value at line 1 column 1"),
+            ("{}", "missing field `n` at line 1 column 2"),
+        ] {
+            #[derive(Debug, serde::Deserialize)]
+            struct Document {
+                #[expect(dead_code, reason = "the test needs only the error")]
+                n: u8,
+            }
+            let error = serde_json::from_str::<Document>(text);
+            assert_eq!(
+                error
+                    .map_err(|error| unreadable_json(&error))
+                    .err()
+                    .as_deref(),
+                Some(expected),
+                "{text}"
+            );
+        }
+    }
 }

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::Deserialize;
 
 use crate::error::{ImageError, Kind};
+use crate::failure::{clean, unreadable_json};
 use crate::layer::LayerDescriptor;
 use crate::record::ImageConfig;
 use crate::reference::is_digest;
@@ -109,7 +110,12 @@ fn broken(what: impl Into<String>) -> ImageError {
 /// index, because media types are often wrong.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
     let raw: RawManifest = serde_json::from_slice(bytes)
-        .map_err(|error| broken(format!("the manifest can't be read: {error}")))?;
+        .map_err(|error| {
+            broken(format!(
+                "the manifest can't be read: {}",
+                unreadable_json(&error)
+            ))
+        })?;
     if raw.schema_version == Some(1) {
         return Err(ImageError::new(
             Kind::Unimplemented,
@@ -268,7 +274,12 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
 /// Parses an image layout's index.json. Returns the descriptor of each image.
 pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
     let raw: RawManifest = serde_json::from_slice(bytes)
-        .map_err(|error| broken(format!("the archive's index.json can't be read: {error}")))?;
+        .map_err(|error| {
+            broken(format!(
+                "the archive's index.json can't be read: {}",
+                unreadable_json(&error)
+            ))
+        })?;
     let manifests = raw.manifests.unwrap_or_default();
     for descriptor in &manifests {
         check_digest(&descriptor.digest)?;
@@ -312,11 +323,16 @@ struct RawConfig {
 
 pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageError> {
     let raw: RawConfiguration = serde_json::from_slice(bytes)
-        .map_err(|error| broken(format!("the image's configuration can't be read: {error}")))?;
+        .map_err(|error| {
+            broken(format!(
+                "the image's configuration can't be read: {}",
+                unreadable_json(&error)
+            ))
+        })?;
     if let Some(os) = raw.os.as_deref().filter(|os| !matches!(*os, "" | "linux")) {
         return Err(ImageError::new(
             Kind::NotFound,
-            format!("the image is built for {os:?}, not for linux"),
+            format!("the image is built for {:?}, not for linux", clean(os)),
         ));
     }
     let config = raw.config.unwrap_or_default();
