@@ -2,7 +2,7 @@
 //! layers. Methods that change the catalog return these changes, and the caller must write the
 //! changes to the store. Apart from `load`, the methods never block.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -170,20 +170,15 @@ impl Catalog {
             image.repo_digests.clone_from(&known.repo_digests);
             image.pinned = known.pinned;
         }
-        for name in names {
-            if let Target::Tag(_) = name.target {
-                let tag = name.canonical();
-                if let Some(other) = self.names.get(&tag).filter(|id| **id != image.id)
-                    && let Some(other) = self.images.get_mut(other)
-                {
-                    Arc::make_mut(other).repo_tags.retain(|known| *known != tag);
-                    changes.push(Change::put(Table::IMAGES, &other.id, other.as_ref())?);
-                }
-                add(&mut image.repo_tags, tag);
-            }
-            if let Some(digest) = digest {
-                add(&mut image.repo_digests, name.with_digest(digest));
-            }
+        let is_tag = |name: &&Name| matches!(name.target, Target::Tag(_));
+        let tags: Vec<String> = names.iter().filter(is_tag).map(Name::canonical).collect();
+        for other in self.take_tags(&tags, &image.id) {
+            changes.push(Change::put(Table::IMAGES, &other.id, other.as_ref())?);
+        }
+        add(&mut image.repo_tags, tags);
+        if let Some(digest) = digest {
+            let digests = names.iter().map(|name| name.with_digest(digest));
+            add(&mut image.repo_digests, digests);
         }
         for key in image.keys() {
             if self.unrecorded.contains(key)
@@ -201,13 +196,32 @@ impl Catalog {
         Ok((image, changes))
     }
 
+    /// Removes `tags` from all images except the image `id`. Returns the changed images.
+    fn take_tags(&mut self, tags: &[String], id: &str) -> Vec<Arc<Image>> {
+        let owners: BTreeSet<&String> = tags.iter().filter_map(|tag| self.names.get(tag)).collect();
+        let tags: HashSet<&String> = tags.iter().collect();
+        let mut changed = Vec::new();
+        for owner in owners.into_iter().filter(|owner| *owner != id) {
+            if let Some(image) = self.images.get_mut(owner) {
+                let kept = |tag: &String| !tags.contains(tag);
+                Arc::make_mut(image).repo_tags.retain(kept);
+                changed.push(Arc::clone(image));
+            }
+        }
+        changed
+    }
+
     /// Removes an image and all its names. The image's layers remain until [`Catalog::sweep`]
     /// removes them.
     pub(crate) fn remove(&mut self, id: &str) -> Vec<Change> {
-        if self.images.remove(id).is_none() {
+        let Some(image) = self.images.remove(id) else {
             return Vec::new();
+        };
+        for name in image.repo_tags.iter().chain(&image.repo_digests) {
+            if self.names.get(name).is_some_and(|named| named == id) {
+                self.names.remove(name);
+            }
         }
-        self.names.retain(|_, named| named != id);
         vec![
             Change::delete(Table::IMAGES, id),
             Change::delete(Table::CONFIGURATIONS, id),
@@ -288,6 +302,15 @@ impl Catalog {
 
     pub(crate) fn lease(&self, owner: &str) -> Option<&Lease> {
         self.leases.get(owner)
+    }
+
+    /// Returns whether the image of a lease is on the node and uses all layers of the lease. If so,
+    /// no layer becomes unused when the lease is removed.
+    pub(crate) fn image_keeps_lease(&self, owner: &str) -> bool {
+        self.leases.get(owner).is_some_and(|lease| {
+            let image = self.images.get(&lease.image);
+            image.is_some_and(|image| image.keys() == lease.layers)
+        })
     }
 
     pub(crate) fn image(&self, id: &str) -> Option<&Arc<Image>> {
@@ -379,10 +402,10 @@ impl Catalog {
     }
 }
 
-fn add(names: &mut Vec<String>, name: String) {
-    if !names.contains(&name) {
-        names.push(name);
-    }
+/// Appends each of the `new` names that `names` does not contain yet.
+fn add(names: &mut Vec<String>, new: impl IntoIterator<Item = String>) {
+    let mut known: HashSet<String> = names.iter().cloned().collect();
+    names.extend(new.into_iter().filter(|name| known.insert(name.clone())));
 }
 
 #[cfg(test)]
@@ -452,6 +475,22 @@ mod tests {
     }
 
     #[test]
+    fn the_record_of_an_image_that_loses_several_tags_is_written_once() -> Result<(), ImageError> {
+        let mut catalog = with_layers(&[]);
+        let names = ["x:1", "x:2", "x:3"].map(Name::parse);
+        let names = names.into_iter().collect::<Result<Vec<_>, _>>()?;
+        catalog.publish(image("a", &[]), &names, None)?;
+        let (image, changes) = catalog.publish(image("b", &[]), &names[1..], None)?;
+        assert_eq!((image.repo_tags.len(), changes.len()), (2, 2));
+        let old = catalog.find("x:1").map(|image| image.repo_tags.clone());
+        assert_eq!(old, Some(vec!["docker.io/library/x:1".to_owned()]));
+        catalog.remove(&id("a"));
+        assert!(catalog.find("x:1").is_none());
+        assert!(catalog.find("x:2").is_some());
+        Ok(())
+    }
+
+    #[test]
     fn an_image_is_found_by_a_unique_beginning_of_its_id() -> Result<(), ImageError> {
         let mut catalog = with_layers(&[]);
         catalog.publish(image("a", &[]), &[Name::parse("x:1")?], Some(&id("e")))?;
@@ -484,7 +523,9 @@ mod tests {
                 layers: vec![id("1"), id("2")],
             },
         )?;
+        assert!(catalog.image_keeps_lease("pod"));
         catalog.remove(&id("a"));
+        assert!(!catalog.image_keeps_lease("pod"));
         assert!(catalog.sweep().0.is_empty());
         catalog.release_hold([id("3").as_str()].into_iter());
         assert_eq!(catalog.sweep().0.len(), 1);

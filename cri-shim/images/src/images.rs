@@ -230,15 +230,21 @@ impl Images {
 
     /// Releases the lease of `owner`. Does nothing if `owner` has no lease.
     pub async fn release(&self, owner: &str) -> Result<(), ImageError> {
-        let written = {
+        let (kept, written) = {
             let mut catalog = lock(&self.store.catalog);
+            let kept = catalog.image_keeps_lease(owner);
             let changes = catalog.remove_lease(owner);
             if changes.is_empty() {
                 return Ok(());
             }
-            self.store.records.commit(changes)
+            (kept, self.store.records.commit(changes))
         };
         written.await?;
+        // A sweep examines every layer of the node. It is not needed for most removals of
+        // containers, because the container's image is usually still on the node.
+        if kept {
+            return Ok(());
+        }
         self.store.sweep().await
     }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
-use crate::position;
+use crate::position::{self, Lines};
 
 /// The keys that are allowed at the top of the file and in each `[host]` section.
 const KEYS: &str = "capabilities, ca, client, skip_verify, header, override_path, dial_timeout";
@@ -62,9 +62,10 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
         let (line, key) = position::of(text, start);
         at(line, &key, error.message())
     })?;
+    let lines = Lines::new(text);
     let mut file = HostsFile::default();
     for (key, value) in table.get_ref() {
-        let line = position::line(text, key.span().start);
+        let line = lines.at(key.span().start);
         match (key.get_ref().as_ref(), value.get_ref()) {
             ("server", DeValue::String(url)) => {
                 file.server = Some((url.clone().into_owned(), line));
@@ -72,7 +73,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
             ("server", _) => return Err(at(line, "server", "the value is not a string")),
             ("host", DeValue::Table(hosts)) => {
                 for (url, value) in hosts {
-                    let line = position::line(text, url.span().start);
+                    let line = lines.at(url.span().start);
                     let url = url.get_ref();
                     let DeValue::Table(table) = value.get_ref() else {
                         let why = "the value is not a table; the format is [host.\"https://…\"]";
@@ -80,7 +81,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
                     };
                     let mut settings = HostSettings::default();
                     for (key, value) in table {
-                        settings.take(path, text, key, value, &mut file.unknown)?;
+                        settings.take(path, &lines, key, value, &mut file.unknown)?;
                     }
                     file.hosts.push(HostSection {
                         url: url.clone().into_owned(),
@@ -98,7 +99,7 @@ pub(super) fn parse(path: &Path, text: &str) -> Result<HostsFile, String> {
             }
             _ => {
                 file.server_settings
-                    .take(path, text, key, value, &mut file.unknown)?;
+                    .take(path, &lines, key, value, &mut file.unknown)?;
             }
         }
     }
@@ -109,12 +110,12 @@ impl HostSettings {
     fn take(
         &mut self,
         path: &Path,
-        text: &str,
+        lines: &Lines,
         key: &Spanned<std::borrow::Cow<'_, str>>,
         value: &Spanned<DeValue<'_>>,
         unknown: &mut Vec<String>,
     ) -> Result<(), String> {
-        let line = position::line(text, key.span().start);
+        let line = lines.at(key.span().start);
         let key = key.get_ref().as_ref();
         let refuse = |why: &str| at(line, key, why);
         let value = value.get_ref();
