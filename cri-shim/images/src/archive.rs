@@ -13,8 +13,9 @@ use rustix::fs::{CWD, Mode, OFlags};
 use serde::Deserialize;
 
 use crate::error::{ImageError, Kind};
+use crate::failure::{clean, unreadable_json};
 use crate::layer::{self, LayerDescriptor, archive as tar, digest_of};
-use crate::manifest::{self, DOCUMENT_BYTES, Document};
+use crate::manifest::{self, DOCUMENT_BYTES, Document, MAX_LAYERS};
 use crate::reference::Name;
 use crate::resolved::ResolvedImage;
 use rrun_kernel::regular_file;
@@ -22,6 +23,13 @@ use rrun_kernel::regular_file;
 /// The maximum number of files and links in an archive. The files are blobs and JSON documents. For
 /// each layer, archives from old versions of `docker save` contain a few additional files.
 const MAX_FILES: usize = 1 << 16;
+
+/// The maximum number of bytes of all manifests and configurations in an archive. Without this
+/// limit, an archive could list one document of 8 MiB a hundred thousand times.
+const ALL_DOCUMENTS_BYTES: u64 = 64 << 20;
+
+/// The maximum number of names of one image in an archive.
+const MAX_NAMES: usize = 1000;
 
 /// The maximum number of links that are followed from a path in the archive to a file.
 const MAX_LINKS: usize = 8;
@@ -32,6 +40,10 @@ pub(crate) struct ImageArchive {
     files: HashMap<String, Span>,
     /// The position of each blob in the archive, by the blob's digest.
     blobs: HashMap<String, Span>,
+    /// The digests of the compressed layers of `docker save`, by their positions in the archive.
+    computed: HashMap<u64, String>,
+    /// The number of bytes of the documents that were read.
+    documents: u64,
 }
 
 /// The position of a file in the archive.
@@ -99,6 +111,8 @@ impl ImageArchive {
             file: Arc::new(file),
             files,
             blobs,
+            computed: HashMap::new(),
+            documents: 0,
         })
     }
 
@@ -115,7 +129,7 @@ impl ImageArchive {
         }
     }
 
-    fn layout(&self) -> Result<Vec<ArchivedImage>, ImageError> {
+    fn layout(&mut self) -> Result<Vec<ArchivedImage>, ImageError> {
         let descriptors = manifest::parse_layout(&self.document("index.json")?)?;
         let ours: Vec<_> = descriptors
             .iter()
@@ -160,7 +174,8 @@ impl ImageArchive {
         let images: Vec<DockerImage> = serde_json::from_slice(&self.document("manifest.json")?)
             .map_err(|error| {
                 damaged(format!(
-                    "the archive's manifest.json can't be read: {error}"
+                    "the archive's manifest.json can't be read: {}",
+                    unreadable_json(&error)
                 ))
             })?;
         images
@@ -170,6 +185,12 @@ impl ImageArchive {
                 let id = digest_of(&configuration);
                 let diff_ids = manifest::parse_configuration(&configuration)?.diff_ids;
                 let layers = image.layers.unwrap_or_default();
+                if layers.len() > MAX_LAYERS {
+                    return Err(damaged(format!(
+                        "an image in the archive has {} layers, and the limit is {MAX_LAYERS} layers",
+                        layers.len()
+                    )));
+                }
                 if layers.len() != diff_ids.len() {
                     return Err(damaged(format!(
                         "the archive's manifest.json has {} layers, but the image's configuration has {}",
@@ -183,6 +204,12 @@ impl ImageArchive {
                     .map(|(path, diff_id)| self.docker_layer(path, diff_id))
                     .collect::<Result<_, _>>()?;
                 let tags = image.repo_tags.unwrap_or_default();
+                if tags.len() > MAX_NAMES {
+                    return Err(damaged(format!(
+                        "an image in the archive has {} names, and the limit is {MAX_NAMES} names",
+                        tags.len()
+                    )));
+                }
                 let names = tags
                     .iter()
                     .map(|tag| Name::parse(tag))
@@ -209,8 +236,12 @@ impl ImageArchive {
         let plain = layer::is_plain(first.get(..count).unwrap_or_default());
         let digest = if plain.unwrap_or(true) {
             diff_id.clone()
+        } else if let Some(known) = self.computed.get(&span.offset) {
+            known.clone()
         } else {
-            layer::digest_of_all(&mut reader).map_err(|error| unreadable(&error))?
+            let digest = layer::digest_of_all(&mut reader).map_err(|error| unreadable(&error))?;
+            self.computed.insert(span.offset, digest.clone());
+            digest
         };
         self.blobs.insert(digest.clone(), span);
         Ok(LayerDescriptor {
@@ -223,7 +254,7 @@ impl ImageArchive {
     fn span(&self, path: &str) -> Result<Span, ImageError> {
         let found = normal(path.as_bytes()).and_then(|path| self.files.get(&path).copied());
         found.ok_or_else(|| {
-            let shown: String = path.chars().filter(|c| !c.is_control()).take(200).collect();
+            let shown = clean(path);
             damaged(format!(
                 "the archive refers to the file {shown:?}, but does not contain this file"
             ))
@@ -247,11 +278,17 @@ impl ImageArchive {
         Ok(self.reader(span))
     }
 
-    fn bytes(&self, what: &str, span: Span) -> Result<Bytes, ImageError> {
+    fn bytes(&mut self, what: &str, span: Span) -> Result<Bytes, ImageError> {
         if span.length > DOCUMENT_BYTES {
             return Err(damaged(format!(
                 "{what} has {} bytes, and the limit is {DOCUMENT_BYTES} bytes",
                 span.length
+            )));
+        }
+        self.documents += span.length;
+        if self.documents > ALL_DOCUMENTS_BYTES {
+            return Err(damaged(format!(
+                "the manifests and configurations in the archive have more than the limit of {ALL_DOCUMENTS_BYTES} bytes in total"
             )));
         }
         let mut bytes = Vec::new();
@@ -261,12 +298,12 @@ impl ImageArchive {
         Ok(bytes.into())
     }
 
-    fn document(&self, path: &str) -> Result<Bytes, ImageError> {
+    fn document(&mut self, path: &str) -> Result<Bytes, ImageError> {
         self.bytes(path, self.span(path)?)
     }
 
     /// Reads a small blob and verifies its digest.
-    fn verified(&self, digest: &str) -> Result<Bytes, ImageError> {
+    fn verified(&mut self, digest: &str) -> Result<Bytes, ImageError> {
         let span = self.blobs.get(digest).copied();
         let span =
             span.ok_or_else(|| damaged(format!("the archive does not contain the blob {digest}")))?;
@@ -431,7 +468,95 @@ impl Read for FileSection {
 
 #[cfg(test)]
 mod tests {
-    use super::normal;
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Writes a tar archive with the given files, and returns the error of reading its images.
+    fn refusal(
+        name: &str,
+        files: &[(String, Vec<u8>)],
+    ) -> Result<String, Box<dyn std::error::Error>> {
+        let path = std::env::temp_dir().join(format!("rrun-{name}-{}.tar", std::process::id()));
+        let mut archive = ::tar::Builder::new(File::create(&path)?);
+        for (name, content) in files {
+            let mut header = ::tar::Header::new_gnu();
+            header.set_size(content.len() as u64);
+            archive.append_data(&mut header, name, content.as_slice())?;
+        }
+        archive.into_inner()?;
+        let images = ImageArchive::open(&path, &std::env::temp_dir(), u64::MAX)?.images();
+        std::fs::remove_file(&path)?;
+        Ok(images.err().ok_or("the archive was accepted")?.to_string())
+    }
+
+    fn configuration(layers: usize, padding: usize) -> Vec<u8> {
+        let diff_ids = vec![digest_of(b"x"); layers];
+        let padding = " ".repeat(padding);
+        json!({ "rootfs": { "diff_ids": diff_ids }, "comment": padding })
+            .to_string()
+            .into_bytes()
+    }
+
+    fn blob(content: Vec<u8>) -> (String, Vec<u8>) {
+        let name = digest_of(&content).replace(':', "/");
+        (format!("blobs/{name}"), content)
+    }
+
+    #[test]
+    fn an_archive_that_lists_a_large_document_again_and_again_is_refused()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let configuration = configuration(0, 7 << 20);
+        let descriptor = |bytes: &[u8]| json!({ "digest": digest_of(bytes), "size": bytes.len() });
+        let manifest = json!({ "config": descriptor(&configuration), "layers": [] });
+        let manifest = manifest.to_string().into_bytes();
+        let index = json!({ "manifests": vec![descriptor(&manifest); 30_000] });
+        let layout = [
+            ("oci-layout".to_owned(), Vec::new()),
+            ("index.json".to_owned(), index.to_string().into_bytes()),
+            blob(manifest),
+            blob(configuration.clone()),
+        ];
+        let error = refusal("large-documents", &layout)?;
+        assert!(error.contains("67108864 bytes in total"), "{error}");
+        let saved = [
+            ("c".to_owned(), configuration),
+            (
+                "manifest.json".to_owned(),
+                Value::from(vec![json!({ "Config": "c" }); 30_000])
+                    .to_string()
+                    .into_bytes(),
+            ),
+        ];
+        let error = refusal("large-configurations", &saved)?;
+        assert!(error.contains("67108864 bytes in total"), "{error}");
+        Ok(())
+    }
+
+    #[test]
+    fn an_archive_with_too_many_layers_or_names_is_refused()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let layers = vec!["layer"; 100_000];
+        let names: Vec<String> = (0..100_000).map(|number| format!("a:{number}")).collect();
+        for (image, layers, expected) in [
+            (json!({ "Layers": layers }), layers.len(), "100000 layers"),
+            (json!({ "RepoTags": names }), 0, "100000 names"),
+        ] {
+            let mut image = image;
+            image["Config"] = "c".into();
+            let files = [
+                ("c".to_owned(), configuration(layers, 0)),
+                ("layer".to_owned(), b"x".to_vec()),
+                (
+                    "manifest.json".to_owned(),
+                    json!([image]).to_string().into_bytes(),
+                ),
+            ];
+            let error = refusal("many", &files)?;
+            assert!(error.contains(expected), "{error}");
+        }
+        Ok(())
+    }
 
     #[test]
     fn paths_that_lead_out_of_the_archive_are_refused() {

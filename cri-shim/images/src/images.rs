@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
+use serde_json::value::RawValue;
+
 use crate::auth::Auth;
 use crate::catalog::{Catalog, EMPTY_LAYER, Lease, empty_layer};
 use crate::error::{ImageError, Kind};
@@ -127,7 +129,7 @@ impl Images {
 
     /// Returns the complete configuration of an image as its builder wrote it (OCI image-spec,
     /// config.md). This call blocks on disk I/O.
-    pub fn configuration(&self, id: &str) -> Result<Option<serde_json::Value>, ImageError> {
+    pub fn configuration(&self, id: &str) -> Result<Option<Box<RawValue>>, ImageError> {
         Ok(self.store.records.get(Table::CONFIGURATIONS, id)?)
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::{WeakShared, try_join_all};
+use serde_json::value::RawValue;
 use tokio::sync::watch;
 
 use crate::catalog::{directory, directory_layer_key, key_of};
@@ -312,8 +313,8 @@ async fn publish(
     configuration: &[u8],
 ) -> PullResult {
     // The only purpose of the complete configuration is to answer CRI requests that inspect the
-    // image.
-    let whole: serde_json::Value = serde_json::from_slice(configuration).unwrap_or_default();
+    // image. It is stored as text: a `serde_json::Value` can need forty times as much memory.
+    let whole: Option<&RawValue> = serde_json::from_slice(configuration).ok();
     let whole = Change::put(Table::CONFIGURATIONS, &image.id, &whole)?;
     let (image, before, written) = {
         let mut catalog = lock(&store.catalog);

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde::de::IgnoredAny;
 
 use crate::error::{ImageError, Kind};
 use crate::failure::{clean, unreadable_json};
@@ -23,7 +24,11 @@ pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
 /// The maximum number of layers in an image. An overlay mount supports 500 lower directories. Two
 /// of these directories are reserved: a directory with the mount points at the bottom, and the
 /// directory layer at the top.
-const MAX_LAYERS: usize = 498;
+pub(crate) const MAX_LAYERS: usize = 498;
+
+/// The maximum number of arguments, environment variables, labels and volumes in an image's
+/// configuration together. The server keeps them in memory as long as the image is on the node.
+const MAX_STRINGS: usize = 1 << 16;
 
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -109,13 +114,12 @@ fn broken(what: impl Into<String>) -> ImageError {
 /// Parses a manifest or an index. The content determines whether a document is a manifest or an
 /// index, because media types are often wrong.
 pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
-    let raw: RawManifest = serde_json::from_slice(bytes)
-        .map_err(|error| {
-            broken(format!(
-                "the manifest can't be read: {}",
-                unreadable_json(&error)
-            ))
-        })?;
+    let raw: RawManifest = serde_json::from_slice(bytes).map_err(|error| {
+        broken(format!(
+            "the manifest can't be read: {}",
+            unreadable_json(&error)
+        ))
+    })?;
     if raw.schema_version == Some(1) {
         return Err(ImageError::new(
             Kind::Unimplemented,
@@ -273,13 +277,12 @@ fn choose(manifests: &[Descriptor], machine: &Machine) -> Result<String, ImageEr
 
 /// Parses an image layout's index.json. Returns the descriptor of each image.
 pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> {
-    let raw: RawManifest = serde_json::from_slice(bytes)
-        .map_err(|error| {
-            broken(format!(
-                "the archive's index.json can't be read: {}",
-                unreadable_json(&error)
-            ))
-        })?;
+    let raw: RawManifest = serde_json::from_slice(bytes).map_err(|error| {
+        broken(format!(
+            "the archive's index.json can't be read: {}",
+            unreadable_json(&error)
+        ))
+    })?;
     let manifests = raw.manifests.unwrap_or_default();
     for descriptor in &manifests {
         check_digest(&descriptor.digest)?;
@@ -316,19 +319,28 @@ struct RawConfig {
     env: Option<Vec<String>>,
     user: Option<String>,
     working_dir: Option<String>,
-    volumes: Option<BTreeMap<String, serde_json::Value>>,
+    volumes: Option<BTreeMap<String, IgnoredAny>>,
     stop_signal: Option<String>,
     labels: Option<BTreeMap<String, Option<String>>>,
 }
 
+impl RawConfig {
+    /// Returns the number of arguments, environment variables, labels and volumes.
+    fn strings(&self) -> usize {
+        let lists = [&self.entrypoint, &self.cmd, &self.env];
+        let listed: usize = lists.into_iter().flatten().map(Vec::len).sum();
+        let labels = self.labels.as_ref().map_or(0, BTreeMap::len);
+        listed + labels + self.volumes.as_ref().map_or(0, BTreeMap::len)
+    }
+}
+
 pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageError> {
-    let raw: RawConfiguration = serde_json::from_slice(bytes)
-        .map_err(|error| {
-            broken(format!(
-                "the image's configuration can't be read: {}",
-                unreadable_json(&error)
-            ))
-        })?;
+    let raw: RawConfiguration = serde_json::from_slice(bytes).map_err(|error| {
+        broken(format!(
+            "the image's configuration can't be read: {}",
+            unreadable_json(&error)
+        ))
+    })?;
     if let Some(os) = raw.os.as_deref().filter(|os| !matches!(*os, "" | "linux")) {
         return Err(ImageError::new(
             Kind::NotFound,
@@ -336,6 +348,12 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
         ));
     }
     let config = raw.config.unwrap_or_default();
+    let count = config.strings();
+    if count > MAX_STRINGS {
+        return Err(broken(format!(
+            "the image's configuration has {count} arguments, variables, labels and volumes, and the limit is {MAX_STRINGS}"
+        )));
+    }
     let diff_ids = raw
         .rootfs
         .and_then(|rootfs| rootfs.diff_ids)
@@ -390,6 +408,8 @@ pub(crate) fn layer_descriptors(
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
+
     use super::*;
 
     fn digest(c: &str) -> String {
@@ -483,6 +503,20 @@ mod tests {
         let manifest = serde_json::json!({"schemaVersion": 2,
             "config": {"digest": "sha256:../../x", "size": 1}, "layers": []});
         assert!(parse(manifest.to_string().as_bytes()).is_err());
+    }
+
+    #[test]
+    fn a_configuration_with_too_many_strings_is_refused() {
+        let volumes: BTreeMap<String, Value> = (0..40_000)
+            .map(|number| (format!("/{number}"), json!({})))
+            .collect();
+        let of = |env: usize| {
+            let config = json!({ "Env": vec!["A=1"; env], "Volumes": volumes });
+            parse_configuration(json!({ "config": config }).to_string().as_bytes())
+        };
+        assert!(of(20_000).is_ok());
+        let error = of(30_000);
+        assert!(error.is_err_and(|e| e.to_string().contains("70000 arguments, variables")));
     }
 
     #[test]

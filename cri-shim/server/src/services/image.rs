@@ -10,7 +10,8 @@ use rrun_proto::v1::{
     ListImagesRequest, ListImagesResponse, PullImageRequest, PullImageResponse, RemoveImageRequest,
     RemoveImageResponse, StreamImagesRequest, StreamImagesResponse, UInt64Value,
 };
-use serde_json::json;
+use serde::Serialize;
+use serde_json::value::RawValue;
 use tonic::{Request, Response, Status};
 
 use super::answers::{Answers, in_chunks};
@@ -18,7 +19,7 @@ use crate::clock::now;
 use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::{blocking, slow};
-use rrun_images::Auth;
+use rrun_images::{Auth, LayerName};
 use rrun_kernel::heap;
 
 /// The maximum time that ImageFsInfo waits for the deletion of removed images and containers.
@@ -26,6 +27,16 @@ const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) struct Image {
     pub(super) node: Arc<Node>,
+}
+
+/// The details of an image in a verbose status. The key `imageSpec` has the same name as in
+/// containerd.
+#[derive(Serialize)]
+#[serde(rename_all = "camelCase")]
+struct Info<'a> {
+    image_spec: Option<Box<RawValue>>,
+    compressed_size: u64,
+    layers: &'a [LayerName],
 }
 
 /// Returns the CRI message that describes an image.
@@ -118,18 +129,18 @@ impl Image {
         Ok(response)
     }
 
-    /// Returns the details that `crictl inspecti` shows below the image's status. The key
-    /// `imageSpec` has the same name as in containerd.
+    /// Returns the details that `crictl inspecti` shows below the image's status.
     async fn info(&self, image: &rrun_images::Image) -> Result<String> {
         let (images, id) = (self.node.images.clone(), image.id.clone());
         let what = format!("read the configuration of the image {id}");
         let configuration = blocking(what, move || images.configuration(&id)).await?;
-        let info = json!({
-            "imageSpec": configuration,
-            "compressedSize": image.size,
-            "layers": image.layers,
-        });
-        Ok(info.to_string())
+        let info = Info {
+            image_spec: configuration,
+            compressed_size: image.size,
+            layers: &image.layers,
+        };
+        serde_json::to_string(&info)
+            .map_err(|error| Error::internal(format!("describe the image {}: {error}", image.id)))
     }
 
     fn fs_info(&self) -> ImageFsInfoResponse {
