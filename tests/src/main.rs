@@ -99,6 +99,7 @@ suites! {
         images_looks,
         images_pace,
         images_preload,
+        images_redirects,
         metrics,
         documents,
         critest,

@@ -1,66 +1,89 @@
-//! Builds the HTTP client for one endpoint of a registry, with the certificates that hosts.toml
+//! Builds the HTTP clients for one endpoint of a registry, with the certificates that hosts.toml
 //! lists.
 
 use std::path::Path;
+use std::sync::Arc;
 use std::time::Duration;
 
-use reqwest::Client;
+use reqwest::{Client, ClientBuilder};
 use rustls::pki_types::CertificateDer;
 
 use crate::error::{ImageError, Kind};
 use crate::failure::cause;
 use crate::hosts::Endpoint;
 use crate::identity::{self, ClientCertificates, Identity};
+use crate::reach::{GuardedResolver, Reach};
 
-/// Builds an HTTP client that does not follow redirections. If reqwest followed a redirection to
-/// another host, it would remove only the secret headers that it recognises. The other host would
-/// then receive the secret headers from hosts.toml.
-pub(crate) fn build(
-    endpoint: &Endpoint,
-    silence: Duration,
-    with_identity: bool,
-) -> Result<Client, ImageError> {
-    let mut builder = Client::builder()
-        .connect_timeout(endpoint.dial_timeout)
-        .read_timeout(silence)
-        .redirect(reqwest::redirect::Policy::none())
-        .user_agent(concat!("rrun/", env!("CARGO_PKG_VERSION")));
-    let failed = |error: &dyn std::error::Error| {
-        ImageError::new(
-            Kind::Internal,
-            format!(
-                "prepare the HTTP client for registry {}: {}",
-                endpoint.host,
-                cause(error)
-            ),
-        )
-    };
-    let authorities = authorities(endpoint)?;
-    if with_identity && !endpoint.client.is_empty() {
-        let ours = ClientCertificates::of(identities(endpoint)?);
-        let tls = identity::tls(ours, authorities, endpoint.skip_verify)
-            .map_err(|error| failed(&error))?;
-        return builder
-            .tls_backend_preconfigured(tls)
-            .build()
-            .map_err(|error| failed(&error));
+/// The HTTP clients for one endpoint. They do not follow redirections. If reqwest followed a
+/// redirection to another host, it would remove only the secret headers that it recognises. The
+/// other host would then receive the secret headers from hosts.toml.
+pub(crate) struct Clients {
+    /// The client for the endpoint itself.
+    pub home: Client,
+    /// The client for other servers: the targets of the registry's redirections, and its token
+    /// servers. This client sends no client certificate, because a certificate would identify this
+    /// node to the other servers. It connects only to addresses that the registry may lead to.
+    pub elsewhere: Client,
+}
+
+impl Clients {
+    /// Creates the clients. This call blocks on disk I/O while it reads the certificates.
+    pub(crate) fn new(
+        endpoint: &Endpoint,
+        silence: Duration,
+        reach: &Arc<Reach>,
+    ) -> Result<Self, ImageError> {
+        let failed = |error: &dyn std::error::Error| {
+            ImageError::new(
+                Kind::Internal,
+                format!(
+                    "prepare the HTTP client for registry {}: {}",
+                    endpoint.host,
+                    cause(error)
+                ),
+            )
+        };
+        let authorities = authorities(endpoint)?;
+        let builder = || {
+            Client::builder()
+                .connect_timeout(endpoint.dial_timeout)
+                .read_timeout(silence)
+                .redirect(reqwest::redirect::Policy::none())
+                .user_agent(concat!("rrun/", env!("CARGO_PKG_VERSION")))
+        };
+        let guarded = || builder().dns_resolver(Arc::new(GuardedResolver(Arc::clone(reach))));
+        let (home, elsewhere) = if endpoint.base.starts_with("http:") && endpoint.client.is_empty()
+        {
+            // Plain HTTP does not need the system's certificate authorities, so they need not be
+            // installed.
+            let authorities: Vec<_> = authorities
+                .iter()
+                .map(|authority| reqwest::Certificate::from_der(authority))
+                .collect::<Result<_, _>>()
+                .map_err(|error| failed(&error))?;
+            let with_tls = |builder: ClientBuilder| {
+                builder
+                    .tls_certs_only(authorities.clone())
+                    .tls_danger_accept_invalid_certs(endpoint.skip_verify)
+            };
+            (with_tls(builder()), with_tls(guarded()))
+        } else {
+            let tls = identity::tls(authorities, endpoint.skip_verify).map_err(|e| failed(&e))?;
+            let mut with_identity = tls.clone();
+            if !endpoint.client.is_empty() {
+                let ours = ClientCertificates::of(identities(endpoint)?);
+                with_identity.client_auth_cert_resolver = Arc::new(ours);
+            }
+            (
+                builder().tls_backend_preconfigured(with_identity),
+                guarded().tls_backend_preconfigured(tls),
+            )
+        };
+        Ok(Clients {
+            home: home.build().map_err(|error| failed(&error))?,
+            elsewhere: elsewhere.build().map_err(|error| failed(&error))?,
+        })
     }
-    let authorities: Vec<_> = authorities
-        .iter()
-        .map(|authority| reqwest::Certificate::from_der(authority))
-        .collect::<Result<_, _>>()
-        .map_err(|error| failed(&error))?;
-    if endpoint.base.starts_with("http:") {
-        // Plain HTTP does not need the system's certificate authorities, so they need not be
-        // installed.
-        builder = builder.tls_certs_only(authorities);
-    } else if !authorities.is_empty() {
-        builder = builder.tls_certs_merge(authorities);
-    }
-    if endpoint.skip_verify {
-        builder = builder.tls_danger_accept_invalid_certs(true);
-    }
-    builder.build().map_err(|error| failed(&error))
 }
 
 /// Reads the certificates of the authorities that hosts.toml lists.

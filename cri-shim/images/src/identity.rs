@@ -91,11 +91,10 @@ impl ResolvesClientCert for ClientCertificates {
     }
 }
 
-/// Creates a TLS configuration that authenticates this client with one of the client certificates
-/// in `ours`. If `skip_verify` is set, the configuration accepts the certificate of any server.
-/// Otherwise, it trusts `authorities` and the system's authorities.
+/// Creates a TLS configuration without a client certificate. If `skip_verify` is set, the
+/// configuration accepts the certificate of any server. Otherwise, it trusts `authorities` and the
+/// system's authorities.
 pub(crate) fn tls(
-    ours: ClientCertificates,
     authorities: Vec<CertificateDer<'static>>,
     skip_verify: bool,
 ) -> Result<ClientConfig, Error> {
@@ -113,7 +112,7 @@ pub(crate) fn tls(
         .with_safe_default_protocol_versions()?
         .dangerous()
         .with_custom_certificate_verifier(verifier)
-        .with_client_cert_resolver(Arc::new(ours));
+        .with_no_client_auth();
     tls.alpn_protocols = vec![b"http/1.1".to_vec()];
     Ok(tls)
 }

@@ -32,6 +32,7 @@ pub mod position;
 mod preload;
 mod pull;
 mod pulls_in_progress;
+mod reach;
 mod record;
 mod reference;
 mod registry;

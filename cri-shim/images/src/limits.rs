@@ -1,4 +1,4 @@
-//! Limits for the time and the rate of a registry's answers.
+//! Limits for the time and the rate of a registry's answers, and a registry's permissions.
 
 use std::time::Duration;
 
@@ -10,10 +10,18 @@ pub(crate) struct MinRate {
     pub over: Duration,
 }
 
-/// The limits that apply to every answer of a registry.
+/// The limits that apply to every answer of a registry, and the permissions of the registry.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct RegistryLimits {
     /// The time without a received byte after which a request fails.
     pub silence: Duration,
     pub min_rate: MinRate,
+    pub permissions: Permissions,
+}
+
+/// The permissions of every registry. See the settings with the same names.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Permissions {
+    pub local_redirects: bool,
+    pub plain_token_servers: bool,
 }

@@ -164,6 +164,7 @@ async fn open_source(
     let limits = RegistryLimits {
         silence: store.settings.silence_timeout(),
         min_rate: store.settings.min_rate(),
+        permissions: store.settings.permissions(),
     };
     let opened = tokio::task::spawn_blocking(move || {
         Source::open(&registries, &name, auth.as_ref(), limits)

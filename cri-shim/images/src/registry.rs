@@ -14,18 +14,19 @@ use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
     RETRY_AFTER, WWW_AUTHENTICATE,
 };
-use reqwest::{Client, RequestBuilder, Response, StatusCode, Url};
+use reqwest::{RequestBuilder, Response, StatusCode, Url};
 use serde::Deserialize;
 
 use crate::auth::Credential;
 use crate::challenge::{self, Challenge};
-use crate::client;
+use crate::client::Clients;
 use crate::error::{ImageError, Kind};
 use crate::failure::{RequestFailure, cause, clean};
 use crate::hosts::Endpoint;
 use crate::limits::{MinRate, RegistryLimits};
 use crate::manifest;
 use crate::pace::{Phase, RateWatch};
+use crate::reach::Reach;
 use rrun_calls::lock::lock;
 
 /// The maximum number of redirections for one request.
@@ -53,11 +54,11 @@ struct Timeouts {
 
 /// One repository at one endpoint, used for one pull.
 pub(crate) struct Registry {
-    client: Client,
-    /// The client for other servers: the targets of the registry's redirections, and its token
-    /// servers. This client sends no client certificate, because a certificate would identify this
-    /// node to the other servers.
-    elsewhere: Client,
+    clients: Clients,
+    /// The addresses to which this endpoint may send requests.
+    reach: Arc<Reach>,
+    /// True if credentials may be sent without TLS to a token server on another host.
+    plain_token_servers: bool,
     timeouts: Timeouts,
     min_rate: MinRate,
     /// The error of a request whose answer was too slow. If `slowness` is set, the pull does not
@@ -114,12 +115,9 @@ impl Registry {
         // `install_default` fails if a default cryptography provider is already installed. The
         // error is ignored, because the process can use the installed provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let client = client::build(&endpoint, silence, true)?;
-        let elsewhere = if endpoint.client.is_empty() {
-            client.clone()
-        } else {
-            client::build(&endpoint, silence, false)?
-        };
+        let reach = Reach::new(&endpoint.base, limits.permissions.local_redirects);
+        let reach = Arc::new(reach);
+        let clients = Clients::new(&endpoint, silence, &reach)?;
         let headers = headers_of(&endpoint)?;
         let authorization = match &credential {
             Some(Credential::Bearer(token)) => {
@@ -133,8 +131,9 @@ impl Registry {
             _ => None,
         };
         Ok(Registry {
-            client,
-            elsewhere,
+            clients,
+            reach,
+            plain_token_servers: limits.permissions.plain_token_servers,
             timeouts: Timeouts {
                 connect: endpoint.dial_timeout,
                 silence,
@@ -206,11 +205,7 @@ impl Registry {
     /// Returns the host that sent `response`, or `None` if this endpoint itself sent the response.
     fn elsewhere_of(&self, response: &Response) -> Option<String> {
         let url = response.url();
-        let base = Url::parse(&self.endpoint.base).ok()?;
-        if base.origin() == url.origin() {
-            return None;
-        }
-        Some(host_of(url))
+        (!self.is_at_home(url)).then(|| host_of(url))
     }
 
     /// Creates a rate watch for a small document, which needs no slot.
@@ -296,7 +291,7 @@ impl Registry {
         // If the registry redirected the request to another server, this server must not get the
         // credentials. The challenge of the other server is therefore not answered.
         if response.status() != StatusCode::UNAUTHORIZED || !at_home {
-            return accepted(response, self.min_rate).await;
+            return accepted(response, self.min_rate, at_home).await;
         }
         let challenge = challenge::choose(
             response
@@ -306,12 +301,12 @@ impl Registry {
                 .filter_map(|value| value.to_str().ok()),
         );
         let Some(authorization) = self.answer_challenge(challenge, watch).await? else {
-            return accepted(response, self.min_rate).await;
+            return accepted(response, self.min_rate, true).await;
         };
         *lock(&self.authorization) = Some(authorization.clone());
         private.insert(AUTHORIZATION, authorization);
-        let (response, _) = self.follow(&url, &public, &private, watch).await?;
-        accepted(response, self.min_rate).await
+        let (response, at_home) = self.follow(&url, &public, &private, watch).await?;
+        accepted(response, self.min_rate, at_home).await
     }
 
     /// Sends a request and follows redirections. The `private` headers are sent only to this
@@ -329,14 +324,17 @@ impl Registry {
         let mut at_home = true;
         for _ in 0..=MAX_REDIRECTIONS {
             let request = if at_home {
-                self.client.get(at.clone()).headers(private.clone())
+                self.clients.home.get(at.clone()).headers(private.clone())
             } else {
-                self.elsewhere.get(at.clone())
+                self.clients.elsewhere.get(at.clone())
             };
             let response = watch
                 .wait(Phase::Head, request.headers(public.clone()).send())
                 .await?
                 .map_err(|error| transport(error, self.timeouts))?;
+            if at_home {
+                self.reach.learn(response.remote_addr());
+            }
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok((response, at_home));
             }
@@ -357,6 +355,11 @@ impl Registry {
             at_home &= next.origin() == url.origin();
             if !at_home {
                 let host = host_of(&next);
+                self.reach.check(&next).map_err(|why| {
+                    redirection_error(&format!(
+                        "the server redirects the request to {host}, {why}"
+                    ))
+                })?;
                 *lock(&self.sends_to) = Some(host.clone());
                 watch.comes_from(&host)?;
             }
@@ -417,7 +420,10 @@ impl Registry {
             .await
             .map_err(named)?
             .map_err(|error| named(transport(error, self.timeouts)))?;
-        let response = accepted(response, self.min_rate).await.map_err(named)?;
+        let quoted = self.is_at_home(response.url());
+        let response = accepted(response, self.min_rate, quoted)
+            .await
+            .map_err(named)?;
         let body = bounded(response, TOKEN_BYTES, "the token", self.timeouts, watch)
             .await
             .map_err(named)?;
@@ -433,15 +439,32 @@ impl Registry {
                 "has an address that is neither http nor https",
             ));
         }
-        // If the registry uses TLS, the credentials must not be sent to its token server without
-        // TLS.
-        let exposed = url.scheme() == "http" && self.endpoint.base.starts_with("https:");
-        if exposed && self.credential.is_some() {
+        if !self.is_at_home(&url) {
+            let host = host_of(&url);
+            self.reach
+                .check(&url)
+                .map_err(|why| token_server_failed(&format!("has the address {host}, {why}")))?;
+        }
+        // The credentials must not be sent without TLS if the registry uses TLS, or if they would
+        // reach another host. Only the registry chooses this host.
+        let exposed = url.scheme() == "http"
+            && (self.endpoint.base.starts_with("https:") || !self.is_same_host(&url));
+        if exposed && self.credential.is_some() && !self.plain_token_servers {
             return Err(token_server_failed(
-                "has an address without TLS, so the credentials are not sent",
+                "has an address without TLS, so the credentials are not sent (image.plain_token_servers is not set)",
             ));
         }
         Ok(url)
+    }
+
+    /// Returns whether `url` belongs to this endpoint.
+    fn is_at_home(&self, url: &Url) -> bool {
+        Url::parse(&self.endpoint.base).is_ok_and(|base| base.origin() == url.origin())
+    }
+
+    /// Returns whether `url` has the host of this endpoint. The port and the scheme can differ.
+    fn is_same_host(&self, url: &Url) -> bool {
+        Url::parse(&self.endpoint.base).is_ok_and(|base| base.host() == url.host())
     }
 
     fn token_request<'a>(
@@ -449,12 +472,10 @@ impl Registry {
         mut url: Url,
         mut fields: Vec<(&'a str, &'a str)>,
     ) -> Result<RequestBuilder, RequestFailure> {
-        let at_home =
-            Url::parse(&self.endpoint.base).is_ok_and(|base| base.origin() == url.origin());
-        let client = if at_home {
-            &self.client
+        let client = if self.is_at_home(&url) {
+            &self.clients.home
         } else {
-            &self.elsewhere
+            &self.clients.elsewhere
         };
         match &self.credential {
             // RFC 6749, section 6, and the distribution project's OAuth2 token specification define
@@ -581,8 +602,15 @@ fn redirection_error(why: &str) -> RequestFailure {
     ImageError::new(Kind::Unavailable, why).into()
 }
 
-/// Returns `response` unchanged if its status reports success. Otherwise returns an error.
-async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, RequestFailure> {
+/// Returns `response` unchanged if its status reports success. Otherwise returns an error. The error
+/// contains the explanation in the answer only if `quoted` is true. If the registry has chosen
+/// another host, `quoted` must be false: the error must not show the answers of hosts that only
+/// this node can reach.
+async fn accepted(
+    response: Response,
+    min_rate: MinRate,
+    quoted: bool,
+) -> Result<Response, RequestFailure> {
     let status = response.status();
     if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
         return Ok(response);
@@ -613,9 +641,13 @@ async fn accepted(response: Response, min_rate: MinRate) -> Result<Response, Req
     );
     // Only the HTTP status determines the error kind. If the body does not arrive in time, the
     // error is reported without the explanation from the body.
-    let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
-    let body = body.unwrap_or_else(|_| Ok(Bytes::new()));
-    let text = body.map(|body| explanation(&body)).unwrap_or_default();
+    let text = match quoted {
+        true => match tokio::time::timeout(EXPLANATION_TIMEOUT, body).await {
+            Ok(Ok(body)) => explanation(&body),
+            _ => String::new(),
+        },
+        false => String::new(),
+    };
     let reason = status.canonical_reason().unwrap_or("(unknown status)");
     let colon = if text.is_empty() { "" } else { ": " };
     Err(RequestFailure {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-use crate::limits::MinRate;
+use crate::limits::{MinRate, Permissions};
 use crate::pin::Pins;
 
 /// The settings in the `[image]` table of the configuration.
@@ -31,6 +31,13 @@ pub struct ImageSettings {
     pub least_rate_seconds: u64,
     /// The time, in seconds, for which a pull continues after its last caller disconnected.
     pub abandoned_seconds: u64,
+    /// True if a registry may redirect requests to addresses of this node itself, to link-local
+    /// addresses and to metadata services, and may have its token server there. A registry with
+    /// such an address may always lead to addresses of the same kind.
+    pub local_redirects: bool,
+    /// True if credentials may be sent without TLS to a token server on another host than the
+    /// registry, or to the token server of a registry that uses TLS.
+    pub plain_token_servers: bool,
     /// The images that kubelet's garbage collection must keep.
     pub pinned: Pins,
 }
@@ -47,6 +54,8 @@ impl Default for ImageSettings {
             least_rate: 100,
             least_rate_seconds: 60,
             abandoned_seconds: 300,
+            local_redirects: false,
+            plain_token_servers: false,
             pinned: Pins::default(),
         }
     }
@@ -104,6 +113,13 @@ impl ImageSettings {
         MinRate {
             rate: self.least_rate,
             over: Duration::from_secs(self.least_rate_seconds),
+        }
+    }
+
+    pub(crate) fn permissions(&self) -> Permissions {
+        Permissions {
+            local_redirects: self.local_redirects,
+            plain_token_servers: self.plain_token_servers,
         }
     }
 

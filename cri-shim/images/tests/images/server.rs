@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::net::{TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -71,7 +71,7 @@ impl Answer {
 type Seen = Arc<Mutex<Vec<Request>>>;
 
 pub(crate) struct Server {
-    pub port: u16,
+    address: SocketAddr,
     seen: Seen,
 }
 
@@ -83,8 +83,17 @@ impl Server {
         images: &[(&str, &Image)],
         answer: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
     ) -> Result<Self, Failure> {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port();
+        Self::at("127.0.0.1", images, answer)
+    }
+
+    /// Starts a server at another address of this machine.
+    pub(crate) fn at(
+        address: &str,
+        images: &[(&str, &Image)],
+        answer: impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static,
+    ) -> Result<Self, Failure> {
+        let listener = TcpListener::bind((address, 0))?;
+        let address = listener.local_addr()?;
         let mut content = HashMap::new();
         for (name, image) in images {
             for blob in &image.blobs {
@@ -120,11 +129,11 @@ impl Server {
                 });
             }
         });
-        Ok(Server { port, seen })
+        Ok(Server { address, seen })
     }
 
     pub(crate) fn host(&self) -> String {
-        format!("127.0.0.1:{}", self.port)
+        self.address.to_string()
     }
 
     pub(crate) fn seen(&self) -> Vec<Request> {
