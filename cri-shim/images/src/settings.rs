@@ -22,6 +22,9 @@ pub struct ImageSettings {
     pub layer_bytes: u64,
     /// The maximum number of files in one layer.
     pub layer_files: u64,
+    /// The maximum number of bytes and files in the volumes that the image of one container declares.
+    pub volume_bytes: u64,
+    pub volume_files: u64,
     /// The time without received data, in seconds, after which a registry's answer fails. The whole
     /// response head must also arrive within this time.
     pub silence_seconds: u64,
@@ -50,6 +53,8 @@ impl Default for ImageSettings {
             parallel_unpacks: 3,
             layer_bytes: 64 << 30,
             layer_files: 4 << 20,
+            volume_bytes: 16 << 30,
+            volume_files: 1 << 20,
             silence_seconds: 30,
             least_rate: 100,
             least_rate_seconds: 60,

@@ -6,9 +6,11 @@ use std::sync::Arc;
 
 use rrun_proto::v1::{LinuxContainerSecurityContext, Mount};
 
+use super::create::must_be_ready;
 use super::seccomp::{SeccompFilter, SeccompProfile};
 use super::spec::{Namespaces, PidNamespace, SpecInputs};
 use super::user::{Accounts, User};
+use super::volumes::Volumes;
 use super::{
     ContainerRecord, annotations, apparmor, capabilities, cdi, devices, idmap, image_volume,
     mounts, propagation, resources, rootfs, spec, volumes,
@@ -178,12 +180,25 @@ fn prepare_mounts(
     let images = &inputs.image_volumes;
     let users = ids.users.as_ref();
     image_volume::mount(inputs.node, inputs.dir, images, users, label, &mut all)?;
-    let declared = &inputs.image.config.volumes;
-    let dir = writable.join("volumes");
-    all.extend(volumes::make(declared, &all, rootfs, &dir, ids.root)?);
+    // The work ends early when the pod is stopped. A removal of the pod waits for this work.
+    let go_on = || must_be_ready(inputs.sandbox);
+    let settings = &inputs.node.config.image;
+    let volumes = Volumes {
+        declared: &inputs.image.config.volumes,
+        requested: &all,
+        rootfs,
+        dir: &writable.join("volumes"),
+        owner: ids.root,
+        limits: volumes::Limits {
+            bytes: settings.volume_bytes,
+            files: settings.volume_files,
+        },
+    };
+    let volumes = volumes.make(go_on)?;
+    all.extend(volumes);
     if let Some(label) = label {
         for mount in all.iter().filter(|mount| mount.selinux_relabel) {
-            relabel::relabel(Path::new(&mount.host_path), label)?;
+            relabel::relabel(Path::new(&mount.host_path), label, &go_on)?;
         }
     }
     Ok(all)

@@ -163,7 +163,7 @@ fn check_namespaces(context: &LinuxContainerSecurityContext, sandbox: &Sandbox) 
     Ok(())
 }
 
-fn must_be_ready(sandbox: &Sandbox) -> Result<()> {
+pub(super) fn must_be_ready(sandbox: &Sandbox) -> Result<()> {
     if sandbox.state().ready {
         return Ok(());
     }

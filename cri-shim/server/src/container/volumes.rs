@@ -2,223 +2,137 @@
 //! the overlay of its root filesystem. The directory starts as a copy of the image's directory at
 //! the same path.
 
-use std::collections::HashSet;
+mod copy;
+
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use pathrs::flags::OpenFlags;
 use pathrs::{Root, error::ErrorKind};
 use rrun_proto::v1::Mount;
-use rustix::fs::{
-    AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Timespec, Timestamps, Uid,
-    XattrFlags, chownat, fchmod, fgetxattr, flistxattr, fsetxattr, mkdirat, mknodat, openat,
-    readlinkat, statat, symlinkat, utimensat,
-};
+use rustix::fs::{Mode, fchmod};
 
+use self::copy::Copier;
+pub(crate) use self::copy::Limits;
 use super::mounts::cleaned;
 use crate::sandbox::files::private_dir;
-use rrun_calls::error::{During, Error, Result};
-use rrun_kernel::regular_file;
+use rrun_calls::error::{Code, During, Error, Result};
 
-/// The maximum nesting depth of copied directories. The depth is limited, because each level
-/// requires two open file descriptors during the copy.
-const MAX_DEPTH: usize = 64;
+/// The maximum number of volumes that an image can declare.
+const MAX_VOLUMES: usize = 1000;
 
-/// A size limit in bytes for extended attributes. It applies to the list of a file's attributes,
-/// and to the value of each attribute.
-const XATTR: usize = 64 << 10;
-
-/// Creates the volumes in `dir` and returns a mount for each volume. A volume is skipped if the
-/// request has a mount at the same path. A volume belongs to `owner` if its path does not exist in
-/// the image. This call blocks.
-pub(crate) fn make(
-    declared: &[String],
-    requested: &[Mount],
-    rootfs: &Path,
-    dir: &Path,
-    owner: (u32, u32),
-) -> Result<Vec<Mount>> {
-    let mut made: Vec<Mount> = Vec::new();
-    let paths = requested.iter().map(|mount| cleaned(&mount.container_path));
-    let mut taken: HashSet<PathBuf> = paths.collect();
-    taken.insert("/".into());
-    for volume in declared {
-        let destination = cleaned(volume);
-        if !taken.insert(destination.clone()) {
-            continue;
-        }
-        let host = dir.join(made.len().to_string());
-        private_dir(&host)?;
-        let what = || format!("create the volume {volume:?} of the image");
-        fill(rootfs, &destination, &host, owner).during(what)?;
-        made.push(Mount {
-            container_path: destination.to_string_lossy().into_owned(),
-            host_path: host.to_string_lossy().into_owned(),
-            selinux_relabel: true,
-            ..Mount::default()
-        });
-    }
-    Ok(made)
+/// The volumes that a container's image declares, and the inputs for their creation.
+pub(crate) struct Volumes<'a> {
+    pub declared: &'a [String],
+    /// The requested mounts. A volume is skipped if the request has a mount at the same path.
+    pub requested: &'a [Mount],
+    pub rootfs: &'a Path,
+    /// The directory in which the volumes are created.
+    pub dir: &'a Path,
+    /// The owner of a volume whose path does not exist in the image.
+    pub owner: (u32, u32),
+    pub limits: Limits,
 }
 
-fn fill(rootfs: &Path, place: &Path, host: &Path, (uid, gid): (u32, u32)) -> Result<()> {
-    let failed = |error: pathrs::error::Error| {
-        Error::invalid(format!("open the volume's directory in the image: {error}"))
-    };
-    let root = Root::open(rootfs).map_err(failed)?;
-    // Ours: the server has just created this directory, so opening it by its path is safe.
-    let into: OwnedFd = File::open(host)
-        .during(|| format!("open {}", host.display()))?
-        .into();
-    let inside = place.strip_prefix("/").unwrap_or(place);
-    let from: OwnedFd = match root.resolve(inside) {
-        Ok(found) => found
-            // O_DIRECTORY makes this call fail for a device before its driver is called.
-            .reopen(OpenFlags::O_RDONLY | OpenFlags::O_DIRECTORY)
-            .map_err(failed)?
-            .into(),
-        Err(error) if matches!(error.kind(), ErrorKind::OsError(Some(libc::ENOENT))) => {
+impl Volumes<'_> {
+    /// Creates the volumes and returns a mount for each volume. Calls `go_on` before each step; an
+    /// error from `go_on` ends the work. This call blocks.
+    pub(crate) fn make(&self, go_on: impl Fn() -> Result<()>) -> Result<Vec<Mount>> {
+        let mut made: Vec<Mount> = Vec::new();
+        let paths = self.requested.iter();
+        let mut taken: HashSet<PathBuf> = paths.map(|it| cleaned(&it.container_path)).collect();
+        taken.insert("/".into());
+        let names = self.dir.join("names");
+        let mut copier = Copier::new(self.limits, &names, go_on);
+        // The volumes by their directories in the image.
+        let mut copied: HashMap<PathBuf, PathBuf> = HashMap::new();
+        for volume in self.declared {
+            let destination = cleaned(volume);
+            if !taken.insert(destination.clone()) {
+                continue;
+            }
+            if made.len() == MAX_VOLUMES {
+                return Err(Error::new(
+                    Code::ResourceExhausted,
+                    format!("the image declares more than the limit of {MAX_VOLUMES} volumes"),
+                ));
+            }
+            let what = || format!("create the volume {volume:?} of the image");
+            let from = self.directory(&destination).during(what)?;
+            let several = self.declared.len() > 1;
+            let place = from.as_ref().filter(|_| several).and_then(place_of);
+            let known = place.as_ref().and_then(|place| copied.get(place));
+            let host = match known {
+                // Links can lead from several volumes to one directory. The runtime mounts all
+                // these volumes on the same directory, so they can share one copy.
+                Some(host) => host.clone(),
+                None => {
+                    let host = self.dir.join(made.len().to_string());
+                    private_dir(&host)?;
+                    self.fill(from.as_ref(), &host, &mut copier).during(what)?;
+                    copied.extend(place.map(|place| (place, host.clone())));
+                    host
+                }
+            };
+            made.push(Mount {
+                container_path: destination.to_string_lossy().into_owned(),
+                host_path: host.to_string_lossy().into_owned(),
+                selinux_relabel: true,
+                ..Mount::default()
+            });
+        }
+        Ok(made)
+    }
+
+    /// Opens the directory of a volume in the image. Returns `None` if it does not exist.
+    fn directory(&self, place: &Path) -> Result<Option<OwnedFd>> {
+        let failed = |error: pathrs::error::Error| {
+            Error::invalid(format!("open the volume's directory in the image: {error}"))
+        };
+        let root = Root::open(self.rootfs).map_err(failed)?;
+        let inside = place.strip_prefix("/").unwrap_or(place);
+        match root.resolve(inside) {
+            Ok(found) => {
+                // O_DIRECTORY makes this call fail for a device before its driver is called.
+                let open = found.reopen(OpenFlags::O_RDONLY | OpenFlags::O_DIRECTORY);
+                Ok(Some(open.map_err(failed)?.into()))
+            }
+            Err(error) if matches!(error.kind(), ErrorKind::OsError(Some(libc::ENOENT))) => {
+                Ok(None)
+            }
+            Err(error) => Err(failed(error)),
+        }
+    }
+
+    fn fill<G: Fn() -> Result<()>>(
+        &self,
+        from: Option<&OwnedFd>,
+        host: &Path,
+        copier: &mut Copier<'_, G>,
+    ) -> Result<()> {
+        // Ours: the server has just created this directory, so opening it by its path is safe.
+        let into: OwnedFd = File::open(host)
+            .during(|| format!("open {}", host.display()))?
+            .into();
+        let Some(from) = from else {
+            let (uid, gid) = self.owner;
             fchmod(&into, Mode::from_raw_mode(0o755))
                 .during(|| "set the volume's mode".to_owned())?;
             return std::os::unix::fs::fchown(&into, Some(uid), Some(gid))
                 .during(|| "set the volume's owner".to_owned());
-        }
-        Err(error) => return Err(failed(error)),
-    };
-    copy_directory(&from, &into, MAX_DEPTH).during(|| "copy the image's directory".to_owned())
-}
-
-/// Copies the entries of a directory, and then the directory's own attributes. Symbolic links are
-/// copied, not followed.
-fn copy_directory(from: &OwnedFd, into: &OwnedFd, depth: usize) -> Result<()> {
-    for entry in Dir::read_from(from).during(|| "read a directory".to_owned())? {
-        let entry = entry.during(|| "read a directory".to_owned())?;
-        let name = entry.file_name();
-        if name == c"." || name == c".." {
-            continue;
-        }
-        let shown = || name.to_string_lossy().into_owned();
-        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).during(shown)?;
-        copy_entry(from, into, name, &stat, depth).during(shown)?;
-    }
-    let stat = rustix::fs::fstat(from).during(|| "read the directory's attributes".to_owned())?;
-    finish(Some((from, into)), into, c"", &stat)
-        .during(|| "set the attributes of the copied directory".to_owned())
-}
-
-fn copy_entry(
-    from: &OwnedFd,
-    into: &OwnedFd,
-    name: &std::ffi::CStr,
-    stat: &Stat,
-    depth: usize,
-) -> Result<()> {
-    let plain = OFlags::NOFOLLOW | OFlags::CLOEXEC | OFlags::NONBLOCK;
-    let private = Mode::RUSR | Mode::WUSR;
-    match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Directory => {
-            let Some(depth) = depth.checked_sub(1) else {
-                return Err(Error::invalid(format!(
-                    "the volume's directories are nested more than {MAX_DEPTH} levels deep"
-                )));
-            };
-            mkdirat(into, name, Mode::RWXU).during(|| "create a copy".to_owned())?;
-            let open = |dir: &OwnedFd| {
-                let flags = plain | OFlags::RDONLY | OFlags::DIRECTORY;
-                // O_DIRECTORY makes this call fail for a device before its driver is called.
-                openat(dir, name, flags, Mode::empty()).during(|| "open the directory".to_owned())
-            };
-            copy_directory(&open(from)?, &open(into)?, depth)
-        }
-        FileType::RegularFile => {
-            let mut source = regular_file::open_at(from, name, OFlags::RDONLY, false)
-                .map_err(|unfit| Error::invalid(unfit.to_string()))?;
-            let flags = plain | OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL;
-            // Ours: with O_EXCL, the kernel opens only a file that this call creates.
-            let target = openat(into, name, flags, private);
-            let mut target = File::from(target.during(|| "create a copy".to_owned())?);
-            io::copy(&mut source, &mut target).during(|| "copy the contents".to_owned())?;
-            let (source, target) = (OwnedFd::from(source), OwnedFd::from(target));
-            finish(Some((&source, &target)), into, name, stat)
-                .during(|| "set the attributes of the copied file".to_owned())
-        }
-        FileType::Symlink => {
-            let target = readlinkat(from, name, Vec::new())
-                .during(|| "read the symbolic link".to_owned())?;
-            symlinkat(target, into, name).during(|| "create a copy".to_owned())?;
-            finish(None, into, name, stat)
-                .during(|| "set the attributes of the copied file".to_owned())
-        }
-        kind => {
-            mknodat(into, name, kind, private, stat.st_rdev)
-                .during(|| "create a copy".to_owned())?;
-            finish(None, into, name, stat)
-                .during(|| "set the attributes of the copied file".to_owned())
-        }
-    }
-}
-
-/// Sets the owner, mode, extended attributes and times of a copied file. The order matters: no step
-/// may change the result of an earlier step. An empty `name` means the directory `into` itself.
-fn finish(
-    open: Option<(&OwnedFd, &OwnedFd)>,
-    into: &OwnedFd,
-    name: &std::ffi::CStr,
-    stat: &Stat,
-) -> rustix::io::Result<()> {
-    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH;
-    let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    chownat(into, name, Some(uid), Some(gid), flags)?;
-    let mode = Mode::from_raw_mode(stat.st_mode & RawMode::from(0o7777_u16));
-    match open {
-        Some((from, to)) => {
-            fchmod(to, mode)?;
-            copy_xattrs(from, to)?;
-        }
-        None if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink => {}
-        None => rustix::fs::chmodat(into, name, mode, AtFlags::empty())?,
-    }
-    let time = |seconds: i64, nanoseconds: u64| Timespec {
-        tv_sec: seconds,
-        tv_nsec: i64::try_from(nanoseconds).unwrap_or_default(),
-    };
-    let times = Timestamps {
-        last_access: time(stat.st_atime, stat.st_atime_nsec),
-        last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
-    };
-    match open {
-        Some((_, to)) => rustix::fs::futimens(to, &times),
-        None => utimensat(into, name, &times, AtFlags::SYMLINK_NOFOLLOW),
-    }
-}
-
-fn copy_xattrs(from: impl AsFd, into: impl AsFd) -> rustix::io::Result<()> {
-    let mut names = vec![0_u8; XATTR];
-    let length = match flistxattr(&from, &mut names) {
-        Err(rustix::io::Errno::OPNOTSUPP) => return Ok(()),
-        length => length?,
-    };
-    let mut value = Vec::new();
-    for name in names
-        .get(..length)
-        .unwrap_or_default()
-        .split_inclusive(|byte| *byte == 0)
-    {
-        let Ok(name) = std::ffi::CStr::from_bytes_with_nul(name) else {
-            continue;
         };
-        value.resize(XATTR, 0);
-        let length = fgetxattr(&from, name, &mut value[..])?;
-        fsetxattr(
-            &into,
-            name,
-            value.get(..length).unwrap_or_default(),
-            XattrFlags::empty(),
-        )?;
+        copier
+            .copy(from, &into)
+            .during(|| "copy the image's directory".to_owned())
     }
-    Ok(())
+}
+
+/// Returns the path of an open directory after all links in it were resolved. Returns `None` if the
+/// path is too long.
+fn place_of(directory: &OwnedFd) -> Option<PathBuf> {
+    std::fs::read_link(format!("/proc/self/fd/{}", directory.as_raw_fd())).ok()
 }
 
 #[cfg(test)]
@@ -226,6 +140,193 @@ mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     use super::*;
+
+    const UNLIMITED: Limits = Limits {
+        bytes: u64::MAX,
+        files: u64::MAX,
+    };
+
+    type Outcome = std::result::Result<(), Box<dyn std::error::Error>>;
+
+    /// A root file system of an image, and the directory for the volumes. Dropping this value
+    /// removes both.
+    struct Place(PathBuf);
+
+    impl Place {
+        fn new(name: &str) -> std::io::Result<Self> {
+            let name = format!("rrun-volumes-{name}-{}", std::process::id());
+            let place = Place(std::env::temp_dir().join(name));
+            std::fs::create_dir_all(place.0.join("rootfs/data"))?;
+            Ok(place)
+        }
+
+        fn image(&self, path: &str) -> PathBuf {
+            self.0.join("rootfs").join(path)
+        }
+
+        fn volume(&self, path: &str) -> PathBuf {
+            self.0.join("volumes").join(path)
+        }
+
+        fn make(
+            &self,
+            declared: &[&str],
+            limits: Limits,
+            go_on: impl Fn() -> Result<()>,
+        ) -> Result<Vec<Mount>> {
+            let declared: Vec<String> = declared.iter().map(|it| (*it).to_owned()).collect();
+            let volumes = Volumes {
+                declared: &declared,
+                requested: &[],
+                rootfs: &self.0.join("rootfs"),
+                dir: &self.0.join("volumes"),
+                owner: (
+                    rustix::process::geteuid().as_raw(),
+                    rustix::process::getegid().as_raw(),
+                ),
+                limits,
+            };
+            volumes.make(go_on)
+        }
+    }
+
+    impl Drop for Place {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+
+    /// Returns the number of bytes that a file occupies on the disk.
+    fn disk_bytes(path: &Path) -> std::io::Result<u64> {
+        Ok(std::fs::metadata(path)?.blocks() * 512)
+    }
+
+    #[test]
+    fn the_holes_of_a_sparse_file_are_not_copied() -> Outcome {
+        use std::os::unix::fs::FileExt;
+        let place = Place::new("sparse")?;
+        let length = 1 << 40;
+        let file = File::create(place.image("data/big"))?;
+        file.write_all_at(b"first", 0)?;
+        file.write_all_at(b"middle", 3 << 30)?;
+        file.set_len(length)?;
+        std::fs::write(place.image("data/small"), "dense")?;
+        File::create(place.image("data/hole"))?.set_len(length)?;
+        let limits = Limits {
+            bytes: 1 << 20,
+            files: 3,
+        };
+        place.make(&["/data"], limits, || Ok(()))?;
+        for name in ["0/big", "0/hole"] {
+            let copy = place.volume(name);
+            assert_eq!(std::fs::metadata(&copy)?.len(), length, "{name}");
+            assert!(disk_bytes(&copy)? <= 1 << 20, "{name}");
+        }
+        let copy = File::open(place.volume("0/big"))?;
+        for (at, text) in [(0, &b"first"[..]), (3 << 30, b"middle")] {
+            let mut found = vec![0; text.len()];
+            copy.read_exact_at(&mut found, at)?;
+            assert_eq!(found, text);
+        }
+        assert_eq!(std::fs::read_to_string(place.volume("0/small"))?, "dense");
+        Ok(())
+    }
+
+    #[test]
+    fn the_names_of_one_file_become_names_of_one_file() -> Outcome {
+        let place = Place::new("names")?;
+        std::fs::create_dir(place.image("data/sub"))?;
+        std::fs::write(place.image("data/first"), vec![b'x'; 1 << 20])?;
+        symlink("/nowhere", place.image("data/link"))?;
+        for number in 0..100 {
+            let name = place.image(&format!("data/sub/{number}"));
+            std::fs::hard_link(place.image("data/first"), name)?;
+        }
+        std::fs::hard_link(place.image("data/link"), place.image("data/sub/link"))?;
+        let limits = Limits {
+            bytes: 1 << 20,
+            files: 200,
+        };
+        place.make(&["/data"], limits, || Ok(()))?;
+        let inode = |name: &str| std::fs::symlink_metadata(place.volume(name)).map(|it| it.ino());
+        assert_eq!(inode("0/first")?, inode("0/sub/99")?);
+        assert_eq!(inode("0/link")?, inode("0/sub/link")?);
+        assert_eq!(std::fs::metadata(place.volume("0/first"))?.nlink(), 101);
+        assert!(!place.volume("names").exists());
+        Ok(())
+    }
+
+    #[test]
+    fn volumes_that_lead_to_one_directory_share_one_copy() -> Outcome {
+        let place = Place::new("shared")?;
+        std::fs::write(place.image("data/file"), vec![b'x'; 1 << 20])?;
+        let names: Vec<String> = (0..100).map(|number| format!("/link{number}")).collect();
+        for name in &names {
+            symlink("data", place.image(name.trim_start_matches('/')))?;
+        }
+        let mut declared: Vec<&str> = names.iter().map(String::as_str).collect();
+        declared.extend(["/none", "/missing"]);
+        let limits = Limits {
+            bytes: 1 << 20,
+            files: 1,
+        };
+        let made = place.make(&declared, limits, || Ok(()))?;
+        assert_eq!(made.len(), 102);
+        let hosts: HashSet<&str> = made.iter().map(|mount| mount.host_path.as_str()).collect();
+        assert_eq!(hosts.len(), 3);
+        Ok(())
+    }
+
+    #[test]
+    fn volumes_above_a_limit_are_refused() -> Outcome {
+        let place = Place::new("limits")?;
+        std::fs::create_dir(place.image("more"))?;
+        for name in ["data/a", "data/b", "more/c"] {
+            std::fs::write(place.image(name), [b'x'; 600])?;
+        }
+        for (bytes, files, expected) in [
+            (1799, 9, "1799 bytes (image.volume_bytes)"),
+            (1800, 2, "2 files (image.volume_files)"),
+        ] {
+            let limits = Limits { bytes, files };
+            let refused = place.make(&["/data", "/more"], limits, || Ok(())).err();
+            let error = refused.ok_or("the volumes were created")?;
+            assert!(error.sentence().contains(expected), "{error}");
+            assert_eq!(error.code(), Code::ResourceExhausted);
+            std::fs::remove_dir_all(place.volume(""))?;
+        }
+        let limits = Limits {
+            bytes: 1800,
+            files: 3,
+        };
+        place.make(&["/data", "/more"], limits, || Ok(()))?;
+        let many: Vec<String> = (0..1001).map(|number| format!("/v{number}")).collect();
+        let many: Vec<&str> = many.iter().map(String::as_str).collect();
+        std::fs::remove_dir_all(place.volume(""))?;
+        let error = place.make(&many, UNLIMITED, || Ok(())).err();
+        assert!(error.is_some_and(|error| error.sentence().contains("1000 volumes")));
+        Ok(())
+    }
+
+    #[test]
+    fn a_copy_ends_when_the_container_is_no_longer_needed() -> Outcome {
+        let place = Place::new("ended")?;
+        for number in 0..10 {
+            std::fs::write(place.image(&format!("data/{number}")), "x")?;
+        }
+        let left = std::cell::Cell::new(5);
+        let go_on = || {
+            left.set(left.get() - 1);
+            match left.get() {
+                0 => Err(Error::wrong_state("the pod is not ready")),
+                _ => Ok(()),
+            }
+        };
+        let error = place.make(&["/data"], UNLIMITED, go_on).err();
+        assert!(error.is_some_and(|error| error.sentence().ends_with("the pod is not ready")));
+        assert!(std::fs::read_dir(place.volume("0"))?.count() < 5);
+        Ok(())
+    }
 
     #[test]
     fn a_volume_starts_as_a_copy_of_the_images_directory() -> Result<(), Box<dyn std::error::Error>>
@@ -249,7 +350,15 @@ mod tests {
             rustix::process::geteuid().as_raw(),
             rustix::process::getegid().as_raw(),
         );
-        let made = make(&declared, &requested, &rootfs, &dir, ids)?;
+        let volumes = Volumes {
+            declared: &declared,
+            requested: &requested,
+            rootfs: &rootfs,
+            dir: &dir,
+            owner: ids,
+            limits: UNLIMITED,
+        };
+        let made = volumes.make(|| Ok(()))?;
         let places: Vec<&str> = made
             .iter()
             .map(|mount| mount.container_path.as_str())

@@ -50,11 +50,12 @@ const NEVER_RELABELLED: [&str; 24] = [
 /// Sets the SELinux label of a file or of a directory tree. The contents of a directory are
 /// labelled before the directory itself. Symbolic links in `path` are followed, because mounting
 /// `path` follows them too. Symbolic links below `path` are not followed. Files on file systems
-/// that do not support labels are not changed. This call blocks.
+/// that do not support labels are not changed. Calls `go_on` before each file; an error from `go_on`
+/// ends the work. This call blocks.
 ///
 /// # Errors
 /// Returns an error if `NEVER_RELABELLED` contains `path`.
-pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
+pub(crate) fn relabel(path: &Path, label: &Label, go_on: &dyn Fn() -> Result<()>) -> Result<()> {
     let what = || {
         format!(
             "give {} the SELinux label {label} (selinux_relabel)",
@@ -81,7 +82,7 @@ pub(crate) fn relabel(path: &Path, label: &Label) -> Result<()> {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         // O_DIRECTORY makes this call fail for a device before its driver is called.
         let dir = openat(CWD, &by_descriptor, flags, Mode::empty()).during(what)?;
-        entries(&dir, text.as_bytes(), MAX_DEPTH).during(what)?;
+        entries(&dir, text.as_bytes(), MAX_DEPTH, go_on).during(what)?;
     }
     set(rustix::fs::setxattr(
         &by_descriptor,
@@ -99,8 +100,14 @@ pub(crate) fn one(path: &Path, label: &Label) -> Result<()> {
         .during(|| format!("give {} the SELinux label {label}", path.display()))
 }
 
-fn entries(dir: &OwnedFd, label: &[u8], depth: usize) -> Result<()> {
+fn entries(
+    dir: &OwnedFd,
+    label: &[u8],
+    depth: usize,
+    go_on: &dyn Fn() -> Result<()>,
+) -> Result<()> {
     for entry in Dir::read_from(dir).during(|| "read a directory".to_owned())? {
+        go_on()?;
         let entry = entry.during(|| "read a directory".to_owned())?;
         let name = entry.file_name();
         if name == c"." || name == c".." {
@@ -121,7 +128,7 @@ fn entries(dir: &OwnedFd, label: &[u8], depth: usize) -> Result<()> {
                             "the directories are nested more than {MAX_DEPTH} levels deep"
                         )));
                     };
-                    entries(&below, label, depth).during(shown)?;
+                    entries(&below, label, depth, go_on).during(shown)?;
                 }
                 // The directory was replaced or removed after its entry was read.
                 Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => {}
@@ -196,7 +203,7 @@ mod tests {
             std::fs::remove_dir_all(&base)?;
             return Ok(());
         }
-        relabel(&base.join("link"), &label)?;
+        relabel(&base.join("link"), &label, &|| Ok(()))?;
         for path in ["volume", "volume/a", "volume/a/b", "volume/a/b/file"] {
             assert_eq!(label_of(&base.join(path)), label.to_string(), "{path}");
         }
@@ -213,9 +220,10 @@ mod tests {
         let link = std::env::temp_dir().join(format!("rrun-relabel-etc-{}", std::process::id()));
         symlink("/etc", &link)?;
         for path in ["/", "/etc", "/etc/", "/usr/../etc", "/var/lib"].map(Path::new) {
-            assert!(relabel(path, &label).is_err(), "{}", path.display());
+            let refused = relabel(path, &label, &|| Ok(()));
+            assert!(refused.is_err(), "{}", path.display());
         }
-        let refused = relabel(&link, &label);
+        let refused = relabel(&link, &label, &|| Ok(()));
         std::fs::remove_file(&link)?;
         assert!(refused.is_err_and(|error| {
             error
