@@ -1,13 +1,17 @@
-//! The disk usage of containers' writable layers. A request for statistics starts a walk through
-//! each layer, which counts the layer's files and bytes. If the walk takes too long, the server
-//! reports the result of the previous walk.
+//! The disk usage of containers' writable layers, including the volumes that their images declare. A
+//! request for statistics starts a walk through each layer, which counts the layer's files and
+//! bytes. If the walk takes too long, the server reports the result of the previous walk.
 
-use std::collections::HashMap;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+mod walk;
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use tokio::sync::MutexGuard;
+
+use self::walk::Count;
 use crate::clock::now;
 use crate::node::Node;
 use rrun_calls::lock::lock;
@@ -18,15 +22,21 @@ use rrun_calls::lock::lock;
 const WALK_SHARE: u32 = 100;
 
 /// The maximum age of a layer's last count. An older count is repeated even if counting takes a
-/// long time. Kubelet needs recent counts to evict the pods that use the most disk space.
+/// long time. Kubelet needs recent counts to evict the pods that use the most disk space. If a count
+/// takes longer than this time, the pause before the next count is as long as the count.
 const MAX_AGE: Duration = Duration::from_secs(30);
 
 /// The maximum time that a request for statistics waits for walks through layers.
 const REFRESH_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// The maximum number of entries that one walk counts. If a layer has more entries, only the
-/// counted entries and their bytes are reported.
-const MAX_ENTRIES: u64 = 1 << 20;
+/// The time after which a walk counts as long. A long walk does not delay the walks through other
+/// layers.
+const LONG_WALK: Duration = Duration::from_secs(1);
+
+/// The time for which a long walk runs before it lets other long walks run. Only one long walk runs
+/// at a time, and it then pauses for the same time. A container with millions of files can therefore
+/// use at most one CPU's time for its counts, together with all other such containers.
+const LONG_WALK_SLICE: Duration = Duration::from_millis(100);
 
 /// The number of bytes and inodes in a container's writable layer. `at` is the time at which they
 /// were counted, in nanoseconds since the epoch. Before the first count, `at` is 0.
@@ -39,10 +49,15 @@ pub(crate) struct Usage {
 
 #[derive(Default)]
 pub(super) struct UsageCache {
-    counts: Counts,
+    shared: Arc<Shared>,
 }
 
-type Counts = Arc<Mutex<HashMap<String, CountedUsage>>>;
+#[derive(Default)]
+struct Shared {
+    counts: Mutex<HashMap<String, CountedUsage>>,
+    /// The lock of the long walk that runs now. The lock is fair.
+    long_walk: tokio::sync::Mutex<()>,
+}
 
 #[derive(Clone, Copy, Default)]
 struct CountedUsage {
@@ -54,38 +69,59 @@ struct CountedUsage {
 impl CountedUsage {
     fn is_due(&self, now: i64) -> bool {
         let age = u128::from(now.saturating_sub(self.usage.at).unsigned_abs());
-        let rest = self.duration.saturating_mul(WALK_SHARE).min(MAX_AGE);
+        let rest = self.duration.saturating_mul(WALK_SHARE);
+        let rest = rest.min(MAX_AGE.max(self.duration));
         !self.counting && age > rest.as_nanos()
+    }
+
+    fn finish(&mut self, at: i64, duration: Duration, count: &Count) {
+        // An incomplete count must not lower the usage. Otherwise, a container could hide its files
+        // by moving directories.
+        if count.incomplete {
+            self.raise(count);
+        } else {
+            (self.usage.bytes, self.usage.inodes) = (count.bytes, count.inodes);
+        }
+        self.usage.at = at;
+        self.duration = duration;
+        self.counting = false;
+    }
+
+    /// Raises the usage to the numbers of an unfinished or incomplete walk. Numbers that are lower
+    /// than those of the previous walk are ignored.
+    fn raise(&mut self, count: &Count) {
+        self.usage.bytes = self.usage.bytes.max(count.bytes);
+        self.usage.inodes = self.usage.inodes.max(count.inodes);
     }
 }
 
+/// A container whose layer must be counted: the duration of the last count, the container's id, and
+/// the directory of its layer.
+type Due = (Duration, String, PathBuf);
+
 impl UsageCache {
     pub(super) fn forget(&self, id: &str) {
-        lock(&self.counts).remove(id);
+        lock(&self.shared.counts).remove(id);
     }
 
     /// Returns the bytes and inodes that the last count found in the writable layer of the
     /// container `id`.
     pub(super) fn of(&self, id: &str) -> Usage {
-        let counts = lock(&self.counts);
+        let counts = lock(&self.shared.counts);
         counts.get(id).map(|entry| entry.usage).unwrap_or_default()
     }
 
     /// Counts each writable layer of the containers `ids` again, if the layer's last count is old
     /// enough. Waits at most `REFRESH_TIMEOUT` for the results.
     pub(super) async fn refresh(&self, node: &Node, ids: impl IntoIterator<Item = &str>) {
-        let mut due = Vec::new();
+        let mut due: Vec<Due> = Vec::new();
         {
-            let (mut counts, now) = (lock(&self.counts), now());
+            let (mut counts, now) = (lock(&self.shared.counts), now());
             for id in ids {
                 let entry = counts.entry(id.to_owned()).or_default();
                 if entry.is_due(now) {
                     entry.counting = true;
-                    due.push((
-                        entry.duration,
-                        id.to_owned(),
-                        node.writable_layer(id).join("upper"),
-                    ));
+                    due.push((entry.duration, id.to_owned(), node.writable_layer(id)));
                 }
             }
         }
@@ -95,67 +131,65 @@ impl UsageCache {
         // The layers with the shortest walks are counted first. They then do not wait for large
         // layers.
         due.sort_unstable();
-        let counts = Arc::clone(&self.counts);
-        let walks = tokio::task::spawn_blocking(move || {
-            for (_, id, dir) in due {
-                let began = Instant::now();
-                let usage = count(&dir);
-                // A container without an entry in `counts` was removed during the walk, so it gets
-                // no new entry.
-                if let Some(entry) = lock(&counts).get_mut(&id) {
-                    *entry = CountedUsage {
-                        usage,
-                        duration: began.elapsed(),
-                        counting: false,
-                    };
-                }
-            }
-        });
+        let shared = Arc::clone(&self.shared);
+        let walks = tokio::task::spawn_blocking(move || shared.count(due.into()));
         let _ = tokio::time::timeout(REFRESH_TIMEOUT, walks).await;
     }
 }
 
-/// Counts the entries below a directory and the bytes of these entries, without following symbolic
-/// links.
-fn count(dir: &Path) -> Usage {
-    let mut usage = Usage {
-        at: now(),
-        bytes: 0,
-        inodes: 0,
-    };
-    let mut todo = vec![dir.to_owned()];
-    while let Some(dir) = todo.pop() {
-        let Ok(entries) = std::fs::read_dir(&dir) else {
-            continue;
-        };
-        for entry in entries.flatten() {
-            let Ok(metadata) = entry.metadata() else {
-                continue;
+impl Shared {
+    /// Counts one layer after the other. If a walk takes long, another thread counts the remaining
+    /// layers. This call blocks.
+    fn count(self: Arc<Self>, mut due: VecDeque<Due>) {
+        while let Some((_, id, dir)) = due.pop_front() {
+            let at = now();
+            let begun = Instant::now();
+            let mut turn = None;
+            let pause = |count: &Count| {
+                if begun.elapsed() < LONG_WALK {
+                    return true;
+                }
+                let rest = std::mem::take(&mut due);
+                if !rest.is_empty() {
+                    let shared = Arc::clone(&self);
+                    tokio::task::spawn_blocking(move || shared.count(rest));
+                }
+                self.slow_down(&mut turn);
+                // A container without an entry was removed during the walk.
+                let mut counts = lock(&self.counts);
+                let entry = counts.get_mut(&id);
+                entry.map(|entry| entry.raise(count)).is_some()
             };
-            usage.inodes += 1;
-            // The bytes of a file with several hard links are divided equally among its names. A
-            // directory's bytes are not divided, because its link count depends on its
-            // subdirectories.
-            let names = if metadata.is_dir() {
-                1
-            } else {
-                metadata.nlink().max(1)
-            };
-            // st_blocks counts in units of 512 bytes, stat(2).
-            usage.bytes += metadata.blocks() * 512 / names;
-            if usage.inodes >= MAX_ENTRIES {
-                return usage;
-            }
-            if metadata.is_dir() {
-                todo.push(entry.path());
+            // The directory `work` is overlayfs's own.
+            let roots = [dir.join("upper"), dir.join("volumes")];
+            let count = Count::of(&[&roots[0], &roots[1]], pause);
+            drop(turn);
+            // A container without an entry gets no new entry.
+            if let Some(entry) = lock(&self.counts).get_mut(&id) {
+                entry.finish(at, begun.elapsed(), &count);
             }
         }
     }
-    usage
+
+    /// Waits until no other long walk runs. If this walk has run for its slice, first pauses. `turn`
+    /// contains the time at which this walk began to run.
+    fn slow_down<'a>(&'a self, turn: &mut Option<(Instant, MutexGuard<'a, ()>)>) {
+        if let Some((since, _)) = turn {
+            if since.elapsed() < LONG_WALK_SLICE {
+                return;
+            }
+            *turn = None;
+            std::thread::sleep(LONG_WALK_SLICE);
+        }
+        let guard = self.long_walk.blocking_lock();
+        *turn = Some((Instant::now(), guard));
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     #[test]
@@ -185,5 +219,51 @@ mod tests {
             ..CountedUsage::default()
         };
         assert!(!counting.is_due(now));
+        let very_long = Duration::from_secs(100);
+        assert!(!entry(very_long, now - 99 * second).is_due(now));
+        assert!(entry(very_long, now - 101 * second).is_due(now));
+    }
+
+    #[test]
+    fn an_incomplete_count_never_lowers_the_usage() {
+        let count = |bytes, inodes, incomplete| Count {
+            bytes,
+            inodes,
+            incomplete,
+        };
+        let mut entry = CountedUsage::default();
+        let usage = |entry: &CountedUsage| (entry.usage.bytes, entry.usage.inodes);
+        entry.finish(1, Duration::ZERO, &count(100, 10, false));
+        entry.raise(&count(50, 11, false));
+        assert_eq!(usage(&entry), (100, 11));
+        entry.finish(2, Duration::ZERO, &count(70, 7, true));
+        assert_eq!(usage(&entry), (100, 11));
+        entry.finish(3, Duration::ZERO, &count(70, 7, false));
+        assert_eq!(usage(&entry), (70, 7));
+        assert_eq!(entry.usage.at, 3);
+    }
+
+    #[test]
+    fn long_walks_take_turns() -> Result<(), std::io::Error> {
+        let runtime = tokio::runtime::Builder::new_multi_thread().build()?;
+        let shared = Arc::new(Shared::default());
+        let mut turn = None;
+        shared.slow_down(&mut turn);
+        assert!(shared.long_walk.try_lock().is_err());
+        let other_had_a_turn = Arc::new(AtomicBool::new(false));
+        let (waiting, had) = (Arc::clone(&shared), Arc::clone(&other_had_a_turn));
+        runtime.spawn_blocking(move || {
+            let mut turn = None;
+            waiting.slow_down(&mut turn);
+            had.store(true, Ordering::SeqCst);
+        });
+        for _ in 0..1000 {
+            std::thread::sleep(LONG_WALK_SLICE / 2);
+            shared.slow_down(&mut turn);
+            if other_had_a_turn.load(Ordering::SeqCst) {
+                return Ok(());
+            }
+        }
+        Err(std::io::Error::other("the other walk never got a turn"))
     }
 }

@@ -1,0 +1,360 @@
+//! Counts the files and bytes in a directory tree that a container controls.
+//!
+//! The tree can be deeper than any path can express, so the walk moves from directory to directory
+//! by descriptors. It never follows a symbolic link, and never enters another mount. Its number of
+//! descriptors is limited, and its memory does not depend on the number of files. While the walk
+//! runs, the container can change the tree.
+
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2, statat,
+};
+use rustix::io::Errno;
+
+/// The number of levels whose directories remain open during the walk. On the levels below, only
+/// the current directory is open. Usual trees have fewer levels.
+const OPEN_LEVELS: usize = 128;
+
+/// The maximum number of levels. Each level needs 24 bytes of memory.
+const MAX_LEVELS: usize = 1 << 20;
+
+/// The number of entries that are counted between two calls of `pause`.
+const ENTRIES_BETWEEN_PAUSES: u64 = 1024;
+
+/// With O_NOATIME, the walk does not change the directories' access times. The container can't
+/// notice when it is being counted.
+const OPEN: OFlags = OFlags::RDONLY
+    .union(OFlags::DIRECTORY)
+    .union(OFlags::NOFOLLOW)
+    .union(OFlags::NOATIME)
+    .union(OFlags::CLOEXEC);
+
+/// The result of a walk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Count {
+    pub bytes: u64,
+    pub inodes: u64,
+    /// True if parts of the tree could not be counted.
+    pub incomplete: bool,
+}
+
+impl Count {
+    /// Counts the directories `roots` with their contents. A directory that does not exist is
+    /// skipped. Calls `pause` from time to time, with the numbers until then. If `pause` returns
+    /// false, the walk ends early.
+    pub(super) fn of(roots: &[&Path], mut pause: impl FnMut(&Count) -> bool) -> Self {
+        let mut count = Count::default();
+        for root in roots {
+            // O_DIRECTORY makes this call fail for a device before its driver is called.
+            match openat(CWD, *root, OPEN, Mode::empty()) {
+                Ok(root) => count.walk(root, &mut pause),
+                Err(Errno::NOENT) => {}
+                Err(_) => count.incomplete = true,
+            }
+        }
+        count
+    }
+
+    fn walk(&mut self, root: OwnedFd, pause: &mut impl FnMut(&Count) -> bool) {
+        if let Ok(stat) = fstat(&root) {
+            self.add(&stat);
+        }
+        let mut position = Position::default();
+        position.descend(root);
+        loop {
+            let Some(directory) = position.current() else {
+                return;
+            };
+            let entry = match directory.read() {
+                Some(Ok(entry)) => entry,
+                end => {
+                    self.incomplete |= end.is_some();
+                    if !position.ascend() {
+                        self.give_up(&position);
+                    }
+                    continue;
+                }
+            };
+            let name = entry.file_name();
+            if name == c"." || name == c".." {
+                continue;
+            }
+            let Ok(parent) = directory.fd() else { continue };
+            let Ok(stat) = statat(parent, name, AtFlags::SYMLINK_NOFOLLOW) else {
+                // The file was removed during the walk.
+                continue;
+            };
+            self.add(&stat);
+            if self.inodes % ENTRIES_BETWEEN_PAUSES == 0 && !pause(self) {
+                return;
+            }
+            if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+                let below = below(parent, name);
+                match below {
+                    Ok(_) if position.closed.len() >= MAX_LEVELS => self.give_up(&position),
+                    Ok(below) => {
+                        position.offset = entry.offset();
+                        position.descend(below);
+                    }
+                    // The directory was removed or replaced, or it is a mount point.
+                    Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
+                    Err(_) => self.incomplete = true,
+                }
+            }
+        }
+    }
+
+    fn add(&mut self, stat: &Stat) {
+        self.inodes += 1;
+        // The bytes of a file with several hard links are divided equally among its names. A
+        // directory's bytes are not divided, because its link count depends on its subdirectories.
+        let names = match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory => 1,
+            _ => u64::from(stat.st_nlink).max(1),
+        };
+        // st_blocks counts in units of 512 bytes, stat(2).
+        self.bytes += u64::try_from(stat.st_blocks).unwrap_or_default() * 512 / names;
+    }
+
+    /// Handles a directory that can't be counted, because it is nested too deep, or because the
+    /// container moved a directory below the levels that remain open. Counts all used bytes of the
+    /// file system: the directory can contain any of them, and only a hostile container does this.
+    fn give_up(&mut self, position: &Position) {
+        let top = position.open.first();
+        if let Some(Ok(file_system)) = top.map(Dir::statvfs) {
+            let used = file_system.f_blocks.saturating_sub(file_system.f_bfree);
+            self.bytes = self.bytes.max(used.saturating_mul(file_system.f_frsize));
+        }
+        self.incomplete = true;
+    }
+}
+
+/// Opens the subdirectory `name`.
+fn below(parent: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<OwnedFd, Errno> {
+    let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    // O_DIRECTORY makes this call fail for a device before its driver is called.
+    openat2(parent, name, OPEN, Mode::empty(), resolve)
+}
+
+/// The directories from the root of the tree to the current directory.
+#[derive(Default)]
+struct Position {
+    /// The open directories of the first levels.
+    open: Vec<Dir>,
+    /// The directories between the open ones and the current one.
+    closed: Vec<ClosedDirectory>,
+    /// The current directory, if it is below the levels of `open`.
+    deep: Option<Dir>,
+    /// The position in the current directory after the last entry that was read.
+    offset: i64,
+}
+
+/// A directory that was closed before all its entries were read.
+struct ClosedDirectory {
+    /// The device and the inode number.
+    id: (u64, u64),
+    /// The position of the next entry.
+    offset: i64,
+}
+
+impl Position {
+    fn current(&mut self) -> Option<&mut Dir> {
+        self.deep.as_mut().or(self.open.last_mut())
+    }
+
+    fn descend(&mut self, directory: OwnedFd) {
+        let Ok(directory) = Dir::new(directory) else {
+            return;
+        };
+        if self.open.len() < OPEN_LEVELS {
+            self.open.push(directory);
+        } else if let Some(above) = self.deep.replace(directory) {
+            // If fstat(2) fails, the id matches no directory, and `ascend` does not find this one.
+            let id = above.stat().map(|stat| (stat.st_dev, stat.st_ino));
+            self.closed.push(ClosedDirectory {
+                id: id.unwrap_or_default(),
+                offset: self.offset,
+            });
+        }
+    }
+
+    /// Leaves the current directory. Returns false if the directory above it can't be found. The
+    /// walk then continues in the deepest directory that is still open.
+    fn ascend(&mut self) -> bool {
+        let Some(directory) = self.deep.take() else {
+            self.open.pop();
+            return true;
+        };
+        let Some(above) = self.closed.pop() else {
+            return true;
+        };
+        let opened = directory
+            .fd()
+            .and_then(|directory| above.open_from(directory));
+        match opened {
+            Ok(above) => self.deep = Some(above),
+            Err(_) => self.closed.clear(),
+        }
+        self.deep.is_some()
+    }
+}
+
+impl ClosedDirectory {
+    /// Opens the directory as the parent of `directory`. Fails if `directory` was moved.
+    fn open_from(&self, directory: BorrowedFd<'_>) -> Result<Dir, Errno> {
+        // O_DIRECTORY makes this call fail for a device before its driver is called.
+        let above = openat(directory, c"..", OPEN, Mode::empty())?;
+        let stat = fstat(&above)?;
+        if (stat.st_dev, stat.st_ino) != self.id {
+            return Err(Errno::STALE);
+        }
+        let mut above = Dir::new(above)?;
+        above.seek(self.offset)?;
+        Ok(above)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::cell::Cell;
+    use std::path::PathBuf;
+
+    use rustix::fs::{mkdirat, renameat};
+
+    use super::*;
+
+    type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+    /// A directory of a test. Dropping this value removes the directory.
+    struct Tree(PathBuf);
+
+    impl Tree {
+        fn new(name: &str) -> std::io::Result<Self> {
+            let name = format!("rrun-walk-{name}-{}", std::process::id());
+            let tree = Tree(std::env::temp_dir().join(name));
+            std::fs::create_dir_all(&tree.0)?;
+            Ok(tree)
+        }
+
+        fn count(&self) -> Count {
+            Count::of(&[&self.0], |_| true)
+        }
+
+        fn open(&self) -> Result<OwnedFd, Errno> {
+            openat(CWD, &self.0, OPEN, Mode::empty())
+        }
+    }
+
+    impl Drop for Tree {
+        fn drop(&mut self) {
+            let _ = rrun_images::layer::remove_path(&self.0);
+        }
+    }
+
+    fn make_below(parent: &OwnedFd, name: &str) -> Result<OwnedFd, Errno> {
+        mkdirat(parent, name, Mode::RWXU)?;
+        openat(parent, name, OPEN, Mode::empty())
+    }
+
+    fn write(directory: &OwnedFd, name: &str, bytes: usize) -> Outcome {
+        let flags = OFlags::WRONLY | OFlags::CREATE;
+        let file = openat(directory, name, flags, Mode::RWXU)?;
+        Ok(std::io::Write::write_all(
+            &mut std::fs::File::from(file),
+            &vec![b'x'; bytes],
+        )?)
+    }
+
+    #[test]
+    fn files_deeper_than_any_path_are_counted() -> Outcome {
+        let tree = Tree::new("deep")?;
+        let mut at = tree.open()?;
+        for _ in 0..25 {
+            at = make_below(&at, &"n".repeat(200))?;
+        }
+        write(&at, "hidden", 1 << 20)?;
+        let count = tree.count();
+        assert!(count.bytes >= 1 << 20, "{count:?}");
+        assert_eq!((count.inodes, count.incomplete), (27, false));
+        Ok(())
+    }
+
+    /// Each level has directories before and after the directory of the next level. The walk must
+    /// continue after it has closed the directory.
+    #[test]
+    fn every_entry_is_counted_once_below_the_levels_that_remain_open() -> Outcome {
+        let tree = Tree::new("levels")?;
+        let mut at = tree.open()?;
+        let levels = OPEN_LEVELS as u64 * 3;
+        for _ in 0..levels {
+            for name in 0..10 {
+                make_below(&at, &name.to_string())?;
+            }
+            write(&at, "file", 1)?;
+            at = make_below(&at, "next")?;
+        }
+        let count = tree.count();
+        assert_eq!((count.inodes, count.incomplete), (1 + levels * 12, false));
+        Ok(())
+    }
+
+    #[test]
+    fn a_directory_that_moves_during_the_walk_does_not_hide_files() -> Outcome {
+        let tree = Tree::new("moved")?;
+        let root = tree.open()?;
+        let mut at = tree.open()?;
+        for _ in 0..OPEN_LEVELS + 2 {
+            at = make_below(&at, "d")?;
+        }
+        // The walk can read the two directories in any order.
+        for name in ["a", "b"] {
+            let below = make_below(&at, name)?;
+            for file in 0..ENTRIES_BETWEEN_PAUSES {
+                write(&below, &file.to_string(), 0)?;
+            }
+        }
+        let moved = Cell::new(false);
+        let count = Count::of(&[&tree.0], |_| {
+            if !moved.replace(true) {
+                for name in ["a", "b"] {
+                    let _ = renameat(&at, name, &root, format!("moved-{name}"));
+                }
+            }
+            true
+        });
+        assert!(count.incomplete, "{count:?}");
+        let file_system = rustix::fs::fstatvfs(&root)?;
+        let used = (file_system.f_blocks - file_system.f_bfree) * file_system.f_frsize;
+        assert!(count.bytes > used / 2, "{count:?}");
+        Ok(())
+    }
+
+    #[test]
+    fn holes_links_and_missing_directories_are_not_counted() -> Outcome {
+        let tree = Tree::new("sparse")?;
+        let file = tree.0.join("file");
+        std::fs::File::create(&file)?.set_len(1 << 40)?;
+        std::fs::write(tree.0.join("data"), vec![b'x'; 1 << 20])?;
+        for number in 0..7 {
+            std::fs::hard_link(tree.0.join("data"), tree.0.join(number.to_string()))?;
+        }
+        std::os::unix::fs::symlink("/", tree.0.join("link"))?;
+        let count = Count::of(&[&tree.0, Path::new("/nonexistent")], |_| true);
+        assert!((1 << 20..2 << 20).contains(&count.bytes), "{count:?}");
+        assert_eq!((count.inodes, count.incomplete), (11, false));
+        Ok(())
+    }
+
+    #[test]
+    fn a_walk_ends_early_if_the_container_was_removed() -> Outcome {
+        let tree = Tree::new("removed")?;
+        for number in 0..2 * ENTRIES_BETWEEN_PAUSES {
+            std::fs::write(tree.0.join(number.to_string()), "")?;
+        }
+        let count = Count::of(&[&tree.0], |_| false);
+        assert_eq!(count.inodes, ENTRIES_BETWEEN_PAUSES);
+        Ok(())
+    }
+}
