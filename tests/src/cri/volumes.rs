@@ -7,14 +7,31 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use crate::support::machine::{Result, command};
-use crate::support::needs::Test;
+use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
+use crate::support::images::server::Server;
+use crate::support::machine::{Result, command, wait_for};
+use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, PORT, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(an_image_can_be_a_volume, A_NODE),
     test!(a_volume_that_an_image_declares_is_a_separate_mount, A_NODE),
+    test!(
+        the_volumes_of_an_image_do_not_fill_the_disk,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        the_copy_of_a_volume_ends_when_its_pod_is_removed,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        the_disk_usage_of_a_container_contains_deep_files_and_volumes,
+        A_NODE,
+        Need::RrunCri
+    ),
     test!(
         a_mount_has_the_access_mode_and_the_propagation_that_its_container_requests,
         A_NODE
@@ -237,6 +254,162 @@ fn a_volume_that_an_image_declares_is_a_separate_mount() -> Result {
                 !upper.join("fresh/a").exists(),
                 "the volume's file is in the writable layer"
             );
+        }
+        Ok(())
+    })
+}
+
+/// Starts a registry with an image that declares `volumes`, and pulls the image. Returns the
+/// configuration of a container with this image.
+fn container_of(
+    node: &Node,
+    name: &str,
+    archive: Archive,
+    volumes: &[String],
+) -> Result<Value> {
+    let volumes: serde_json::Map<String, Value> = volumes
+        .iter()
+        .map(|volume| (volume.clone(), json!({})))
+        .collect();
+    let config = json!({ "Cmd": ["/inside"], "Volumes": volumes });
+    let image: Image = image(&[(archive.end(), Compression::Gzip)], config);
+    let server = Server::start(&[(name, &image)], |_| None).map_err(|error| error.to_string())?;
+    let reference = format!("{}/{name}:1", server.host());
+    node.pull(&reference)?;
+    let mut container = node.container(name, &["/inside", "exit", "0"]);
+    container["image"]["image"] = json!(reference);
+    Ok(container)
+}
+
+/// Returns the number of bytes that a directory occupies on the disk.
+fn disk_bytes(directory: &Path) -> Result<u64> {
+    let output = command("du", ["-s", "--block-size=1"]).arg(directory).ok()?;
+    let bytes = output.text().split_whitespace().next();
+    Ok(bytes.ok_or("du printed nothing")?.parse()?)
+}
+
+fn the_volumes_of_an_image_do_not_fill_the_disk() -> Result {
+    on_a_node(|node| {
+        const FILE: usize = 1 << 20;
+        // A sparse file in GNU tar's format 1.0. Its map lists one piece of 512 bytes at offset 0.
+        let mut sparse = b"1\n0\n512\n".to_vec();
+        sparse.resize(512, 0);
+        sparse.resize(1024, b'x');
+        let mut archive = Archive::new().dir("data/", 0o755).pax(&[
+            ("GNU.sparse.major", b"1"),
+            ("GNU.sparse.minor", b"0"),
+            ("GNU.sparse.name", b"data/sparse"),
+            ("GNU.sparse.realsize", b"1099511627776"),
+        ]);
+        for (path, content) in [("data/sparse", &*sparse), ("data/file", &[b'x'; FILE])] {
+            archive = archive.item(&Item {
+                path: path.as_bytes(),
+                content,
+                ..ITEM
+            });
+        }
+        let mut volumes = vec!["/data".to_owned()];
+        for number in 0..100 {
+            archive = archive
+                .hard_link(&format!("data/link-{number}"), "data/file")
+                .symlink(&format!("volume-{number}"), "data");
+            volumes.push(format!("/volume-{number}"));
+        }
+        let container = container_of(node, "huge", archive, &volumes)?;
+        let pod = node.pod("huge");
+        let pod_id = node.runp(&pod)?;
+        let containers = node.join("root/containers");
+        let id = node.run(&pod_id, &pod, &container)?;
+        let used = disk_bytes(&containers)?;
+        ensure!(
+            used < 4 * FILE as u64,
+            "the container's files occupy {used} bytes, although its image contains little more than {FILE} bytes"
+        );
+        let status = node.exited(&id)?;
+        ensure_eq!(status["exitCode"], json!(0), "exit code of the container");
+        node.asks(&["rm", "--force", &id])?;
+
+        let drop_ins = node.join("config.d");
+        fs::create_dir_all(&drop_ins)?;
+        fs::write(drop_ins.join("volumes.toml"), "[image]\nvolume_bytes = 1000000\n")?;
+        node.terminate_server()?;
+        node.start_server()?;
+        let refused = node.try_create(&pod_id, &pod, &container)?;
+        ensure!(
+            refused.code != 0 && refused.stderr.contains("1000000 bytes (image.volume_bytes)"),
+            "the server did not refuse volumes above the limit: {}",
+            refused.told()
+        );
+        wait_for("the server to remove the files of the refused container", || {
+            Ok((fs::read_dir(&containers)?.count() == 0).then_some(()))
+        })
+    })
+}
+
+fn the_copy_of_a_volume_ends_when_its_pod_is_removed() -> Result {
+    on_a_node(|node| {
+        let mut archive = Archive::new().dir("data/", 0o755);
+        for number in 0..20_000 {
+            archive = archive.file(&format!("data/{number}"), "");
+        }
+        let container = container_of(node, "many", archive, &["/data".to_owned()])?;
+        let pod = node.pod("many");
+        let pod_id = node.runp(&pod)?;
+        let creating = node.start_create(&pod_id, &pod, &container)?;
+        let containers = node.join("root/containers");
+        wait_for("the server to begin the copy of the volume", || {
+            let Some(directory) = fs::read_dir(&containers)?.next() else {
+                return Ok(None);
+            };
+            let copied = fs::read_dir(directory?.path().join("volumes/0"));
+            Ok(copied.is_ok_and(|mut copied| copied.next().is_some()).then_some(()))
+        })?;
+        node.asks(&["rmp", "--force", &pod_id])?;
+        let created = creating.end()?;
+        ensure!(
+            created.code != 0
+                && created.stderr.contains("create the volume")
+                && created.stderr.contains("is not ready"),
+            "the copy did not end with the pod: {}",
+            created.told()
+        );
+        ensure_eq!(
+            fs::read_dir(&containers)?.count(),
+            0,
+            "number of directories of containers after the removal of the pod"
+        );
+        Ok(())
+    })
+}
+
+fn the_disk_usage_of_a_container_contains_deep_files_and_volumes() -> Result {
+    on_a_node(|node| {
+        const WRITTEN: u64 = 30_000_000;
+        let image = push_with(node, "usage", "Volumes", json!({ "/data": {} }))?;
+        node.pull(&image)?;
+        let pod = node.pod("usage");
+        let pod_id = node.runp(&pod)?;
+        // The path of the hidden file has more than 5,000 bytes. No path can have more than 4,096.
+        let deep = format!(
+            "for i in $(seq 25); do mkdir {0} && cd -P {0} || exit 1; done; \
+             head -c {WRITTEN} /dev/zero >hidden; exec sleep 600",
+            "n".repeat(200)
+        );
+        let volume = format!("head -c {WRITTEN} /dev/zero >/data/file; exec sleep 600");
+        for (name, script) in [("deep", deep), ("volume", volume)] {
+            let mut container = node.container(name, &["sh", "-c", &script]);
+            container["image"]["image"] = json!(image);
+            let id = node.run(&pod_id, &pod, &container)?;
+            wait_for(
+                &format!("the statistics of the container {name} to contain its file"),
+                || {
+                    let stats = node.json(&["stats", "--all", "--id", &id])?["stats"][0].clone();
+                    let used = stats.pointer("/writableLayer/usedBytes/value");
+                    let used = used.and_then(Value::as_str).unwrap_or_default();
+                    let used: u64 = used.parse().unwrap_or_default();
+                    Ok((used >= WRITTEN).then_some(()))
+                },
+            )?;
         }
         Ok(())
     })
