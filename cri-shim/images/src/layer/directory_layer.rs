@@ -14,7 +14,7 @@
 //! overlayfs shows the metadata of the uppermost directory, and merges the contents of all these
 //! directories.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -32,6 +32,11 @@ const MAX_LOOKUPS: u64 = 1 << 24;
 
 /// The maximum number of bytes for the paths of directories that are still to be visited.
 const PENDING_BYTES: usize = 64 << 20;
+
+/// The maximum number of descriptors for the directories between the layers' roots and the directory
+/// that is being visited. If these directories had to be opened again for each visit, the time would
+/// grow with the square of the depth.
+const TRAIL_DESCRIPTORS: usize = 512;
 
 /// The prefix of overlayfs's own attributes. Overlayfs attributes are not copied, because they
 /// apply only to the layer that contains them.
@@ -62,6 +67,14 @@ pub(crate) fn make_directory_layer(
     into: &Path,
     go_on: impl FnMut() -> Result<(), LayerError>,
 ) -> Result<u64, LayerError> {
+    walk(layers, into, go_on).map(|walk| walk.count)
+}
+
+fn walk<'a, G: FnMut() -> Result<(), LayerError>>(
+    layers: &'a [LowerLayer],
+    into: &'a Path,
+    go_on: G,
+) -> Result<Walk<'a, G>, LayerError> {
     let roots = layers
         .iter()
         .map(|layer| {
@@ -80,6 +93,7 @@ pub(crate) fn make_directory_layer(
         made: false,
         count: 0,
         lookups: 0,
+        trail: Trail::default(),
     };
     walk.root()?;
     let mut pending = vec![Vec::new()];
@@ -92,7 +106,7 @@ pub(crate) fn make_directory_layer(
             bytes <= PENDING_BYTES
         })?;
     }
-    Ok(walk.count)
+    Ok(walk)
 }
 
 /// One layer's version of a directory in the image.
@@ -115,15 +129,94 @@ struct Walk<'a, G> {
     made: bool,
     count: u64,
     lookups: u64,
+    trail: Trail,
 }
 
-/// Removes from `parts` all versions of the directory below the first opaque version. Overlayfs
-/// does not show the contents of the removed versions. Returns the remaining versions.
-fn merged(parts: &mut Vec<Part>) -> &[Part] {
-    if let Some(last) = parts.iter().position(|part| part.opaque) {
-        parts.truncate(last + 1);
+/// The directories on the path to the directory that was visited last. The uppermost directories are
+/// omitted if all together would need too many descriptors.
+#[derive(Default)]
+struct Trail {
+    path: Vec<u8>,
+    /// For each directory, the length of its path, and its versions.
+    levels: VecDeque<(usize, Rc<Vec<Part>>)>,
+    descriptors: usize,
+}
+
+impl Trail {
+    /// Removes the directories that do not contain `path`. Returns the deepest remaining directory.
+    fn shorten(&mut self, path: &[u8]) -> Option<(usize, Rc<Vec<Part>>)> {
+        let equal = |(ours, theirs): &(&u8, &u8)| ours == theirs;
+        let same = self.path.iter().zip(path).take_while(equal).count();
+        while let Some((length, parts)) = self.levels.back() {
+            let ends_there = path.get(*length).is_none_or(|next| *next == b'/');
+            if *length <= same && ends_there {
+                return Some((*length, Rc::clone(parts)));
+            }
+            self.descriptors -= parts.len();
+            self.levels.pop_back();
+        }
+        None
     }
-    parts
+
+    fn push(&mut self, length: usize, parts: &Rc<Vec<Part>>) {
+        self.descriptors += parts.len();
+        self.levels.push_back((length, Rc::clone(parts)));
+        while self.descriptors > TRAIL_DESCRIPTORS {
+            let Some((_, parts)) = self.levels.pop_front() else {
+                return;
+            };
+            self.descriptors -= parts.len();
+        }
+    }
+}
+
+/// The names of subdirectories that were already handled during a visit. Without this list, each
+/// name would be looked up again for each layer that contains it.
+struct HandledNames {
+    names: HashSet<Vec<u8>>,
+    bytes: usize,
+    /// True if several layers can contain the same name.
+    needed: bool,
+}
+
+impl HandledNames {
+    fn new(layers: usize) -> Self {
+        HandledNames {
+            names: HashSet::new(),
+            bytes: 0,
+            needed: layers > 1,
+        }
+    }
+
+    /// Adds a name. Returns false if the name was already handled.
+    fn insert(&mut self, name: &[u8]) -> Result<bool, LayerError> {
+        if !self.needed {
+            return Ok(true);
+        }
+        if self.names.contains(name) {
+            return Ok(false);
+        }
+        self.bytes += name.len();
+        if self.bytes > PENDING_BYTES {
+            return Err(too_many_paths());
+        }
+        Ok(self.names.insert(name.to_vec()))
+    }
+}
+
+fn too_many_paths() -> LayerError {
+    LayerError::Bound(format!(
+        "several layers of the image contain the same directories, and the paths of these directories have more than {PENDING_BYTES} bytes in total"
+    ))
+}
+
+/// Returns the versions of a directory down to the first opaque version. Overlayfs does not show
+/// the contents of the versions below.
+fn merged(parts: &[Part]) -> &[Part] {
+    match parts.iter().position(|part| part.opaque) {
+        Some(last) => &parts[..=last],
+        None => parts,
+    }
 }
 
 /// Returns the version of the directory that determines its metadata in the image. If the archive
@@ -180,13 +273,21 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         Ok(parts)
     }
 
-    fn parts_of(&mut self, path: &[u8]) -> Result<Vec<Part>, LayerError> {
-        let mut parts = self.root_parts()?;
-        for name in path.split(|byte| *byte == b'/').filter(|n| !n.is_empty()) {
-            let parents = merged(&mut parts);
-            let below = self.parts(parents, name)?;
-            parts = below;
+    /// Returns the versions of the directory `path`.
+    fn parts_of(&mut self, path: &[u8]) -> Result<Rc<Vec<Part>>, LayerError> {
+        let (mut end, mut parts) = match self.trail.shorten(path) {
+            Some(known) => known,
+            None => (0, Rc::new(self.root_parts()?)),
+        };
+        while end < path.len() {
+            let start = end + usize::from(end > 0);
+            let rest = &path[start..];
+            let slash = rest.iter().position(|byte| *byte == b'/');
+            end = start + slash.unwrap_or(rest.len());
+            parts = Rc::new(self.parts(merged(&parts), &path[start..end])?);
+            self.trail.push(end, &parts);
         }
+        self.trail.path = path.to_vec();
         Ok(parts)
     }
 
@@ -224,15 +325,15 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         path: &[u8],
         mut later: impl FnMut(Vec<u8>) -> bool,
     ) -> Result<(), LayerError> {
-        let mut parts = self.parts_of(path)?;
-        let parents = merged(&mut parts);
+        let parts = self.parts_of(path)?;
+        let parents = merged(&parts);
         // Skip the lowest layer that contains this directory. No layer below contains the same
         // subdirectories, so the subdirectories already have the right metadata.
         let upper = parents.len().saturating_sub(1);
-        for parent in &parents[..upper] {
-            if !self.layers[parent.layer].unlisted {
-                continue;
-            }
+        let unlisted = |parent: &&Part| self.layers[parent.layer].unlisted;
+        let upper: Vec<&Part> = parents[..upper].iter().filter(unlisted).collect();
+        let mut handled = HandledNames::new(upper.len());
+        for parent in upper {
             let fail = |e| failed("read the directory", path, e);
             for entry in Dir::read_from(&parent.directory).map_err(fail)? {
                 let entry = entry.map_err(fail)?;
@@ -243,9 +344,12 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
                 if !is_directory(&parent.directory, name, entry.file_type()) {
                     continue;
                 }
-                let mut below = self.parts(parents, name)?;
                 // Several layers can contain a directory with this name. The directory is handled
                 // only once, for the uppermost of these layers that has unlisted directories.
+                if !handled.insert(name)? {
+                    continue;
+                }
+                let below = self.parts(parents, name)?;
                 let first = below.iter().find(|part| self.layers[part.layer].unlisted);
                 if first.is_none_or(|first| first.layer != parent.layer) {
                     continue;
@@ -257,16 +361,14 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
                 {
                     self.make(whole)?;
                 }
-                let below = merged(&mut below);
+                let below = merged(&below);
                 let more = below
                     .iter()
                     .rev()
                     .skip(1)
                     .any(|part| self.layers[part.layer].unlisted);
                 if more && !later(whole.to_vec()) {
-                    return Err(LayerError::Bound(format!(
-                        "several layers of the image contain the same directories, and the paths of these directories have more than {PENDING_BYTES} bytes in total"
-                    )));
+                    return Err(too_many_paths());
                 }
             }
         }
@@ -276,14 +378,28 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
     /// Creates the directory `path` and its parents in the directory layer. Gives each of these
     /// directories the metadata that the directory must have in the image.
     fn make(&mut self, path: &[u8]) -> Result<(), LayerError> {
-        let mut parts = self.root_parts()?;
-        let mut at = self.top(&parts)?;
-        for name in path.split(|byte| *byte == b'/').filter(|n| !n.is_empty()) {
-            let fail = |e| failed("create the directory", path, e);
-            let above = source(&parts).map(times).transpose();
+        let fail = |e| failed("create the directory", path, e);
+        let root = self.root_parts()?;
+        let top = self.top(&root)?;
+        let mut missing = Vec::new();
+        let mut prefix = path;
+        let mut at = loop {
+            if prefix.is_empty() {
+                break top;
+            }
+            match rustix::fs::openat(&top, prefix, OPEN, Mode::empty()) {
+                Ok(directory) => break directory,
+                // If the path is too long for one call, its directories are opened one by one.
+                Err(Errno::NOENT | Errno::NAMETOOLONG) => {}
+                Err(error) => return Err(fail(error)),
+            }
+            let (parent, name) = split(prefix);
+            missing.push((parent, prefix, name));
+            prefix = parent;
+        };
+        for (parent, prefix, name) in missing.into_iter().rev() {
+            let above = source(&self.parts_of(parent)?).map(times).transpose();
             let above = above.map_err(fail)?;
-            let below = self.parts(merged(&mut parts), name)?;
-            parts = below;
             let made = match rustix::fs::mkdirat(&at, name, Mode::from_raw_mode(0o700)) {
                 Ok(()) => true,
                 Err(Errno::EXIST) => false,
@@ -292,7 +408,7 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
             let directory = rustix::fs::openat(&at, name, OPEN, Mode::empty()).map_err(fail)?;
             if made {
                 self.count += 1;
-                if let Some(source) = source(&parts) {
+                if let Some(source) = source(&self.parts_of(prefix)?) {
                     copy_metadata(&directory, &source.directory, path)?;
                 }
                 if let Some(above) = above {
@@ -320,6 +436,14 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
             }
         }
         Ok(top)
+    }
+}
+
+/// Splits a path into its directory and its last component.
+fn split(path: &[u8]) -> (&[u8], &[u8]) {
+    match path.iter().rposition(|byte| *byte == b'/') {
+        Some(slash) => (&path[..slash], &path[slash + 1..]),
+        None => (&[], path),
     }
 }
 
@@ -387,4 +511,96 @@ fn copy_metadata(ours: impl AsFd, theirs: impl AsFd, path: &[u8]) -> Result<(), 
 
 fn failed(what: &str, path: &[u8], errno: Errno) -> LayerError {
     LayerError::system(what, path, errno)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::remove_path;
+    use crate::layer::tree::mark_unlisted;
+
+    /// Creates a layer whose directories are all unlisted if `unlisted` is true. `paths` are the
+    /// components of each directory's path.
+    fn layer(
+        path: PathBuf,
+        paths: &[Vec<String>],
+        unlisted: bool,
+    ) -> Result<LowerLayer, Box<dyn std::error::Error>> {
+        std::fs::create_dir_all(&path)?;
+        for components in paths {
+            let mut at = rustix::fs::openat(CWD, &path, OPEN, Mode::empty())?;
+            for name in components {
+                match rustix::fs::mkdirat(&at, name.as_str(), Mode::from_raw_mode(0o755)) {
+                    Err(error) if error != Errno::EXIST => return Err(error.into()),
+                    _ => at = rustix::fs::openat(&at, name.as_str(), OPEN, Mode::empty())?,
+                }
+                if unlisted {
+                    mark_unlisted(&at)?;
+                } else {
+                    rustix::fs::fchmod(&at, Mode::from_raw_mode(0o711))?;
+                }
+            }
+        }
+        Ok(LowerLayer { path, unlisted })
+    }
+
+    #[test]
+    fn the_time_for_many_layers_grows_linearly_with_their_number()
+    -> Result<(), Box<dyn std::error::Error>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: only root can mark directories as unlisted");
+            return Ok(());
+        }
+        let base = std::env::temp_dir().join(format!("rrun-many-layers-{}", std::process::id()));
+        let paths: Vec<Vec<String>> = (0..100).map(|name| vec![name.to_string()]).collect();
+        let mut layers = vec![layer(base.join("lowest"), &paths, false)?];
+        for number in 0..50 {
+            layers.insert(0, layer(base.join(number.to_string()), &paths, true)?);
+        }
+        let into = base.join("into");
+        let walk = walk(&layers, &into, || Ok(()))?;
+        assert_eq!(walk.count, 101);
+        let opened = (paths.len() * layers.len()) as u64;
+        assert!(walk.lookups < 4 * opened, "{} lookups", walk.lookups);
+        remove_path(&base)?;
+        Ok(())
+    }
+
+    /// A path of 1,000 directories with a second directory on each level, in two layers. If each
+    /// visit began at the layers' roots, two million lookups would be necessary.
+    #[test]
+    fn the_time_for_a_deep_tree_grows_linearly_with_its_depth()
+    -> Result<(), Box<dyn std::error::Error>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: only root can mark directories as unlisted");
+            return Ok(());
+        }
+        const DEPTH: usize = 1000;
+        let base = std::env::temp_dir().join(format!("rrun-comb-{}", std::process::id()));
+        let spine: Vec<String> = vec!["a".to_owned(); DEPTH];
+        let teeth = (0..DEPTH).step_by(10).map(|depth| {
+            let mut path = spine[..depth].to_vec();
+            path.extend(["b".to_owned(), "c".to_owned()]);
+            path
+        });
+        let paths: Vec<Vec<String>> = teeth.chain([spine.clone()]).collect();
+        let layers = [
+            layer(base.join("upper"), &paths, true)?,
+            layer(base.join("lower"), &paths, false)?,
+        ];
+        let into = base.join("into");
+        let walk = walk(&layers, &into, || Ok(()))?;
+        let directories = 1 + DEPTH + 2 * DEPTH / 10;
+        assert_eq!(walk.count, directories as u64);
+        assert!(
+            walk.lookups < 40 * directories as u64,
+            "{} lookups",
+            walk.lookups
+        );
+        let deepest = into.join(spine[..500].join("/"));
+        let mode = std::os::unix::fs::MetadataExt::mode(&std::fs::metadata(deepest)?);
+        assert_eq!(mode & 0o777, 0o711);
+        remove_path(&base)?;
+        Ok(())
+    }
 }
