@@ -18,7 +18,8 @@ pub struct ImageSettings {
     pub parallel_layers_per_host: Option<usize>,
     /// The maximum number of layers that are unpacked at the same time.
     pub parallel_unpacks: usize,
-    /// The maximum number of bytes of one layer's uncompressed archive.
+    /// The maximum number of bytes of one layer: of its uncompressed archive, and of its files on the
+    /// disk.
     pub layer_bytes: u64,
     /// The maximum number of files in one layer.
     pub layer_files: u64,

@@ -3,7 +3,8 @@
 /// The limits for one layer.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
-    /// The maximum number of bytes of the uncompressed archive.
+    /// The maximum number of bytes of the uncompressed archive, and of the unpacked files in whole
+    /// blocks of 4 KiB.
     pub bytes: u64,
     /// The maximum number of files and directories in the layer.
     pub entries: u64,

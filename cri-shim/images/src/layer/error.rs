@@ -30,6 +30,13 @@ impl LayerError {
         LayerError::Malformed(format!("the entry {}: {why}", printable(path)))
     }
 
+    /// Returns the error of a layer that exceeds the setting `image.layer_bytes`.
+    pub(super) fn too_large(limit: u64) -> Self {
+        LayerError::Bound(format!(
+            "the layer unpacks to more than the limit of {limit} bytes (image.layer_bytes)"
+        ))
+    }
+
     pub(super) fn system(what: &str, path: &[u8], errno: Errno) -> Self {
         LayerError::System {
             what: format!("{what} {}", printable(path)),

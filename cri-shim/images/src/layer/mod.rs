@@ -118,10 +118,7 @@ fn unpack_plain(
         Ok(unpacked)
     });
     if too_large.get() {
-        return Err(LayerError::Bound(format!(
-            "the layer unpacks to more than the limit of {} bytes",
-            bounds.bytes
-        )));
+        return Err(LayerError::too_large(bounds.bytes));
     }
     Ok((unpacked?, plain.digest()))
 }

@@ -51,6 +51,7 @@ pub(super) fn unpack<R: Read>(
     let mut unpacking = Unpacking {
         tree: Tree::new(root),
         bytes: 0,
+        max_bytes: bounds.bytes,
         opaque_root: false,
         buffer: vec![0; 64 << 10],
     };
@@ -61,7 +62,7 @@ pub(super) fn unpack<R: Read>(
         entries += 1;
         if entries > bounds.entries || unpacking.tree.inodes > bounds.entries {
             return Err(LayerError::Bound(format!(
-                "the layer contains more than the limit of {} files",
+                "the layer contains more than the limit of {} files (image.layer_files)",
                 bounds.entries
             )));
         }
@@ -84,6 +85,7 @@ pub(super) fn unpack<R: Read>(
 struct Unpacking {
     tree: Tree,
     bytes: u64,
+    max_bytes: u64,
     opaque_root: bool,
     buffer: Vec<u8>,
 }
@@ -272,6 +274,13 @@ impl Unpacking {
         let fail = |e| LayerError::system("write the file", &entry.path, e);
         let mut end = 0;
         for (offset, length) in &entry.content.pieces {
+            // The file system allocates whole blocks. A sparse file with many short pieces therefore
+            // needs much more space on the disk than in the archive.
+            let blocks = length.div_ceil(4096).saturating_mul(4096);
+            self.bytes = self.bytes.saturating_add(blocks);
+            if self.bytes > self.max_bytes {
+                return Err(LayerError::too_large(self.max_bytes));
+            }
             let mut at = *offset;
             let mut left = *length;
             while left > 0 {
@@ -299,7 +308,6 @@ impl Unpacking {
                 }
                 left -= count as u64;
             }
-            self.bytes += length.next_multiple_of(4096);
             end = at;
         }
         if end != entry.content.length {

@@ -600,6 +600,37 @@ async fn bounds() -> Result<(), Failure> {
         &tight,
     );
     assert!(matches!(result, Err(LayerError::Bound(_))), "{result:?}");
+    // Each piece of a sparse file needs a whole block on the disk. These 1,000 pieces of one byte
+    // need 4 MB.
+    let map: String = (0..1000).map(|n| format!("{}\n1\n", n << 13)).collect();
+    let mut content = format!("1000\n{map}").into_bytes();
+    content.resize(content.len().next_multiple_of(512), 0);
+    content.resize(content.len() + 1000, b'x');
+    for size in ["", "18446744073709551615"] {
+        let mut records = vec![
+            ("GNU.sparse.major", &b"1"[..]),
+            ("GNU.sparse.realsize", b"8192000"),
+        ];
+        if !size.is_empty() {
+            records = vec![("size", size.as_bytes())];
+        }
+        let pieces = Archive::new().pax(&records).item(&Item {
+            path: b"sparse",
+            content: &content,
+            ..ITEM
+        });
+        let pieces = pieces.end();
+        let result = layer::unpack(
+            pieces.as_slice(),
+            &dir.0.join(format!("sparse{size}")),
+            &descriptor(&pieces, &pieces),
+            &tight,
+        );
+        assert!(
+            matches!(&result, Err(LayerError::Bound(why)) if why.contains("image.layer_bytes")),
+            "{result:?}"
+        );
+    }
     // Directories that the archive uses but does not list count towards the limit of entries, too.
     let deep = Archive::new().file(&"d/".repeat(40), "").end();
     let result = layer::unpack(
