@@ -18,7 +18,7 @@ use super::{
 use crate::cgroup::{self, slice};
 use crate::handlers::Features;
 use crate::node::Node;
-use crate::sandbox::files::{let_through, of_node, private_dir, write_secret};
+use crate::sandbox::files::{etc, let_through, of_node, private_dir, write_secret};
 use crate::sandbox::{Sandbox, namespaces, users};
 use crate::selinux::{self, Labels, relabel};
 use rrun_calls::error::{During, Result};
@@ -218,8 +218,10 @@ fn write_config(
     let privileged = context.privileged;
     let cdi = cdi::find(&node.config.cdi_spec_dirs, config)?;
     let sharing = namespaces::sharing(&sandbox.config)?;
+    let pod = node.sandbox_dir(&sandbox.id);
     let mount_inputs = mounts::MountInputs {
-        pod: &node.sandbox_dir(&sandbox.id),
+        pod: &pod,
+        etc: &etc(&pod),
         privileged,
         readonly_rootfs: context.readonly_rootfs,
         own_ipc: sharing.own_ipc,

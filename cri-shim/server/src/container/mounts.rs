@@ -9,12 +9,15 @@ use oci_spec::runtime as oci;
 use rrun_proto::v1::{IdMapping, Mount, MountPropagation};
 
 use crate::handlers::Features;
+use crate::sandbox::files::POD_FILES;
 use rrun_calls::error::{During, Error, Result};
 
 /// The inputs of [`mounts`] apart from the requested mounts.
 pub(crate) struct MountInputs<'a> {
-    /// The directory `STATE/pods/POD`, which contains hostname, hosts, resolv.conf and shm.
+    /// The directory `STATE/pods/POD`, which contains shm.
     pub pod: &'a Path,
+    /// The directory of the files hostname, hosts and resolv.conf.
+    pub etc: &'a Path,
     pub privileged: bool,
     pub readonly_rootfs: bool,
     /// True if the pod has its own IPC namespace, and therefore its own /dev/shm.
@@ -103,8 +106,8 @@ fn pod_files(inputs: &MountInputs<'_>) -> Vec<oci::Mount> {
     };
     let access = if inputs.readonly_rootfs { "ro" } else { "rw" };
     let mut all = vec![bind("/dev/shm".to_owned(), shm, "rw")];
-    for name in ["hostname", "hosts", "resolv.conf"] {
-        all.push(bind(format!("/etc/{name}"), inputs.pod.join(name), access));
+    for name in POD_FILES {
+        all.push(bind(format!("/etc/{name}"), inputs.etc.join(name), access));
     }
     all
 }
@@ -250,6 +253,7 @@ mod tests {
     fn inputs() -> MountInputs<'static> {
         MountInputs {
             pod: Path::new("/run/rrun/pods/p"),
+            etc: Path::new("/run/rrun/pods/p/etc"),
             privileged: false,
             readonly_rootfs: false,
             own_ipc: true,

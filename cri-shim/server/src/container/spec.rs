@@ -416,6 +416,7 @@ mod tests {
         let privileged = context(config).privileged;
         let inputs = mounts::MountInputs {
             pod: Path::new("/p"),
+            etc: Path::new("/p/etc"),
             privileged,
             readonly_rootfs: false,
             own_ipc: true,

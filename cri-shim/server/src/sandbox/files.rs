@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::io::{self, Write as _};
 use std::net::IpAddr;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rrun_proto::v1::DnsConfig;
@@ -15,6 +15,11 @@ use rrun_calls::error::{During, Error, Result};
 
 /// The size of /dev/shm (64 MiB), the same as with Docker and containerd.
 const SHM_SIZE: &str = "64m";
+
+/// The size of the file system that contains the files in `POD_FILES`. Containers can write to
+/// these files. Without this limit, a container could fill the file system of the server's state,
+/// which all pods share. CVE-2020-8557 was a missing limit of a pod's /etc/hosts.
+const ETC_SIZE: &str = "4m";
 
 /// The maximum number of bytes that are copied from a file in the node's /etc.
 const MAX_COPY_BYTES: u64 = 1 << 20;
@@ -65,10 +70,28 @@ pub(crate) fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option
 }
 
 /// The pod's files that containers see in /etc.
-const POD_FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+pub(crate) const POD_FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
+
+/// The name of the directory that contains the files in `POD_FILES`. It is in the pod's directory.
+pub(crate) const ETC: &str = "etc";
+
+/// Returns the directory of the pod's files in `POD_FILES`. `pod` is the pod's directory, which
+/// contains the files itself if an older version of the server created the pod.
+pub(crate) fn etc(pod: &Path) -> PathBuf {
+    let dir = pod.join(ETC);
+    if dir.exists() { dir } else { pod.to_owned() }
+}
+
+/// Mounts the file system for the pod's files in `POD_FILES`, and returns its directory.
+pub(crate) fn mount_etc(pod: &Path) -> Result<PathBuf> {
+    let dir = pod.join(ETC);
+    mount_tmpfs(&dir, "etc", &format!("mode=755,size={ETC_SIZE}"))?;
+    Ok(dir)
+}
 
 /// Sets the SELinux label of the files in `POD_FILES` that exist.
-pub(crate) fn label(dir: &Path, label: &Label) -> Result<()> {
+pub(crate) fn label(pod: &Path, label: &Label) -> Result<()> {
+    let dir = etc(pod);
     for path in POD_FILES.map(|name| dir.join(name)) {
         if path.exists() {
             relabel::one(&path, label)?;
@@ -78,7 +101,8 @@ pub(crate) fn label(dir: &Path, label: &Label) -> Result<()> {
 }
 
 /// Makes the root user of the pod's user namespace the owner of the files in `POD_FILES`.
-pub(crate) fn set_owner(dir: &Path, (uid, gid): (u32, u32)) -> Result<()> {
+pub(crate) fn set_owner(pod: &Path, (uid, gid): (u32, u32)) -> Result<()> {
+    let dir = etc(pod);
     for name in POD_FILES {
         let path = dir.join(name);
         match std::os::unix::fs::lchown(&path, Some(uid), Some(gid)) {
@@ -121,14 +145,20 @@ pub(crate) fn mount_shm(
     root: Option<(u32, u32)>,
     label: Option<&Label>,
 ) -> Result<()> {
-    std::fs::create_dir_all(path).during(|| format!("create the directory {}", path.display()))?;
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     let (uid, gid) = root.unwrap_or_default();
     let mut data = format!("mode=1777,size={SHM_SIZE},uid={uid},gid={gid}");
     if let Some(label) = label {
         data += &label.as_mount_option();
     }
-    mount(Some("shm"), path, Some("tmpfs"), flags, Some(data.as_str()))
+    mount_tmpfs(path, "shm", &data)
+}
+
+/// Creates a directory and mounts a tmpfs on it. `source` is the name of the mount in
+/// /proc/self/mountinfo, and `data` contains the options of the tmpfs.
+fn mount_tmpfs(path: &Path, source: &str, data: &str) -> Result<()> {
+    std::fs::create_dir_all(path).during(|| format!("create the directory {}", path.display()))?;
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some(source), path, Some("tmpfs"), flags, Some(data))
         .map_err(io::Error::from)
         .during(|| format!("mount a tmpfs on {}", path.display()))
 }

@@ -296,13 +296,14 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
     } else {
         format!("{}\n", config.hostname)
     };
-    files::write(&dir.join("hostname"), &hostname)?;
+    let etc = files::mount_etc(&dir)?;
+    files::write(&etc.join("hostname"), &hostname)?;
     files::write(
-        &dir.join("resolv.conf"),
+        &etc.join("resolv.conf"),
         &files::resolv_conf(config.dns_config.as_ref()),
     )?;
     if !sharing.own_network {
-        files::write(&dir.join("hosts"), &files::of_node("/etc/hosts"))?;
+        files::write(&etc.join("hosts"), &files::of_node("/etc/hosts"))?;
     }
     let root = users::mappings(config)?.map(|users| users.root());
     if let Some(root) = root {
@@ -380,7 +381,7 @@ async fn start_monitor_and_network(
 fn write_hosts(node: &Node, sandbox: &Sandbox, addresses: &[IpAddr]) -> Result<()> {
     let hosts = files::hosts(&sandbox.config.hostname, addresses);
     let dir = node.sandbox_dir(&sandbox.id);
-    files::write(&dir.join("hosts"), &hosts)?;
+    files::write(&files::etc(&dir).join("hosts"), &hosts)?;
     if let Some(users) = users::mappings(&sandbox.config)? {
         files::set_owner(&dir, users.root())?;
     }

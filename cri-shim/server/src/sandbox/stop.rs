@@ -256,6 +256,7 @@ pub(crate) async fn roll_back(node: &Node, sandbox: &Sandbox) -> Result<()> {
     blocking(format!("{name}: remove the pod's files"), move || {
         cgroup::remove_dirs(&made);
         files::unmount(&dir.join("shm"))?;
+        files::unmount(&dir.join(files::ETC))?;
         files::remove_tree(&dir)
     })
     .await
