@@ -4,6 +4,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use oci_spec::runtime::{
     Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Root,
@@ -41,6 +42,18 @@ const MASKED: [&str; 12] = [
     "/sys/devices/virtual/powercap",
     "/sys/firmware",
 ];
+
+/// The directory that contains a directory for each CPU.
+const CPUS: &str = "/sys/devices/system/cpu";
+
+/// The paths in `MASKED`, and the directory `thermal_throttle` of each CPU that has one. A program
+/// that reads the counters of thermal interrupts can draw conclusions about the data that other
+/// programs process (GHSA-6fw5-f8r9-fgfm).
+static DEFAULT_MASKED: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let mut all: Vec<String> = MASKED.map(str::to_owned).into();
+    all.extend(thermal_counters(Path::new(CPUS)));
+    all
+});
 
 /// The paths that are read-only in containers.
 const READONLY: [&str; 5] = [
@@ -345,19 +358,30 @@ fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Re
     // Kubelet sends the lists of masked and read-only paths. If the pod's procMount is Unmasked,
     // kubelet sends empty lists. Kubernetes allows Unmasked only in pods with a user namespace. In
     // pods without a user namespace, the default paths therefore replace an empty list.
-    let paths = |requested: &[String], default: &[&str]| {
-        if context.privileged {
-            None
-        } else if requested.is_empty() && own_users.is_none() {
-            Some(default.iter().map(|path| (*path).to_owned()).collect())
+    let paths = |requested: &[String], default: &[String]| {
+        let chosen = if requested.is_empty() && own_users.is_none() {
+            default
         } else {
-            Some(requested.to_owned())
-        }
+            requested
+        };
+        (!context.privileged).then(|| chosen.to_owned())
     };
     linux
-        .set_masked_paths(paths(&context.masked_paths, &MASKED))
-        .set_readonly_paths(paths(&context.readonly_paths, &READONLY));
+        .set_masked_paths(paths(&context.masked_paths, &DEFAULT_MASKED))
+        .set_readonly_paths(paths(&context.readonly_paths, &READONLY.map(str::to_owned)));
     Ok(linux)
+}
+
+/// Returns the path of the directory `thermal_throttle` of each CPU below `cpus`, sorted.
+fn thermal_counters(cpus: &Path) -> Vec<String> {
+    let entries = std::fs::read_dir(cpus).into_iter().flatten().flatten();
+    let mut all: Vec<String> = entries
+        .map(|cpu| cpu.path().join("thermal_throttle"))
+        .filter(|directory| directory.exists())
+        .map(|directory| directory.display().to_string())
+        .collect();
+    all.sort();
+    all
 }
 
 fn namespaces(namespaces: &Namespaces, privileged: bool) -> Vec<LinuxNamespace> {
@@ -538,6 +562,25 @@ mod tests {
             value["process"]["capabilities"]["bounding"],
             json!(["CAP_CHOWN"])
         );
+        Ok(())
+    }
+
+    #[test]
+    fn the_default_masked_paths_hide_energy_meters_and_thermal_counters() -> std::io::Result<()> {
+        // RAPL's energy meters: CVE-2020-8694, GHSA-7ww5-4wqc-m92c.
+        for path in ["/sys/devices/virtual/powercap", "/proc/interrupts"] {
+            assert!(DEFAULT_MASKED.iter().any(|masked| masked == path), "{path}");
+        }
+        // Thermal interrupts of CPUs: GHSA-6fw5-f8r9-fgfm.
+        let cpus = std::env::temp_dir().join(format!("rrun-cpus-{}", std::process::id()));
+        for counters in ["cpu0/thermal_throttle", "cpu11/thermal_throttle"] {
+            std::fs::create_dir_all(cpus.join(counters))?;
+        }
+        std::fs::create_dir_all(cpus.join("cpufreq"))?;
+        let found = thermal_counters(&cpus);
+        std::fs::remove_dir_all(&cpus)?;
+        let expected = ["cpu0", "cpu11"].map(|cpu| cpus.join(cpu).join("thermal_throttle"));
+        assert_eq!(found, expected.map(|path| path.display().to_string()));
         Ok(())
     }
 }
