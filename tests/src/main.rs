@@ -52,6 +52,7 @@ suites! {
         escapes_process,
         escapes_dev,
         escapes_mounts,
+        advisories,
         killed,
         races,
         limits,
@@ -74,6 +75,7 @@ suites! {
         hostile_files,
         file_access,
         long_lists,
+        advisories,
         volumes,
         devices,
         handlers,
@@ -112,6 +114,7 @@ suites! {
         flows,
         routers,
         crowds,
+        advisories,
     ],
     // Tests of the CRI server with kubelet.
     kubelet: [

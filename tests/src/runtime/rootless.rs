@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::chown;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -26,6 +27,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(a_setting_that_requires_root_is_named_in_the_error),
     test!(the_state_of_a_rootless_container_is_stored_in_xdg_runtime_dir),
+    test!(cve_2023_25809_a_rootless_container_can_not_write_to_the_users_cgroup),
 ];
 
 /// The id of the user www-data, which exists on every Debian system.
@@ -281,4 +283,39 @@ fn the_state_of_a_rootless_container_is_stored_in_xdg_runtime_dir() -> Result {
         state.display()
     );
     Ok(())
+}
+
+/// In CVE-2023-25809, runc ignored the option `ro` of the cgroup mount of a rootless container
+/// without a cgroup namespace. The container could then write to every cgroup of the user.
+fn cve_2023_25809_a_rootless_container_can_not_write_to_the_users_cgroup() -> Result {
+    let own = Path::new("/sys/fs/cgroup/e2e-of-the-user");
+    fs::create_dir(own)?;
+    let tested = (|| {
+        for path in [own.to_owned(), own.join("cgroup.procs")] {
+            chown(path, Some(USER), Some(USER))?;
+        }
+        let mut bundle = bundle(&["mkdir", "/sys/fs/cgroup/new"])?;
+        bundle
+            .without_namespace("cgroup")
+            .set("/linux/cgroupsPath", json!("/e2e-of-the-user/container"))
+            .write_config()?;
+        let id = USER.to_string();
+        let join = "echo $$ >/sys/fs/cgroup/e2e-of-the-user/cgroup.procs && exec \"$@\"";
+        let output = command("sh", ["-c", join, "sh", "setpriv"])
+            .args(["--reuid", &id, "--regid", &id, "--clear-groups"])
+            .arg(runtime_program())
+            .arg("--root")
+            .arg(bundle.root())
+            .args(["run", bundle.id()])
+            .dir(bundle.path())
+            .end()?;
+        ensure!(
+            output.code != 0 && output.told().contains("Read-only file system"),
+            "the container can create a directory in its cgroup mount:\n{}",
+            output.told()
+        );
+        Ok(())
+    })();
+    fs::remove_dir(own)?;
+    tested
 }
