@@ -558,6 +558,30 @@ mod tests {
         Ok(())
     }
 
+    /// In CVE-2023-25153, containerd read documents of any size from an archive.
+    #[test]
+    fn a_too_large_document_in_an_archive_is_refused() -> std::io::Result<()> {
+        let name = format!("rrun-archive-{}.tar", std::process::id());
+        let path = std::env::temp_dir().join(name);
+        for large in ["index.json", "manifest.json"] {
+            let mut archive = ::tar::Builder::new(std::fs::File::create(&path)?);
+            for (name, size) in [("oci-layout", 2), (large, DOCUMENT_BYTES + 1)] {
+                let mut header = ::tar::Header::new_gnu();
+                header.set_size(size);
+                archive.append_data(&mut header, name, std::io::repeat(b' ').take(size))?;
+            }
+            archive.into_inner()?;
+            let opened = ImageArchive::open(&path, &std::env::temp_dir(), 1 << 30);
+            let images = opened.and_then(|mut archive| archive.images());
+            let sentence = images.err().map(|error| error.to_string());
+            assert!(
+                sentence.is_some_and(|it| it.contains("the limit is")),
+                "{large}"
+            );
+        }
+        std::fs::remove_file(&path)
+    }
+
     #[test]
     fn paths_that_lead_out_of_the_archive_are_refused() {
         assert_eq!(normal(b"./a//b").as_deref(), Some("a/b"));

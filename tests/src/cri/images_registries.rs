@@ -34,6 +34,12 @@ pub(crate) const TESTS: &[Test] = &[
     test!(hosts_toml_sets_the_connection_timeout, A_NODE),
     test!(a_registry_can_require_a_password, A_NODE, HTPASSWD),
     test!(a_registry_can_require_a_signed_token, A_NODE, OPENSSL),
+    test!(
+        cve_2019_10214_a_token_server_without_tls_gets_no_credentials_of_a_tls_registry,
+        A_NODE,
+        OPENSSL,
+        Need::RrunCri
+    ),
 ];
 
 const PORT: u16 = 5001;
@@ -404,6 +410,51 @@ fn a_registry_can_require_a_signed_token() -> Result {
             );
             node.asks(&["rmi", IMAGE])?;
         }
+        Ok(())
+    })
+}
+
+fn cve_2019_10214_a_token_server_without_tls_gets_no_credentials_of_a_tls_registry() -> Result {
+    on_a_node(|node| {
+        let keys = Directory::new("keys")?;
+        certificates(keys.path())?;
+        let dir = keys.path().display();
+        let tokens = Server::start(&[], |_| Some(Answer::new(200, r#"{"token":"x"}"#)))
+            .map_err(|error| error.to_string())?;
+        let auth = format!(
+            "auth: {{token: {{realm: \"http://{}/token\", service: test-registry, \
+             issuer: test-issuer, rootcertbundle: {dir}/ca.pem}}}}\n",
+            tokens.host(),
+        );
+        let tls = format!(", tls: {{certificate: {dir}/server.pem, key: {dir}/server.key}}");
+        let _registry = Guarded::start(&tls, &auth)?;
+        hosts(
+            node,
+            &format!("server = \"https://127.0.0.1:{PORT}\"\nca = \"{dir}/ca.pem\"\n"),
+        )?;
+        let calls = Calls::new(node)?;
+        for auth in [
+            AuthConfig {
+                username: "me".to_owned(),
+                password: PASSWORD.to_owned(),
+                ..AuthConfig::default()
+            },
+            AuthConfig {
+                identity_token: PASSWORD.to_owned(),
+                ..AuthConfig::default()
+            },
+        ] {
+            let status = refused(&calls, Some(auth))?;
+            ensure!(
+                status.message().contains("without TLS"),
+                "the error message does not mention the missing TLS: {status:?}"
+            );
+        }
+        ensure_eq!(
+            tokens.seen().len(),
+            0,
+            "number of requests that the token server without TLS received"
+        );
         Ok(())
     })
 }

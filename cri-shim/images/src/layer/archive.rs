@@ -572,4 +572,49 @@ mod tests {
         let error = TarArchive::new(&header.as_bytes()[..]).next_entry();
         assert!(error.is_err_and(|e| e.to_string().contains("extended header")));
     }
+
+    /// In CVE-2025-58183 and CVE-2026-32288 (Go), the map of a sparse file used memory without a
+    /// limit. A compressed map of many pieces is small.
+    #[test]
+    fn a_sparse_file_with_too_many_pieces_is_refused() {
+        let mut old = Header::new_gnu();
+        old.set_entry_type(tar::EntryType::GNUSparse);
+        if let Some(gnu) = old.as_gnu_mut() {
+            gnu.isextended = [1];
+            gnu.realsize = *b"00000000001\0";
+        }
+        old.set_cksum();
+        let mut block = GnuExtSparseHeader::new();
+        block.isextended = [1];
+        for piece in &mut block.sparse {
+            piece.offset = *b"00000000001\0";
+            piece.numbytes = *b"00000000001\0";
+        }
+        let blocks = SPARSE_PIECES / block.sparse.len() + 1;
+        let mut archive = old.as_bytes().to_vec();
+        archive.extend(block.as_bytes().repeat(blocks));
+        let refused = |archive: &[u8]| match TarArchive::new(archive).next_entry() {
+            Ok(_) => "accepted".to_owned(),
+            Err(error) => error.to_string(),
+        };
+        let sentence = refused(&archive);
+        assert!(sentence.contains("too many pieces"), "{sentence}");
+
+        let records = "22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n25 GNU.sparse.realsize=1\n";
+        let mut pax = Header::new_ustar();
+        pax.set_entry_type(tar::EntryType::XHeader);
+        pax.set_size(records.len() as u64);
+        pax.set_cksum();
+        let mut plain = Header::new_ustar();
+        plain.set_size(BLOCK as u64);
+        plain.set_cksum();
+        let mut archive = pax.as_bytes().to_vec();
+        archive.extend(records.as_bytes());
+        archive.resize(2 * BLOCK, 0);
+        archive.extend(plain.as_bytes());
+        archive.extend(format!("{}\n", SPARSE_PIECES + 1).as_bytes());
+        archive.resize(4 * BLOCK, b'\n');
+        let sentence = refused(&archive);
+        assert!(sentence.contains("map can't be read"), "{sentence}");
+    }
 }

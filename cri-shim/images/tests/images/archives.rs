@@ -166,6 +166,10 @@ async fn through_links() -> Result<(), Failure> {
     let (_dir, fs) = unpacked(Archive::new().symlink("d", &path).dir("d/", 0o777))?;
     assert!(fs.join("d").symlink_metadata()?.is_dir());
     assert_eq!(std::fs::metadata(&outside.0)?.mode(), before);
+    // A link that replaces the layer's root is refused (CVE-2021-29136).
+    for root in [".", "./", "/"] {
+        refused(Archive::new().symlink(root, &path).file("victim", "x"))?;
+    }
     // A file is refused if its path contains a loop of symbolic links.
     refused(
         Archive::new()
