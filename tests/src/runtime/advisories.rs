@@ -235,13 +235,13 @@ fn ghsa_g54h_m393_cpwq_devices_without_a_rule_are_denied() -> Result {
         Some(json!([{ "allow": false, "type": "c", "major": 1, "minor": 9, "access": "rwm" }])),
         Some(json!([{ "allow": true, "type": "c", "major": 1, "minor": 9, "access": "rwm" }])),
     ] {
-        let mut bundle = Bundle::new(&["cat", "/data/kmsg"])?;
+        let mut bundle = Bundle::new(&["cat", "/data/tun"])?;
         let mode = Mode::from_bits_truncate(0o666);
         mknod(
-            &bundle.join("rootfs/data/kmsg"),
+            &bundle.join("rootfs/data/tun"),
             SFlag::S_IFCHR,
             mode,
-            makedev(1, 11),
+            makedev(10, 200),
         )?;
         if let Some(rules) = &rules {
             bundle.set("/linux/resources/devices", rules.clone());
