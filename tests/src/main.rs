@@ -53,6 +53,7 @@ suites! {
         escapes_dev,
         escapes_mounts,
         advisories,
+        numbers,
         killed,
         races,
         limits,

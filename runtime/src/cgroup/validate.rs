@@ -7,6 +7,7 @@ use oci_spec::runtime::LinuxResources;
 
 use super::devices;
 use crate::error::{Result, refuse};
+use crate::sys::device_number::device_number;
 
 /// Checks the path and the limits of a cgroup.
 ///
@@ -121,6 +122,21 @@ fn validate_io(resources: &LinuxResources) -> Result<()> {
     let weight = io.weight().filter(|weight| *weight != 0);
     if let Some(weight) = weight.filter(|weight| !(10..=1000).contains(weight)) {
         refuse!("linux.resources.blockIO.weight: {weight} is not between 10 and 1000");
+    }
+    let weights = io.weight_device().iter().flatten();
+    let weights = weights.map(|device| ("weightDevice", device.major(), device.minor()));
+    let throttled = [
+        ("throttleReadBpsDevice", io.throttle_read_bps_device()),
+        ("throttleWriteBpsDevice", io.throttle_write_bps_device()),
+        ("throttleReadIOPSDevice", io.throttle_read_iops_device()),
+        ("throttleWriteIOPSDevice", io.throttle_write_iops_device()),
+    ];
+    let throttled = throttled.into_iter().flat_map(|(field, devices)| {
+        let devices = devices.iter().flatten();
+        devices.map(move |device| (field, device.major(), device.minor()))
+    });
+    for (field, major, minor) in weights.chain(throttled) {
+        device_number(|| format!("linux.resources.blockIO.{field}"), major, minor)?;
     }
     Ok(())
 }

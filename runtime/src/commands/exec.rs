@@ -13,6 +13,7 @@ use crate::lifecycle::state::{State, Status};
 use crate::process::terminal::connect_console;
 use crate::process::{Process, capabilities};
 use crate::sys::files::read_bounded;
+use rrun_kernel::id::Named;
 
 pub(crate) const COMMAND: Command = Command {
     name: "exec",
@@ -203,9 +204,11 @@ fn from_flags(arguments: &Arguments, words: &[String], own: &ProcessSpec) -> Res
     if arguments.is_set("no-new-privs") {
         spec.no_new_privileges = true;
     }
-    let id = |text: &str| {
-        text.parse::<u32>()
-            .map_err(|_| Error::new(format!("{text} is not a user or group id")))
+    let id = |text: &str| match Named::parse(text) {
+        Named::Id(id) => Ok(id),
+        Named::Name | Named::Invalid => {
+            Err(Error::new(format!("{text} is not a user or group id")))
+        }
     };
     let user = &mut spec.user;
     if let Some(text) = arguments.value("user") {

@@ -11,7 +11,9 @@ use rustix::io::Errno;
 use crate::error::{Context, Result, refuse};
 use crate::mounts::rootfs::{MountTarget, Rootfs};
 use crate::mounts::tree::{clone_tree, move_mount};
+use crate::sys::device_number::device_number;
 use crate::sys::path::cleaned;
+use rrun_kernel::id;
 
 /// A device node that rrun creates in the container.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,22 +70,25 @@ pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
                 refuse!("linux.devices[{index}].type: \"a\" is not a type of device node")
             }
         };
-        let number = |value: i64| {
-            u32::try_from(value).map_err(|_| {
-                crate::error::Error::new(format!(
-                    "linux.devices[{index}]: {value} is not a device number"
-                ))
-            })
+        let field = || format!("linux.devices[{index}]");
+        let (major, minor) = match kind {
+            FileType::Fifo => (0, 0),
+            _ => device_number(field, device.major(), device.minor())?,
         };
-        let numbered = kind != FileType::Fifo;
+        let (uid, gid) = (device.uid().unwrap_or(0), device.gid().unwrap_or(0));
+        for id in [uid, gid] {
+            if !id::is_valid(id) {
+                refuse!("{}: {id} is not a valid user or group id", field());
+            }
+        }
         let device = Device {
             path: cleaned(device.path()),
             kind,
-            major: if numbered { number(device.major())? } else { 0 },
-            minor: if numbered { number(device.minor())? } else { 0 },
+            major,
+            minor,
             mode: device.file_mode().unwrap_or(0o666) & 0o7777,
-            uid: device.uid().unwrap_or(0),
-            gid: device.gid().unwrap_or(0),
+            uid,
+            gid,
         };
         devices.retain(|other| other.path != device.path);
         devices.push(device);
@@ -205,5 +210,34 @@ mod tests {
             .collect();
         assert_eq!(null.len(), 1);
         assert_eq!(null.first().map(|d| d.mode), Some(0o600));
+    }
+
+    #[test]
+    fn a_number_that_the_kernel_would_truncate_is_refused() {
+        for (json, words) in [
+            (r#""major":4097,"minor":3"#, "linux.devices[0]: 4097:3"),
+            (
+                r#""major":4294967297,"minor":3"#,
+                "linux.devices[0]: 4294967297:3",
+            ),
+            (
+                r#""major":1,"minor":1048579"#,
+                "linux.devices[0]: 1:1048579",
+            ),
+            (r#""major":-1,"minor":3"#, "linux.devices[0]: -1:3"),
+            (
+                r#""major":1,"minor":3,"uid":4294967295"#,
+                "linux.devices[0]: 4294967295",
+            ),
+            (
+                r#""major":1,"minor":3,"gid":4294967295"#,
+                "linux.devices[0]: 4294967295",
+            ),
+        ] {
+            let json = format!(r#"[{{"path":"/dev/x","type":"c",{json}}}]"#);
+            let spec: Vec<LinuxDevice> = serde_json::from_str(&json).unwrap();
+            let error = from_spec(&spec).unwrap_err().to_string();
+            assert!(error.starts_with(words), "{error}");
+        }
     }
 }

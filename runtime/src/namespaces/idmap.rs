@@ -16,7 +16,7 @@ use crate::namespaces;
 use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
 use rrun_kernel::procfs::Procfs;
-use rrun_kernel::regular_file;
+use rrun_kernel::{id, regular_file};
 use rustix::fs::OFlags;
 
 /// The maximum number of lines that the kernel accepts in one map (UID_GID_MAP_MAX_EXTENTS).
@@ -129,6 +129,15 @@ fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
         let (inside, outside, size) = (map.container_id(), map.host_id(), map.size());
         if size == 0 {
             refuse!("{field}[{index}].size: must be more than 0");
+        }
+        // The kernel refuses a range that contains u32::MAX, because this number is not an id.
+        for first in [inside, outside] {
+            if first.checked_add(size).is_none() {
+                refuse!(
+                    "{field}[{index}].size: {size} ids from {first} are too many, because the largest id is {}",
+                    id::LARGEST
+                );
+            }
         }
         let overlap = |a: u32, a_size: u32, b: u32, b_size: u32| {
             u64::from(a) < u64::from(b) + u64::from(b_size)
@@ -246,12 +255,20 @@ mod tests {
                 r#"[{"containerID":0,"hostID":1,"size":10},{"containerID":10,"hostID":10,"size":1}]"#,
                 "mounts[1].uidMappings[1]",
             ),
+            (
+                r#"[{"containerID":4294967295,"hostID":1,"size":1}]"#,
+                "mounts[1].uidMappings[0].size: 1 ids from 4294967295",
+            ),
+            (
+                r#"[{"containerID":0,"hostID":1,"size":10},{"containerID":10,"hostID":100,"size":4294967286}]"#,
+                "mounts[1].uidMappings[1].size: 4294967286 ids from 10",
+            ),
         ] {
             let error = maps(json).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }
-        let two = r#"[{"containerID":0,"hostID":1,"size":10},{"containerID":10,"hostID":100,"size":4294967295}]"#;
+        let two = r#"[{"containerID":0,"hostID":1,"size":10},{"containerID":10,"hostID":100,"size":4294967195}]"#;
         let text = maps(two).unwrap().uid;
-        assert_eq!(text, "0 1 10\n10 100 4294967295\n");
+        assert_eq!(text, "0 1 10\n10 100 4294967195\n");
     }
 }

@@ -24,8 +24,8 @@ use crate::process::memory_policy::MemoryPolicy;
 use crate::process::personality::Personality;
 use crate::process::scheduling::Scheduling;
 use crate::sys::syscalls;
-use rrun_kernel::errno;
 use rrun_kernel::procfs::Procfs;
+use rrun_kernel::{errno, id};
 
 /// The directories in which rrun searches for a program if the environment has no PATH.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -78,9 +78,7 @@ impl Process {
             );
         }
         let user = &spec.user;
-        if let Some(umask) = user.umask.filter(|umask| *umask > 0o777) {
-            refuse!("process.user.umask: {umask:o} is greater than 777");
-        }
+        check_user(user)?;
         let capabilities = spec
             .capabilities
             .as_ref()
@@ -268,6 +266,24 @@ impl Process {
     }
 }
 
+/// Refuses ids that no user and no group can have. The kernel would interpret such an id as "do not
+/// change", and the process would keep root's ids.
+fn check_user(user: &spec::User) -> Result<()> {
+    let groups = user.additional_gids.iter().flatten().copied();
+    let ids = [("uid", user.uid), ("gid", user.gid)]
+        .into_iter()
+        .chain(groups.map(|gid| ("additionalGids", gid)));
+    for (field, id) in ids {
+        if !id::is_valid(id) {
+            refuse!("process.user.{field}: {id} is not a valid user or group id");
+        }
+    }
+    if let Some(umask) = user.umask.filter(|umask| *umask > 0o777) {
+        refuse!("process.user.umask: {umask:o} is greater than 777");
+    }
+    Ok(())
+}
+
 fn args(spec: &ProcessSpec) -> Result<Vec<CString>> {
     let args = spec
         .args
@@ -436,6 +452,22 @@ mod tests {
             (
                 r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","oomScoreAdj":1001}"#,
                 "process.oomScoreAdj",
+            ),
+            (
+                r#"{"user":{"uid":4294967295,"gid":0},"args":["a"],"cwd":"/"}"#,
+                "process.user.uid: 4294967295",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":4294967295},"args":["a"],"cwd":"/"}"#,
+                "process.user.gid: 4294967295",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0,"additionalGids":[5,4294967295]},"args":["a"],"cwd":"/"}"#,
+                "process.user.additionalGids: 4294967295",
+            ),
+            (
+                r#"{"user":{"uid":0,"gid":0,"umask":512},"args":["a"],"cwd":"/"}"#,
+                "process.user.umask: 1000",
             ),
             (
                 r#"{"user":{"uid":0,"gid":0},"args":["a"],"cwd":"/","rlimits":[{"type":"RLIMIT_NOFILE","soft":2,"hard":1}]}"#,

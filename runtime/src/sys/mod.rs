@@ -3,6 +3,7 @@
 
 pub(crate) mod child;
 pub(crate) mod clone;
+pub(crate) mod device_number;
 pub(crate) mod files;
 pub(crate) mod number_list;
 pub(crate) mod path;

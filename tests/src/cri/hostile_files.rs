@@ -23,6 +23,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        a_container_is_refused_if_no_user_can_have_its_ids,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         the_server_opens_no_device_node_in_an_image,
         A_NODE,
         Need::RrunCri,
@@ -213,6 +218,89 @@ fn a_container_is_refused_if_its_passwd_or_group_file_is_not_a_regular_file() ->
         let report = node.report(&pod_id, &pod, &container)?;
         ensure_eq!(report["uid"], 33, "user id of the container ({report})");
         ensure_eq!(report["gid"], 34, "group id of the container ({report})");
+        Ok(())
+    })
+}
+
+/// The kernel interprets the id 4294967295 as "do not change". If a program truncates 4294967296 to
+/// 32 bits, the result is root's id 0.
+fn a_container_is_refused_if_no_user_can_have_its_ids() -> Result {
+    const PASSWD: &str = "4294967296:x:0:0::/:/bin/sh\n-0:x:0:0::/:/bin/sh\n+7:x:0:0::/:/bin/sh\n\
+                          evil:x:4294967295:0::/:/bin/sh\nweb:x:33:34::/:/bin/sh\n";
+    on_a_node(|node| {
+        let pod = node.pod("ids");
+        let pod_id = node.runp(&pod)?;
+        let archive = || {
+            let group = "0:x:0:\nnone:x:4294967295:\n4294967296:x:0:\n";
+            Archive::new()
+                .file("etc/passwd", PASSWD)
+                .file("etc/group", group)
+        };
+        for (name, user, words) in [
+            ("largest", "4294967295", "the user 4294967295 is a number"),
+            ("truncated", "4294967296", "the user 4294967296 is a number"),
+            ("negative", "-0", "the user -0 is a number"),
+            ("positive", "+7", "the user +7 is a number"),
+            (
+                "passwd",
+                "evil",
+                "the id 4294967295, which is not a valid id",
+            ),
+            ("group", "33:4294967296", "the group 4294967296 is a number"),
+            (
+                "group-file",
+                "33:none",
+                "the id 4294967295, which is not a valid id",
+            ),
+        ] {
+            let container = container_of(node, name, &built(archive(), user))?;
+            is_refused(node, (&pod_id, &pod), &container, words)?;
+            // Kubelet accepts a container with `runAsNonRoot` only if the image has a uid other
+            // than 0.
+            let image = container["image"]["image"].as_str().unwrap_or_default();
+            let status = node.json(&["inspecti", image])?["status"].clone();
+            let uid = status.pointer("/uid/value").cloned();
+            let known = user.starts_with("33").then_some(json!("33"));
+            ensure_eq!(
+                uid,
+                known,
+                "the uid of the image with the user {user} ({status})"
+            );
+        }
+        let container = container_of(node, "web", &built(archive(), "web"))?;
+        for (field, value, words) in [
+            (
+                "run_as_username",
+                json!("4294967296"),
+                "the user 4294967296 is a number",
+            ),
+            (
+                "run_as_user",
+                json!({ "value": 4_294_967_296_i64 }),
+                "run_as_user is 4294967296",
+            ),
+            ("run_as_user", json!({ "value": -1 }), "run_as_user is -1"),
+            (
+                "supplemental_groups",
+                json!([4_294_967_295_i64]),
+                "supplemental_groups is 4294967295",
+            ),
+        ] {
+            let mut container = container.clone();
+            container["linux"]["security_context"][field] = value.clone();
+            is_refused(node, (&pod_id, &pod), &container, words)?;
+            if field == "run_as_username" {
+                continue;
+            }
+            let mut pod = node.pod("refused");
+            pod["linux"]["security_context"][field] = value;
+            let failed = node.runp(&pod).err().ok_or("the server created the pod")?;
+            let message = failed.message().unwrap_or_default();
+            ensure!(
+                message.contains(words),
+                "the error about the refused pod does not contain {words:?}: {message}"
+            );
+        }
         Ok(())
     })
 }

@@ -10,6 +10,7 @@ use tar::{GnuExtSparseHeader, GnuSparseHeader, Header};
 
 use super::error::{ArchiveError, malformed, printable};
 use super::pax::{self, EXTENDED_BYTES, Pax, SPARSE_PIECES, decimal};
+use rrun_kernel::device_number;
 
 const BLOCK: usize = 512;
 
@@ -133,6 +134,19 @@ fn id(pax: &Pax, name: &str, in_header: Option<u64>, path: &[u8]) -> Result<u32,
             printable(path)
         )),
     }
+}
+
+/// Returns the major and minor number of a device.
+fn device(header: &Header, path: &[u8]) -> Result<(u32, u32), ArchiveError> {
+    let major = header.device_major().ok().flatten().unwrap_or(0);
+    let minor = header.device_minor().ok().flatten().unwrap_or(0);
+    if !device_number::is_valid(major, minor) {
+        return malformed(format!(
+            "the entry {} has the device number {major}:{minor}, which no device can have",
+            String::from_utf8_lossy(path)
+        ));
+    }
+    Ok((major, minor))
 }
 
 impl<R: Read> TarArchive<R> {
@@ -296,10 +310,7 @@ impl<R: Read> TarArchive<R> {
             .and_then(pax::time)
             .unwrap_or((header.mtime().map_or(0, u64::cast_signed), 0));
         let device = match kind {
-            EntryKind::CharacterDevice | EntryKind::BlockDevice => (
-                header.device_major().ok().flatten().unwrap_or(0),
-                header.device_minor().ok().flatten().unwrap_or(0),
-            ),
+            EntryKind::CharacterDevice | EntryKind::BlockDevice => device(header, &path)?,
             _ => (0, 0),
         };
         let mode = header.mode().unwrap_or(0) & 0o7777;
@@ -616,5 +627,27 @@ mod tests {
         archive.resize(4 * BLOCK, b'\n');
         let sentence = refused(&archive);
         assert!(sentence.contains("map can't be read"), "{sentence}");
+    }
+
+    #[test]
+    fn a_device_number_that_the_kernel_would_truncate_is_refused() -> io::Result<()> {
+        for (major, minor, valid) in [
+            (4095, 1_048_575, true),
+            (4097, 3, false),
+            (1, 1_048_579, false),
+        ] {
+            let mut header = Header::new_ustar();
+            header.set_path("null")?;
+            header.set_entry_type(tar::EntryType::Char);
+            header.set_size(0);
+            header.set_uid(0);
+            header.set_gid(0);
+            header.set_device_major(major)?;
+            header.set_device_minor(minor)?;
+            header.set_cksum();
+            let entry = TarArchive::new(&header.as_bytes()[..]).next_entry();
+            assert_eq!(entry.is_ok(), valid, "{major}:{minor}");
+        }
+        Ok(())
     }
 }

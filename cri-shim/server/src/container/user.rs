@@ -11,6 +11,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
 use rrun_calls::error::{Error, Result};
+use rrun_kernel::id::{self, Named};
 use rrun_kernel::regular_file::{self, Unfit};
 
 /// The maximum size in bytes of the files passwd and group. A larger file is refused, because a
@@ -95,7 +96,7 @@ impl Accounts {
     }
 
     fn group(&self, name: &str) -> Result<u32> {
-        if let Ok(gid) = name.parse() {
+        if let Some(gid) = by_number(name, "group")? {
             return Ok(gid);
         }
         let mut groups = self.groups();
@@ -138,6 +139,12 @@ impl Accounts {
         for group in &context.supplemental_groups {
             groups.push(number(*group, "supplemental_groups")?);
         }
+        let mut ids = std::iter::once(account.uid).chain(groups.iter().copied());
+        if let Some(id) = ids.find(|id| !id::is_valid(*id)) {
+            return Err(Error::invalid(format!(
+                "the image's /etc/passwd or /etc/group gives the user {name:?} the id {id}, which is not a valid id"
+            )));
+        }
         let mut seen = std::collections::HashSet::new();
         groups.retain(|gid| seen.insert(*gid));
         Ok(User {
@@ -150,7 +157,7 @@ impl Accounts {
     /// Returns the account for a user name or a user id. A user id is valid even without an entry
     /// in the image's passwd.
     fn account(&self, name: &str) -> Result<Account<'_>> {
-        let by_number = name.parse::<u32>().ok();
+        let by_number = by_number(name, "user")?;
         let entry = self.users().find(|(known, uid, _)| match by_number {
             Some(number) => *uid == number,
             None => *known == name,
@@ -212,12 +219,25 @@ fn requested_group(
     }
 }
 
-fn number(value: i64, field: &str) -> Result<u32> {
-    // The id u32::MAX is refused, because the kernel interprets (uid_t) -1 as "no change".
+/// Returns a numeric field of a request as an id.
+pub(crate) fn number(value: i64, field: &str) -> Result<u32> {
     u32::try_from(value)
         .ok()
-        .filter(|value| *value != u32::MAX)
+        .filter(|value| id::is_valid(*value))
         .ok_or_else(|| Error::invalid(format!("{field} is {value}, which is not a valid id")))
+}
+
+/// Returns the id if `text` is a number, or `None` if `text` is a name. `kind` is "user" or
+/// "group".
+fn by_number(text: &str, kind: &str) -> Result<Option<u32>> {
+    match Named::parse(text) {
+        Named::Name => Ok(None),
+        Named::Id(id) => Ok(Some(id)),
+        Named::Invalid => Err(Error::invalid(format!(
+            "the {kind} {text} is a number, but not a valid id (0 to {})",
+            id::LARGEST
+        ))),
+    }
 }
 
 #[cfg(test)]
@@ -299,6 +319,38 @@ mod tests {
         let mut both = context(Some(1), None);
         both.run_as_username = "www".into();
         refused.push(all.resolve(Some(&both), ""));
+        let odd = Accounts {
+            passwd: "4294967296:x:0:0::/:\n-0:x:0:0::/:\nevil:x:4294967295:0::/:\n\
+                     gid:x:5:4294967295::/:\nmember:x:6:6::/:\n"
+                .into(),
+            group: "4294967296:x:0:\nnone:x:4294967295:member\n".into(),
+        };
+        for user in [
+            "4294967295",
+            "4294967296",
+            "18446744073709551616",
+            "-0",
+            "-1",
+            "+1000",
+            " 0",
+            "evil",
+            "gid",
+            "member",
+            "0:none",
+            "0:4294967295",
+            "0:4294967296",
+            "0:-0",
+        ] {
+            refused.push(odd.resolve(None, user));
+        }
+        let mut requested = context(None, None);
+        requested.run_as_username = "4294967296".into();
+        refused.push(odd.resolve(Some(&requested), ""));
+        let mut requested = context(Some(0), Some(i64::from(u32::MAX)));
+        refused.push(odd.resolve(Some(&requested), ""));
+        requested.run_as_group = None;
+        requested.supplemental_groups = vec![1 << 32];
+        refused.push(odd.resolve(Some(&requested), ""));
         for result in refused {
             assert!(
                 result.is_err_and(|error| error.code() == tonic::Code::InvalidArgument),

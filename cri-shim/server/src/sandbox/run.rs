@@ -5,12 +5,16 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rrun_proto::v1::{ContainerEventType, PodSandboxConfig, PodSandboxMetadata, SeLinuxOption};
+use rrun_proto::v1::{
+    ContainerEventType, LinuxSandboxSecurityContext, PodSandboxConfig, PodSandboxMetadata,
+    SeLinuxOption,
+};
 
 use super::namespaces::{self, Sharing};
 use super::{RECORD, Sandbox, SandboxRecord, files, pause, stop, sysctl, users, watch};
 use crate::cgroup;
 use crate::clock::now;
+use crate::container::user;
 use crate::id::new_id;
 use crate::node::Node;
 use crate::selinux::categories::LevelHold;
@@ -229,6 +233,28 @@ fn check(node: &Node, config: &PodSandboxConfig, handler: &str) -> Result<Sharin
     Ok(sharing)
 }
 
+/// Rejects ids that no user and no group can have.
+fn check_users(context: &LinuxSandboxSecurityContext) -> Result<()> {
+    let ids = [
+        ("run_as_user", context.run_as_user.as_ref()),
+        ("run_as_group", context.run_as_group.as_ref()),
+    ];
+    let groups = context.supplemental_groups.iter();
+    let ids = ids
+        .into_iter()
+        .filter_map(|(field, id)| Some((field, id?.value)))
+        .chain(groups.map(|gid| ("supplemental_groups", *gid)));
+    for (field, id) in ids {
+        user::number(id, field)?;
+    }
+    if context.run_as_group.is_some() && context.run_as_user.is_none() {
+        return Err(Error::invalid(
+            "the pod's security context sets run_as_group without run_as_user",
+        ));
+    }
+    Ok(())
+}
+
 /// Rejects contradictory or unsupported fields; the error names the field.
 fn check_fields(config: &PodSandboxConfig) -> Result<()> {
     if config.windows.is_some() {
@@ -249,12 +275,8 @@ fn check_fields(config: &PodSandboxConfig) -> Result<()> {
         .linux
         .as_ref()
         .and_then(|linux| linux.security_context.as_ref());
-    if context
-        .is_some_and(|context| context.run_as_group.is_some() && context.run_as_user.is_none())
-    {
-        return Err(Error::invalid(
-            "the pod's security context sets run_as_group without run_as_user",
-        ));
+    if let Some(context) = context {
+        check_users(context)?;
     }
     label::check(context.and_then(|context| context.selinux_options.as_ref()))
 }

@@ -65,7 +65,8 @@ pub(crate) fn check(field: &str, ranges: &[IdMapping]) -> Result<()> {
         return refuse("the container id 0 is not mapped");
     }
     for (at, one) in ranges.iter().enumerate() {
-        let fits = |first: u32| one.length > 0 && first.checked_add(one.length - 1).is_some();
+        // The last id of a range is less than u32::MAX, which is not an id.
+        let fits = |first: u32| one.length > 0 && first.checked_add(one.length).is_some();
         if !fits(one.host_id) || !fits(one.container_id) {
             return refuse("a range is empty or too long");
         }
@@ -151,6 +152,9 @@ mod tests {
             vec![range(1, 1000, 10)],
             vec![range(0, 1000, 0)],
             vec![range(0, u32::MAX, 2)],
+            vec![range(0, u32::MAX, 1)],
+            vec![range(0, u32::MAX - 1, 2)],
+            vec![range(0, 0, u32::MAX), range(u32::MAX, u32::MAX, 1)],
             vec![range(0, 1000, 10), range(10, 1009, 10)],
             vec![range(0, 1000, 10), range(9, 2000, 10)],
         ];

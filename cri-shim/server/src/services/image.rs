@@ -21,6 +21,7 @@ use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_images::{Auth, LayerName};
 use rrun_kernel::heap;
+use rrun_kernel::id::Named;
 
 /// The maximum time that ImageFsInfo waits for the deletion of removed images and containers.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -39,21 +40,30 @@ struct Info<'a> {
     layers: &'a [LayerName],
 }
 
+/// Returns the fields `uid` and `username` for the user `user[:group]` of an image. Kubelet checks
+/// `runAsNonRoot` with the uid. A number that is not a valid uid is therefore a name, which kubelet
+/// does not accept as a user other than root.
+fn user(image_user: &str) -> (Option<Int64Value>, String) {
+    let user = image_user.split(':').next().unwrap_or_default();
+    match Named::parse(user) {
+        Named::Id(uid) => {
+            let value = uid.into();
+            (Some(Int64Value { value }), String::new())
+        }
+        Named::Name | Named::Invalid => (None, user.to_owned()),
+    }
+}
+
 /// Returns the CRI message that describes an image.
 fn message(node: &Node, image: &rrun_images::Image) -> cri::Image {
-    let user = image.config.user.split(':').next().unwrap_or_default();
-    let uid = user.parse::<i64>().ok();
+    let (uid, username) = user(&image.config.user);
     cri::Image {
         id: image.id.clone(),
         repo_tags: image.repo_tags.clone(),
         repo_digests: image.repo_digests.clone(),
         size: node.images.bytes_of(image).max(1),
-        uid: uid.map(|value| Int64Value { value }),
-        username: if uid.is_some() {
-            String::new()
-        } else {
-            user.to_owned()
-        },
+        uid,
+        username,
         spec: None,
         pinned: image.pinned || node.config.image.pinned.hold(image),
     }
@@ -219,5 +229,21 @@ impl ImageService for Image {
             self.node.trash.emptied(REMOVAL_TIMEOUT),
         );
         Ok(Response::new(self.fs_info()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kubelet_gets_a_uid_only_for_a_number_that_the_container_runs_with() {
+        for (image_user, uid) in [("0", 0), ("1000:5", 1000), ("0010", 10)] {
+            let expected = (Some(Int64Value { value: uid }), String::new());
+            assert_eq!(user(image_user), expected, "{image_user}");
+        }
+        for name in ["www", "4294967295", "4294967296", "-0", "+1000", ""] {
+            assert_eq!(user(name), (None, name.to_owned()), "{name}");
+        }
     }
 }
