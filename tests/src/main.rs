@@ -53,6 +53,7 @@ suites! {
         escapes_dev,
         escapes_mounts,
         advisories,
+        escapes_ptrace,
         numbers,
         killed,
         races,

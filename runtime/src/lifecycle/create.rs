@@ -30,6 +30,7 @@ use crate::log;
 use crate::mounts::HostMounts;
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::namespaces::{OpenNamespace, flag, unshare_time};
+use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::Agent;
 use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
@@ -250,7 +251,9 @@ impl<'a> Creation<'a> {
         };
         let (channel, childs_end) = channel::pair()?;
         let cloned = if user && !before_clone.is_empty() {
-            clone_from_intermediate(flags, self.cgroup.as_ref(), before_clone)?
+            let process = (self.unprivileged && !config.namespaces.is_new(Type::User))
+                .then_some(&config.process);
+            clone_from_intermediate(flags, self.cgroup.as_ref(), before_clone, process)?
         } else {
             for join in &before_clone {
                 join.enter()?;
@@ -403,10 +406,14 @@ fn connect_agent(config: &Config, waits: bool) -> Result<Option<Agent<'_>>> {
 /// create the new namespaces with clone3. If rrun itself entered the user namespace, it would lose
 /// its rights on the host. rrun still needs these rights, so an intermediate process does these
 /// steps.
+///
+/// If `process` is given, the intermediate process sets the OOM score adjustment of `process` for
+/// itself, and the first process inherits it.
 fn clone_from_intermediate(
     flags: u64,
     cgroup: Option<&Cgroup>,
     mut before_clone: Vec<OpenNamespace>,
+    process: Option<&Process>,
 ) -> Result<Cloned> {
     // Use a separate channel for the intermediate process. On a shared channel, a message from the
     // first process could arrive before the message from the intermediate process.
@@ -418,9 +425,9 @@ fn clone_from_intermediate(
         Cloned::Child => {
             let guard = NeverReturn;
             before_clone.sort_by_key(OpenNamespace::is_user);
-            let cloned = before_clone
-                .iter()
-                .try_for_each(OpenNamespace::enter)
+            let cloned = process
+                .map_or(Ok(()), Process::apply_own_oom_score_adj)
+                .and_then(|()| before_clone.iter().try_for_each(OpenNamespace::enter))
                 .and_then(|()| {
                     clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
                         .doing(|| "create the container's first process from the intermediate process (clone3)")

@@ -64,6 +64,11 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     // Read the user id before this process enters a user namespace. The user id has another value
     // in that namespace.
     let unprivileged = !rustix::process::geteuid().is_root();
+    if unprivileged {
+        // The new process inherits this value. In the container's user namespace, it could not set
+        // the value itself.
+        request.process.apply_own_oom_score_adj()?;
+    }
     let joined = join_before_clone(&request, unprivileged)?;
     let cgroup_path = match request.sub_cgroup {
         Some(inner) => cgroup::existing_below(&state.cgroup, inner)?,
@@ -75,7 +80,7 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         Cloned::Child => {
             drop(channel);
             drop(agent);
-            run_child(&mut request, childs_end, joined)
+            run_child(&mut request, childs_end, joined, unprivileged)
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
@@ -152,9 +157,14 @@ fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
         .doing(|| "enter the namespaces of the container's first process")
 }
 
-fn run_child(request: &mut ExecRequest<'_>, channel: Channel, joined: u64) -> ! {
+fn run_child(
+    request: &mut ExecRequest<'_>,
+    channel: Channel,
+    joined: u64,
+    unprivileged: bool,
+) -> ! {
     let _guard = NeverReturn;
-    let Err(error) = run_to_execve(request, &channel, joined);
+    let Err(error) = run_to_execve(request, &channel, joined, unprivileged);
     channel.send_error(&error);
     exit_now()
 }
@@ -163,6 +173,7 @@ fn run_to_execve(
     request: &mut ExecRequest<'_>,
     channel: &Channel,
     joined: u64,
+    unprivileged: bool,
 ) -> Result<Infallible> {
     let state = request.state;
     request.descriptors.close_leaked()?;
@@ -181,7 +192,7 @@ fn run_to_execve(
         // This process loses these rights when it enters the user namespace, so the parent sets
         // both.
         channel.wait_for_parent()?;
-    } else {
+    } else if !unprivileged {
         request.process.apply_oom_score_adj("self")?;
     }
     request.process.scheduling.apply_final_affinity()?;

@@ -12,7 +12,6 @@ use std::path::Path;
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
 use rustix::fs::Mode;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
-use rustix::process::DumpableBehavior;
 
 use crate::config::{Config, hooks};
 use crate::error::{Context, Result};
@@ -31,6 +30,7 @@ use crate::process::scheduling::leave_callers_cpus;
 use crate::process::terminal::Terminal;
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::child::{NeverReturn, exit_now};
+use crate::sys::dumpable::set_dumpable;
 use crate::sys::syscalls::{self, Execution};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
@@ -197,18 +197,7 @@ impl Init<'_> {
             join.enter()?;
         }
         if config.needs_parent() {
-            // An unprivileged parent can open this process's files in /proc only if this process is
-            // dumpable. Being dumpable is safe at this point, because no program of the container
-            // runs yet.
-            if self.unprivileged {
-                rustix::process::set_dumpable_behavior(DumpableBehavior::Dumpable)
-                    .doing(|| "allow the parent process to open this process's files in /proc")?;
-            }
-            self.channel.wait_for_parent()?;
-            if self.unprivileged {
-                rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-                    .doing(|| "prevent other processes from opening this process's files in /proc (PR_SET_DUMPABLE)")?;
-            }
+            self.wait_for_parent()?;
         }
         if new_user {
             become_root_of_user_namespace()?;
@@ -231,6 +220,22 @@ impl Init<'_> {
                 .doing(|| format!("set domainname {name}"))?;
         }
         Ok(())
+    }
+
+    /// Waits until the parent has done its part.
+    ///
+    /// An unprivileged parent writes the id maps of a new user namespace through this process's
+    /// files in /proc. The kernel allows this only if this process is dumpable. In a new user
+    /// namespace, this process can be dumpable, because no other process is in the namespace yet.
+    /// In an existing user namespace, a process of another container could then trace this process
+    /// (ptrace(2)) and use its open files. So this process remains undumpable there.
+    fn wait_for_parent(&self) -> Result<()> {
+        if !self.unprivileged || !self.config.namespaces.is_new(Type::User) {
+            return self.channel.wait_for_parent();
+        }
+        set_dumpable(true)?;
+        self.channel.wait_for_parent()?;
+        set_dumpable(false)
     }
 
     /// Builds the container's root and mounts all file systems in it. This function does not change

@@ -110,15 +110,22 @@ impl Task<'_> {
             Task::Create {
                 config, state, dir, ..
             } => {
-                if config.namespaces.is_new(Type::User) {
-                    if rustix::process::geteuid().is_root() {
+                let new_user = config.namespaces.is_new(Type::User);
+                let root = rustix::process::geteuid().is_root();
+                if new_user {
+                    if root {
                         config.id_maps.write(state.pid, "linux.")?;
                     } else {
                         config.id_maps.write_unprivileged(state.pid, "linux.")?;
                     }
                 }
                 if config.namespaces.own(Type::User) {
-                    config.process.apply_oom_score_adj(&state.pid.to_string())?;
+                    // In an existing user namespace, the child's files in /proc belong to root. If
+                    // rrun's caller is not root, the intermediate process has already set the
+                    // value, and the child has inherited it.
+                    if new_user || root {
+                        config.process.apply_oom_score_adj(&state.pid.to_string())?;
+                    }
                     config.process.apply_limits(state.pid)?;
                 }
                 net_devices::attach(&config.net_devices, state.pid)?;

@@ -23,9 +23,9 @@ use std::path::Path;
 
 use rustix::fs::{Access, AtFlags, CWD, MemfdFlags, Mode, OFlags, SealFlags};
 use rustix::io::Errno;
-use rustix::process::DumpableBehavior;
 
 use crate::error::{Context, Error, Reason as _, Result};
+use crate::sys::dumpable::set_dumpable;
 use crate::sys::syscalls::{execveat, ignore_signal};
 
 const OWN_EXECUTABLE: &str = "/proc/self/exe";
@@ -92,12 +92,7 @@ pub(crate) fn protect(words: &[&'static CStr]) -> Result<()> {
     // rrun sets its process name, because the kernel uses the descriptor's number as the process
     // name after execveat(2).
     rustix::thread::set_name(c"rrun").doing(|| "set the name of this process")?;
-    make_undumpable()
-}
-
-fn make_undumpable() -> Result<()> {
-    rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
-        .doing(|| "prevent other processes from inspecting this process")
+    set_dumpable(false)
 }
 
 /// Protects rrun's executable file if rrun's caller is not root and so cannot create mounts. The
@@ -118,7 +113,7 @@ fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     let own = stat.st_uid == rustix::process::geteuid().as_raw()
         || rustix::fs::accessat(CWD, OWN_EXECUTABLE, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
     if is_sealed || !own {
-        return make_undumpable();
+        return set_dumpable(false);
     }
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let copy = rustix::fs::memfd_create("rrun", flags).doing(doing)?;

@@ -23,6 +23,7 @@ use crate::process::lsm::Labels;
 use crate::process::memory_policy::MemoryPolicy;
 use crate::process::personality::Personality;
 use crate::process::scheduling::Scheduling;
+use crate::sys::dumpable::set_dumpable;
 use crate::sys::syscalls;
 use rrun_kernel::procfs::Procfs;
 use rrun_kernel::{errno, id};
@@ -171,6 +172,18 @@ impl Process {
         Procfs::open()?
             .write(&format!("{process}/oom_score_adj"), &adj.to_string())
             .doing(|| format!("set process.oomScoreAdj to {adj}"))
+    }
+
+    /// Sets the OOM score adjustment of the calling process, which can belong to a user other than
+    /// root. Such a process can write to its own files in /proc only while it is dumpable. So the
+    /// process must call this function before it enters a namespace of a container.
+    pub(crate) fn apply_own_oom_score_adj(&self) -> Result<()> {
+        if self.oom_score_adj.is_none() {
+            return Ok(());
+        }
+        set_dumpable(true)?;
+        self.apply_oom_score_adj("self")?;
+        set_dumpable(false)
     }
 
     /// Permanently sets the group ids, the user ids and the capabilities of the calling process. If

@@ -4,6 +4,7 @@
 pub(crate) mod child;
 pub(crate) mod clone;
 pub(crate) mod device_number;
+pub(crate) mod dumpable;
 pub(crate) mod files;
 pub(crate) mod number_list;
 pub(crate) mod path;

@@ -13,7 +13,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::sys::ptrace;
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
 
 use super::InsideError;
 use crate::support::machine::full;
@@ -28,6 +32,7 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
         ["overwrite", seconds] => overwrite(Duration::from_secs_f64(seconds.parse()?)),
         ["pry", seconds] => pry(Duration::from_secs_f64(seconds.parse()?)),
         ["seize", seconds] => seize(Duration::from_secs_f64(seconds.parse()?)),
+        ["trace"] => trace(),
         _ => Err("unknown attack".into()),
     }
 }
@@ -142,8 +147,6 @@ fn pry(time: Duration) -> Result<(), InsideError> {
 /// Tries to take control of each process of rrun that enters the container, before the process
 /// executes the container's program.
 fn seize(time: Duration) -> Result<(), InsideError> {
-    use nix::sys::ptrace;
-
     let is_rrun = |process: &Path| {
         fs::read_to_string(process.join("comm")).is_ok_and(|name| name == "rrun\n")
     };
@@ -159,7 +162,7 @@ fn seize(time: Duration) -> Result<(), InsideError> {
             if !is_rrun(&process) || !seen.insert(id) {
                 continue;
             }
-            let pid = nix::unistd::Pid::from_raw(id);
+            let pid = Pid::from_raw(id);
             let seized =
                 ptrace::seize(pid, ptrace::Options::empty()).and_then(|()| ptrace::interrupt(pid));
             if seized.is_ok() && is_rrun(&process) {
@@ -172,6 +175,41 @@ fn seize(time: Duration) -> Result<(), InsideError> {
         seen.len()
     ));
     Ok(())
+}
+
+/// Tries forever to trace each process that does not execute the program `inside`. The attack
+/// prints a line for each process that it traced, and for each process that the kernel protected.
+fn trace() -> Result<(), InsideError> {
+    say("ready");
+    let name = |process: &Path| fs::read_to_string(process.join("comm")).unwrap_or_default();
+    let own = name(Path::new("/proc/self"));
+    let mut protected = BTreeSet::new();
+    loop {
+        for process in others() {
+            let pid = process
+                .file_name()
+                .and_then(|pid| pid.to_str()?.parse().ok());
+            let (Some(pid), true) = (pid.map(Pid::from_raw), name(&process) != own) else {
+                continue;
+            };
+            match ptrace::seize(pid, ptrace::Options::empty()) {
+                Ok(()) => {
+                    let traced = name(&process);
+                    if traced != own {
+                        say(&format!("traces {pid}, which is {}", traced.trim()));
+                    }
+                    // A process that is still traced could not exit.
+                    let _ = ptrace::interrupt(pid);
+                    let _ = waitpid(pid, Some(WaitPidFlag::__WALL));
+                    let _ = ptrace::detach(pid, None);
+                }
+                Err(Errno::EPERM) if protected.insert(pid) => {
+                    say(&format!("may not trace {pid}"));
+                }
+                Err(_) => {}
+            }
+        }
+    }
 }
 
 /// A thread that repeatedly exchanges two paths with renameat2(2), as fast as possible. Dropping
