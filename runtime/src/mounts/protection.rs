@@ -67,13 +67,15 @@ pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Creates an empty, read-only tmpfs without attaching it.
+/// Creates an empty, read-only tmpfs without attaching it. The limits leave no room for files,
+/// because a container with CAP_SYS_ADMIN can make the tmpfs writable.
 fn empty_tmpfs(label: Option<&str>) -> std::result::Result<OwnedFd, Errno> {
     let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     if let Some(label) = label {
         rustix::mount::fsconfig_set_string(&fs, "context", label)?;
     }
     rustix::mount::fsconfig_set_string(&fs, "nr_blocks", "1")?;
+    rustix::mount::fsconfig_set_string(&fs, "nr_inodes", "1")?;
     rustix::mount::fsconfig_create(&fs)?;
     rustix::mount::fsmount(
         &fs,

@@ -28,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(cve_2024_45310_the_runtime_creates_nothing_on_the_host),
     test!(cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys),
+    test!(a_masked_directory_has_no_room_for_files),
 ];
 
 /// Fills `dir` with files and directories that have the names of those in /proc. The directories
@@ -308,6 +309,25 @@ fn cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys() -> Resul
         fs::remove_dir(bundle.join("rootfs").join(name))?;
         symlink(to, bundle.join("rootfs").join(name))?;
         bundle.call(&["run"])?.exits(1)?;
+    }
+    Ok(())
+}
+
+fn a_masked_directory_has_no_room_for_files() -> Result {
+    let mut bundle = Bundle::new(&["cat", "/proc/self/mountinfo"])?;
+    let directories = ["/sys/firmware", "/data"];
+    bundle.set("/linux/maskedPaths", json!(directories));
+    let mounts = bundle.run()?.stdout;
+    for directory in directories {
+        let place = format!(" {directory} ");
+        let mount = mounts.lines().find(|line| line.contains(&place));
+        let mount = mount.ok_or(format!("{directory} is not masked:\n{mounts}"))?;
+        // A container with CAP_SYS_ADMIN can make the mount writable. The only inode is the root
+        // directory of the mount.
+        ensure!(
+            mount.contains("nr_inodes=1") && mount.contains("size=4k"),
+            "the file system at the masked {directory} has room for files: {mount}"
+        );
     }
     Ok(())
 }
