@@ -221,13 +221,20 @@ impl Config {
         self.cgroups_path.as_os_str().is_empty() && limits == LinuxResources::default()
     }
 
-    /// Returns whether rrun creates the files in the container's /dev. If /dev is a bind mount,
+    /// Returns whether rrun creates the files in the container's /dev. If /dev is the host's /dev,
     /// rrun does not create these files.
     pub(crate) fn fills_dev(&self) -> bool {
-        !self
+        !self.mounts.iter().any(Mount::is_hosts_dev)
+    }
+
+    /// Returns whether rrun creates the files of /dev in the root file system's own directory /dev,
+    /// or mounts a file system below this directory.
+    pub(crate) fn uses_dev_of_rootfs(&self) -> bool {
+        let first = self
             .mounts
             .iter()
-            .any(|mount| mount.is_bind() && mount.destination == Path::new("/dev"))
+            .find(|mount| mount.destination.starts_with("/dev"));
+        self.fills_dev() && !first.is_some_and(Mount::is_new_dev)
     }
 
     /// Returns whether the first process must wait for its parent. The parent on the host does the

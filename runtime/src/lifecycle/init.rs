@@ -278,6 +278,9 @@ impl Init<'_> {
             // `/`, a recursive bind mount of `/` would include the container's root.
             None => attach_root(clone_root(&config.rootfs)?, &config.rootfs)?,
         };
+        if config.uses_dev_of_rootfs() {
+            devices::record_dev(&mut rootfs)?;
+        }
         for (index, mount) in config.mounts.iter().enumerate() {
             let prepared = self
                 .host_mounts

@@ -128,7 +128,12 @@ impl Mount {
             // A directory that does not exist yet has no contents or mode to inherit.
             let exists = !inherits || rootfs.open(&self.destination, OFlags::PATH).is_ok();
             inherits &= exists;
-            let target = rootfs.mount_target(&self.destination, kind)?;
+            let target = if self.is_new_dev() {
+                rootfs.record_dev(&stat);
+                rootfs.make_dev()?
+            } else {
+                rootfs.mount_target(&self.destination, kind)?
+            };
             self.refuse_inside_proc(&target, &mount)?;
             target
         };

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
@@ -96,13 +96,19 @@ pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
     Ok(devices)
 }
 
+/// Records the directory /dev of the root file system, if rrun will create device files there.
+pub(crate) fn record_dev(rootfs: &mut Rootfs) -> Result<()> {
+    let dev = rootfs.make_dev()?;
+    let stat = rustix::fs::fstat(&dev).doing(|| "stat /dev in the container")?;
+    rootfs.record_dev(&stat);
+    Ok(())
+}
+
 /// Creates the device nodes and links. Device nodes cannot be created in a user namespace, so if
 /// `bind` is true, rrun bind-mounts the host's device nodes instead of creating new nodes. The file
 /// mode creation mask (umask) must be 0.
 pub(crate) fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()> {
-    let dev = rootfs
-        .open(Path::new("/dev"), OFlags::PATH | OFlags::DIRECTORY)
-        .doing(|| "open /dev in the container")?;
+    let dev = rootfs.open_dev()?;
     for device in devices {
         device
             .make(rootfs, &dev, bind)

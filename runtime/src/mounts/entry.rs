@@ -151,8 +151,22 @@ impl Mount {
     /// Returns whether rrun might need to create mount points inside this mount. Like runc, rrun
     /// attaches all mounts before it makes such a mount read-only.
     pub(super) fn is_written_first(&self) -> bool {
-        let is_dev = self.destination == Path::new("/dev");
-        (self.typ == "tmpfs" || is_dev) && !self.is_bind()
+        (self.typ == "tmpfs" && !self.is_bind()) || self.is_new_dev()
+    }
+
+    /// Returns whether this mount is a new file system at /dev, in which rrun creates device files.
+    pub(crate) fn is_new_dev(&self) -> bool {
+        self.is_at_dev() && !self.is_bind()
+    }
+
+    /// Returns whether this mount is the host's /dev. rrun must not change the files of the host's
+    /// /dev.
+    pub(crate) fn is_hosts_dev(&self) -> bool {
+        self.is_at_dev() && (self.is_bind() || self.typ == "devtmpfs")
+    }
+
+    fn is_at_dev(&self) -> bool {
+        self.destination == Path::new("/dev") && !self.options.remount
     }
 
     /// Returns true if the creation of this mount certainly does not open a device.
@@ -227,5 +241,20 @@ mod tests {
             let error = read(json).unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
         }
+    }
+
+    #[test]
+    fn a_bind_mount_and_a_devtmpfs_at_dev_are_the_hosts_dev() {
+        let dev = |json: &str| read(&format!(r#"{{"destination":"/dev/.",{json}}}"#)).unwrap();
+        let tmpfs = dev(r#""type":"tmpfs""#);
+        assert!(tmpfs.is_new_dev() && !tmpfs.is_hosts_dev());
+        for json in [
+            r#""type":"none","source":"/dev","options":["rbind"]"#,
+            r#""type":"devtmpfs""#,
+        ] {
+            assert!(dev(json).is_hosts_dev(), "{json}");
+        }
+        let remount = dev(r#""type":"tmpfs","options":["remount","ro"]"#);
+        assert!(!remount.is_new_dev() && !remount.is_hosts_dev());
     }
 }

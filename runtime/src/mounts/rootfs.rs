@@ -11,11 +11,13 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, RawMode, ResolveFlags, Stat};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+
+const DEV: &str = "/dev";
 
 /// The maximum number of symbolic links that rrun follows in a path. The kernel has the same limit.
 const MAX_LINKS: usize = 40;
@@ -29,9 +31,23 @@ pub(crate) struct Rootfs {
     fd: OwnedFd,
     /// The mounts of the kernel's own files, such as /proc and /sys, each with its path.
     kernel_mounts: Vec<(PathBuf, OwnedFd)>,
+    /// The root directory, if rrun attaches mounts in this file system.
+    root: Option<FileId>,
+    /// The directory in which rrun creates the files of /dev. `None` until this directory is known.
+    dev: Option<FileId>,
     /// The mounts that become read-only after all mounts are attached, each with a description for
     /// error messages.
     read_only_later: Vec<(String, OwnedFd)>,
+}
+
+/// The device number of a file's file system, and the file's inode number.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct FileId(u64, u64);
+
+impl FileId {
+    fn of(stat: &Stat) -> FileId {
+        FileId(stat.st_dev, stat.st_ino)
+    }
 }
 
 /// The kind of file that a mount requires at its destination.
@@ -53,6 +69,8 @@ impl Rootfs {
         Rootfs {
             fd,
             kernel_mounts: Vec::new(),
+            root: None,
+            dev: None,
             read_only_later: Vec::new(),
         }
     }
@@ -111,15 +129,74 @@ impl Rootfs {
         open_in(&self.fd, path, flags, ResolveFlags::NO_SYMLINKS)
     }
 
+    /// Opens the container's directory /dev, in which rrun creates device files and removes the
+    /// file ptmx. A link at /dev could lead to a volume, which is a directory of the host. So rrun
+    /// refuses a link.
+    pub(crate) fn open_dev(&self) -> Result<OwnedFd> {
+        self.find_dev()?.ok_or_else(|| {
+            let reason = Errno::NOENT.reason();
+            Error::new(format!("open /dev in the container: {reason}"))
+        })
+    }
+
+    /// Opens the container's directory /dev like [`Rootfs::open_dev`]. A missing /dev is created.
+    pub(crate) fn make_dev(&self) -> Result<OwnedFd> {
+        match self.find_dev()? {
+            Some(dev) => Ok(dev),
+            None => self.make_directory(Path::new(DEV)),
+        }
+    }
+
+    fn find_dev(&self) -> Result<Option<OwnedFd>> {
+        match self.open_without_links(Path::new(DEV), OFlags::PATH | OFlags::DIRECTORY) {
+            Err(Errno::NOENT) => Ok(None),
+            Err(Errno::LOOP) => refuse!(
+                "/dev in the container is a symbolic link, and rrun creates device files only in a directory of the container"
+            ),
+            found => found.map(Some).doing(|| "open /dev in the container"),
+        }
+    }
+
+    /// Records the directory /dev in which rrun will create device files. After this call, mounts
+    /// on this directory are refused, because they would replace the directory.
+    pub(crate) fn record_dev(&mut self, stat: &Stat) {
+        self.dev = Some(FileId::of(stat));
+    }
+
+    /// Records the root directory. After this call, mounts on the root directory are refused. Such
+    /// a mount would not be the root of the container's first process, but it would be the root of
+    /// processes that `exec` creates.
+    pub(crate) fn record_root(&mut self) -> Result<()> {
+        let stat = rustix::fs::fstat(&self.fd).doing(|| "stat the container's root directory")?;
+        self.root = Some(FileId::of(&stat));
+        Ok(())
+    }
+
     /// Returns a descriptor (O_PATH) of the mount point at `path`. If the mount point is missing,
     /// this function follows the symbolic links in `path` and creates the mount point at the
     /// resulting path.
+    ///
+    /// # Errors
+    /// Fails if a link leads to the root directory, or to the directory /dev in which rrun creates
+    /// device files. The mount could be a volume, and rrun would then create the device files on
+    /// the host.
     pub(crate) fn mount_target(&self, path: &Path, target: MountTarget) -> Result<OwnedFd> {
         let found = match self.open(path, OFlags::PATH) {
             Err(Errno::NOENT) => self.make(path, target),
             result => result.doing(|| format!("open {} in the container", path.display())),
         }?;
-        let is_directory = file_type(&found, path)? == FileType::Directory;
+        let stat = attributes(&found, path)?;
+        let id = Some(FileId::of(&stat));
+        if id == self.root {
+            refuse!(
+                "{} in the container leads to the root directory",
+                path.display()
+            );
+        }
+        if id == self.dev && path != Path::new(DEV) {
+            refuse!("{} in the container leads to /dev", path.display());
+        }
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
         match target {
             MountTarget::Directory if !is_directory => {
                 refuse!("{} in the container is not a directory", path.display())
@@ -146,7 +223,8 @@ impl Rootfs {
             ),
             result => {
                 let found = result.doing(|| format!("open {} in the container", path.display()))?;
-                if file_type(&found, path)? != FileType::Directory {
+                let stat = attributes(&found, path)?;
+                if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
                     refuse!("{} in the container is not a directory", path.display());
                 }
                 Ok(found)
@@ -358,9 +436,8 @@ fn components_backwards(path: &Path) -> Vec<OsString> {
         .collect()
 }
 
-fn file_type(fd: &OwnedFd, path: &Path) -> Result<FileType> {
-    let stat: Stat = rustix::fs::fstat(fd).doing(|| format!("stat {}", path.display()))?;
-    Ok(FileType::from_raw_mode(stat.st_mode as RawMode))
+fn attributes(fd: &OwnedFd, path: &Path) -> Result<Stat> {
+    rustix::fs::fstat(fd).doing(|| format!("stat {}", path.display()))
 }
 
 #[cfg(test)]

@@ -72,7 +72,9 @@ pub(crate) fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
 pub(crate) fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
     rustix::mount::move_mount(&root, "", CWD, at, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
         .doing(|| format!("mount the container's root on {}", at.display()))?;
-    Ok(Rootfs::new(root))
+    let mut rootfs = Rootfs::new(root);
+    rootfs.record_root()?;
+    Ok(rootfs)
 }
 
 /// Unmounts every procfs and sysfs of the old root. Otherwise a process in a user namespace could

@@ -33,6 +33,12 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Rrun,
         Need::Program("strace")
     ),
+    test!(
+        the_runtime_creates_no_devices_in_a_volume_to_which_a_link_at_dev_leads,
+        Need::Rrun
+    ),
+    test!(a_volume_must_not_replace_dev_through_a_link, Need::Rrun),
+    test!(the_runtime_does_not_change_the_hosts_dev, Need::Rrun),
 ];
 
 /// Creates a volume for /dev with the usual device nodes. Each test adds the attacker's files to
@@ -353,5 +359,118 @@ fn the_runtime_opens_no_device_file_in_a_root_file_system() -> Result {
     only_looked_up(&traces, "node")?;
     let looked_up = only_looked_up(&traces, "etc/passwd")?;
     ensure!(looked_up, "the runtime did not look up /etc/passwd");
+    Ok(())
+}
+
+/// Returns a directory of the host that contains only the regular file `ptmx`.
+fn volume_with_ptmx() -> Result<Directory> {
+    let volume = Directory::new("volume")?;
+    fs::write(volume.join("ptmx"), "kept")?;
+    Ok(volume)
+}
+
+/// Checks that the runtime refuses the container, and that it does not change the volume.
+fn refused_without_changes(bundle: &Bundle, volume: &Directory, words: &str) -> Result {
+    bundle.write_config()?;
+    refused(bundle, &[words])?;
+    let mut names = Vec::new();
+    for entry in fs::read_dir(volume.path())? {
+        names.push(entry?.file_name());
+    }
+    ensure_eq!(names, ["ptmx"], "the files in the volume of the host");
+    ensure_eq!(
+        fs::read_to_string(volume.join("ptmx"))?,
+        "kept",
+        "the content of a file in the volume of the host"
+    );
+    Ok(())
+}
+
+fn bind(source: &Path, destination: &str) -> Value {
+    json!({
+        "destination": destination, "type": "bind", "source": source, "options": ["rbind"],
+    })
+}
+
+fn the_runtime_creates_no_devices_in_a_volume_to_which_a_link_at_dev_leads() -> Result {
+    let volume = volume_with_ptmx()?;
+    for target in [
+        "/data",
+        "data",
+        "../../data",
+        "/data/below",
+        "/other",
+        "dev",
+    ] {
+        for volume_is_first in [false, true] {
+            let mut bundle = Bundle::new(&["exit", "0"])?;
+            fs::remove_dir(bundle.join("rootfs/dev"))?;
+            symlink(target, bundle.join("rootfs/dev"))?;
+            symlink("data", bundle.join("rootfs/other"))?;
+            bundle.add("/mounts", bind(volume.path(), "/data"));
+            if volume_is_first && let Some(mounts) = bundle.config["mounts"].as_array_mut() {
+                mounts.rotate_right(1);
+            }
+            let refusal = "/dev in the container is a symbolic link";
+            refused_without_changes(&bundle, &volume, refusal)?;
+            // The mounts below /dev come before the mount at /dev.
+            if let Some(mounts) = bundle.config["mounts"].as_array_mut() {
+                mounts.reverse();
+                mounts.sort_by_key(|mount| mount["destination"] != "/data");
+            }
+            refused_without_changes(&bundle, &volume, refusal)?;
+            remove_dev_mounts(&mut bundle);
+            refused_without_changes(&bundle, &volume, refusal)?;
+        }
+    }
+    Ok(())
+}
+
+fn a_volume_must_not_replace_dev_through_a_link() -> Result {
+    let volume = volume_with_ptmx()?;
+    for target in ["/dev", "dev", "tmp/../dev"] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        symlink(target, bundle.join("rootfs/link"))?;
+        bundle.add("/mounts", bind(volume.path(), "/link"));
+        refused_without_changes(&bundle, &volume, "/link in the container leads to /dev")?;
+        remove_dev_mounts(&mut bundle);
+        refused_without_changes(&bundle, &volume, "/link in the container leads to /dev")?;
+    }
+    // The link can lead to another directory of the container.
+    let mut bundle = Bundle::new(&["cat", "/data/ptmx"])?;
+    symlink("/data", bundle.join("rootfs/link"))?;
+    bundle.add("/mounts", bind(volume.path(), "/link"));
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "kept",
+        "the content of a file in the volume"
+    );
+    Ok(())
+}
+
+fn the_runtime_does_not_change_the_hosts_dev() -> Result {
+    let names = || -> Result<Vec<_>> {
+        let mut all = Vec::new();
+        for entry in fs::read_dir("/dev")? {
+            let entry = entry?;
+            all.push((
+                entry.file_name(),
+                entry.file_type()?,
+                fs::read_link(entry.path()).ok(),
+            ));
+        }
+        all.sort_by(|(one, ..), (other, ..)| one.cmp(other));
+        Ok(all)
+    };
+    let before = names()?;
+    let mut bundle = Bundle::new(&["stat", "/dev/null"])?;
+    remove_dev_mounts(&mut bundle);
+    bundle.add("/mounts", bind(Path::new("/dev"), "/dev"));
+    ensure_eq!(
+        bundle.run()?.json()?["device"],
+        json!([1, 3]),
+        "the number of the device /dev/null"
+    );
+    ensure_eq!(names()?, before, "the files in the host's /dev");
     Ok(())
 }

@@ -12,6 +12,7 @@ use crate::support::bundle::Bundle;
 use crate::support::inside::attacker::{Exchange, rounds};
 use crate::support::machine::{Directory, Result, note};
 use crate::support::needs::{Need, Test};
+use crate::support::refusals::refused;
 use crate::support::secret::{SECRET, Secret};
 use crate::{ensure, ensure_eq, test};
 
@@ -29,6 +30,7 @@ pub(crate) const TESTS: &[Test] = &[
     test!(cve_2024_45310_the_runtime_creates_nothing_on_the_host),
     test!(cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys),
     test!(a_masked_directory_has_no_room_for_files),
+    test!(a_mount_must_not_replace_the_root_directory_through_a_link),
 ];
 
 /// Fills `dir` with files and directories that have the names of those in /proc. The directories
@@ -328,6 +330,21 @@ fn a_masked_directory_has_no_room_for_files() -> Result {
             mount.contains("nr_inodes=1") && mount.contains("size=4k"),
             "the file system at the masked {directory} has room for files: {mount}"
         );
+    }
+    Ok(())
+}
+
+fn a_mount_must_not_replace_the_root_directory_through_a_link() -> Result {
+    let volume = Directory::new("volume")?;
+    for target in ["/", ".", "../../..", "/data/.."] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        symlink(target, bundle.join("rootfs/up"))?;
+        bundle.add(
+            "/mounts",
+            json!({ "destination": "/up", "type": "bind", "source": volume.path(), "options": ["rbind"] }),
+        );
+        bundle.write_config()?;
+        refused(&bundle, &[])?;
     }
     Ok(())
 }
