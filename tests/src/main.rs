@@ -55,6 +55,7 @@ suites! {
         advisories,
         escapes_ptrace,
         numbers,
+        long_lists,
         killed,
         races,
         limits,

@@ -1,6 +1,7 @@
 //! The cgroup controllers that a container's limits need. This module finds these controllers and
 //! enables them.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 
 use oci_spec::runtime::LinuxResources;
@@ -19,7 +20,10 @@ const DEFAULT_SHARES: u64 = 1024;
 
 /// A list of controllers, each with the first field of config.json that needs the controller.
 #[derive(Default)]
-struct NeededControllers(Vec<(String, String)>);
+struct NeededControllers {
+    list: Vec<(String, String)>,
+    names: BTreeSet<String>,
+}
 
 /// Returns the controllers that the limits need. The second string of each pair is the first field
 /// that needs the controller. A value that means "unlimited" does not need a controller: see
@@ -58,14 +62,14 @@ pub(super) fn needed(resources: &LinuxResources) -> Vec<(String, String)> {
             needed.add(controller, &format!("unified {key}"));
         }
     }
-    needed.0
+    needed.list
 }
 
 impl NeededControllers {
     fn add(&mut self, controller: &str, field: &str) {
-        if !self.0.iter().any(|(known, _)| known == controller) {
+        if self.names.insert(controller.to_owned()) {
             let field = format!("linux.resources.{field}");
-            self.0.push((controller.to_owned(), field));
+            self.list.push((controller.to_owned(), field));
         }
     }
 

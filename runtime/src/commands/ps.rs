@@ -1,3 +1,5 @@
+use std::collections::BTreeSet;
+
 use crate::arguments::{Arguments, value};
 use crate::cgroup;
 use crate::commands::globals::{Command, Globals, print};
@@ -45,10 +47,11 @@ fn table(pids: &[i32], options: &[String]) -> Result<String> {
         refuse!("run ps: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     let text = String::from_utf8_lossy(&output.stdout);
-    filtered(&text, pids).ok_or_else(|| Error::new("run ps: the output of ps has no PID column"))
+    let pids = pids.iter().copied().collect();
+    filtered(&text, &pids).ok_or_else(|| Error::new("run ps: the output of ps has no PID column"))
 }
 
-fn filtered(text: &str, pids: &[i32]) -> Option<String> {
+fn filtered(text: &str, pids: &BTreeSet<i32>) -> Option<String> {
     let mut lines = text.lines();
     let heading = lines.next()?;
     let column = heading.split_whitespace().position(|word| word == "PID")?;
@@ -75,9 +78,9 @@ mod tests {
         let text =
             "UID   PID PPID CMD\nroot    1    0 init\nroot   42    1 sh -c x 7\nroot    7    1 y\n";
         assert_eq!(
-            filtered(text, &[42]).unwrap(),
+            filtered(text, &BTreeSet::from([42])).unwrap(),
             "UID   PID PPID CMD\nroot   42    1 sh -c x 7\n"
         );
-        assert!(filtered("no heading\n", &[1]).is_none());
+        assert!(filtered("no heading\n", &BTreeSet::from([1])).is_none());
     }
 }

@@ -1,5 +1,6 @@
 //! Device nodes and symbolic links in a container's /dev.
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -46,8 +47,8 @@ const LINKS: [(&str, &str); 4] = [
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// Returns the devices of a container: the defaults, and the entries of `linux.devices`. An entry
-/// of `linux.devices` replaces a default device that has the same path.
+/// Returns the devices of a container: the defaults, and the entries of `linux.devices`. If several
+/// devices have the same path, the last one is kept.
 pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
     let mut devices: Vec<Device> = DEFAULTS
         .iter()
@@ -81,7 +82,7 @@ pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
                 refuse!("{}: {id} is not a valid user or group id", field());
             }
         }
-        let device = Device {
+        devices.push(Device {
             path: cleaned(device.path()),
             kind,
             major,
@@ -89,11 +90,20 @@ pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
             mode: device.file_mode().unwrap_or(0o666) & 0o7777,
             uid,
             gid,
-        };
-        devices.retain(|other| other.path != device.path);
-        devices.push(device);
+        });
     }
-    Ok(devices)
+    Ok(keep_last(devices))
+}
+
+fn keep_last(devices: Vec<Device>) -> Vec<Device> {
+    let mut later = BTreeSet::new();
+    let mut kept: Vec<Device> = devices
+        .into_iter()
+        .rev()
+        .filter(|device| later.insert(device.path.clone()))
+        .collect();
+    kept.reverse();
+    kept
 }
 
 /// Records the directory /dev of the root file system, if rrun will create device files there.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType};
 use rustix::io::Errno;
@@ -18,11 +18,9 @@ use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 /// other file with /dev/null. A path that does not exist is skipped.
 pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
     let mut empty: Option<OwnedFd> = None;
-    let mut seen = BTreeSet::new();
-    // A path that is listed twice is covered only once.
-    for path in paths.iter().filter(|path| seen.insert(*path)) {
-        let doing = || format!("mask {path} (linux.maskedPaths)");
-        let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
+    for path in distinct(paths) {
+        let doing = || format!("mask {} (linux.maskedPaths)", path.display());
+        let target = match rootfs.open_to_protect(&path) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
             result => result.doing(doing)?,
         };
@@ -54,9 +52,9 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
 
 /// Makes the paths of `linux.readonlyPaths` read-only, with all mounts below them.
 pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
-    for path in paths {
-        let doing = || format!("make {path} read-only (linux.readonlyPaths)");
-        let target = match rootfs.open_to_protect(&cleaned(Path::new(path))) {
+    for path in distinct(paths) {
+        let doing = || format!("make {} read-only (linux.readonlyPaths)", path.display());
+        let target = match rootfs.open_to_protect(&path) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
             result => result.doing(doing)?,
         };
@@ -65,6 +63,14 @@ pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
         move_mount(&copy, &target).doing(doing)?;
     }
     Ok(())
+}
+
+/// Returns the paths in their first order, but each path only once. A second mount on the same file
+/// would have no effect. With many mounts on the same file, each further mount would take longer.
+fn distinct(paths: &[String]) -> impl Iterator<Item = PathBuf> {
+    let mut seen = BTreeSet::new();
+    let paths = paths.iter().map(|path| cleaned(Path::new(path)));
+    paths.filter(move |path| seen.insert(path.clone()))
 }
 
 /// Creates an empty, read-only tmpfs without attaching it. The limits leave no room for files,

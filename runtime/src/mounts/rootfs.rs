@@ -6,6 +6,7 @@
 //! instead of the path, because the path can lead to another file after a rename. rrun creates
 //! directories with the crate `pathrs`, which follows the same rules for each directory.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
@@ -29,8 +30,8 @@ const LOOKUP_RETRIES: usize = 128;
 /// The root directory of a container's file system, as a descriptor.
 pub(crate) struct Rootfs {
     fd: OwnedFd,
-    /// The mounts of the kernel's own files, such as /proc and /sys, each with its path.
-    kernel_mounts: Vec<(PathBuf, OwnedFd)>,
+    /// The mounts of the kernel's own files, such as /proc and /sys, by path.
+    kernel_mounts: BTreeMap<PathBuf, OwnedFd>,
     /// The root directory, if rrun attaches mounts in this file system.
     root: Option<FileId>,
     /// The directory in which rrun creates the files of /dev. `None` until this directory is known.
@@ -68,7 +69,7 @@ impl Rootfs {
     pub(crate) fn new(fd: OwnedFd) -> Rootfs {
         Rootfs {
             fd,
-            kernel_mounts: Vec::new(),
+            kernel_mounts: BTreeMap::new(),
             root: None,
             dev: None,
             read_only_later: Vec::new(),
@@ -78,10 +79,15 @@ impl Rootfs {
     /// Records that `mount` is attached at `path`. `is_kernel_mount` is true if the mount contains
     /// the kernel's own files, such as /proc and /sys.
     pub(crate) fn record_attached(&mut self, path: &Path, mount: OwnedFd, is_kernel_mount: bool) {
-        self.kernel_mounts
-            .retain(|(place, _)| !place.starts_with(path));
+        // The order of paths places everything below `path` directly after `path`.
+        while let Some((hidden, _)) = self.kernel_mounts.range(path.to_owned()..).next()
+            && hidden.starts_with(path)
+        {
+            let hidden = hidden.clone();
+            self.kernel_mounts.remove(&hidden);
+        }
         if is_kernel_mount {
-            self.kernel_mounts.push((path.to_owned(), mount));
+            self.kernel_mounts.insert(path.to_owned(), mount);
         }
     }
 
@@ -104,9 +110,9 @@ impl Rootfs {
     /// the container can replace the directory /proc or /sys (CVE-2019-19921). So rrun looks up a
     /// path in /proc or /sys directly in the mount that rrun attached.
     pub(crate) fn open_to_protect(&self, path: &Path) -> std::result::Result<OwnedFd, Errno> {
-        let within = self.kernel_mounts.iter().rev().find_map(|(place, mount)| {
-            let rest = path.strip_prefix(place).ok()?;
-            (!rest.as_os_str().is_empty()).then_some((mount, rest))
+        let within = path.ancestors().skip(1).find_map(|place| {
+            let mount = self.kernel_mounts.get(place)?;
+            Some((mount, path.strip_prefix(place).ok()?))
         });
         match within {
             Some((mount, rest)) => open_in(mount, rest, OFlags::PATH, ResolveFlags::empty()),

@@ -5,6 +5,8 @@
 //! and images that root owns. See mount_setattr(2), "ID-mapped mounts", and config.md, "Mounts",
 //! `uidMappings`.
 
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -23,7 +25,7 @@ use rustix::fs::OFlags;
 const MAP_LINES_MAX: usize = 340;
 
 /// The content that rrun writes to uid_map and gid_map. See user_namespaces(7).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct IdMaps {
     uid: String,
     gid: String,
@@ -158,7 +160,7 @@ fn lines(field: &str, mappings: &[LinuxIdMapping]) -> Result<String> {
 /// The user namespaces whose id mappings rrun applies to mounts with mount_setattr(2).
 #[derive(Default)]
 pub(crate) struct IdMapNamespaces {
-    created: Vec<(IdMaps, OwnedFd)>,
+    created: BTreeMap<IdMaps, OwnedFd>,
     /// The existing user namespace that the container joins. This field is `None` until rrun has
     /// opened that namespace.
     joined: Option<OwnedFd>,
@@ -186,18 +188,9 @@ impl IdMapNamespaces {
     /// Returns a user namespace with the mappings `maps`. Mounts with equal mappings share a user
     /// namespace.
     pub(crate) fn for_maps(&mut self, maps: &IdMaps) -> Result<&OwnedFd> {
-        let at = match self.created.iter().position(|(known, _)| known == maps) {
-            Some(at) => at,
-            None => {
-                self.created.push((maps.clone(), make(maps)?));
-                self.created.len() - 1
-            }
-        };
-        match self.created.get(at) {
-            Some((_, namespace)) => Ok(namespace),
-            None => {
-                refuse!("create a user namespace for a mount: the new namespace was not recorded")
-            }
+        match self.created.entry(maps.clone()) {
+            Entry::Occupied(namespace) => Ok(namespace.into_mut()),
+            Entry::Vacant(place) => Ok(place.insert(make(maps)?)),
         }
     }
 }

@@ -5,7 +5,7 @@
 //! permanent, global addresses again and brings the device up, as runc does. When the container's
 //! network namespace is destroyed, the kernel moves hardware devices back to the host.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{Mode, OFlags};
@@ -38,6 +38,7 @@ pub(crate) struct NetDevice {
 /// Fails if a name is invalid, or if two devices would have the same name.
 pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Result<Vec<NetDevice>> {
     let mut checked: Vec<NetDevice> = Vec::new();
+    let mut names = BTreeSet::new();
     for (host, device) in devices {
         let inside = match device.name.as_str() {
             "" => host,
@@ -55,7 +56,7 @@ pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Resu
                 refuse!("linux.netDevices: {name:?} is not a valid name of a network device");
             }
         }
-        if checked.iter().any(|other| other.inside == *inside) {
+        if !names.insert(inside) {
             refuse!("linux.netDevices: two devices would have the name {inside} in the container");
         }
         checked.push(NetDevice {

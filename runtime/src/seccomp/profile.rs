@@ -34,6 +34,10 @@ pub(crate) const OPERATORS: [&str; 7] = [
 /// The largest errno that a system call can return (linux/err.h, `MAX_ERRNO`).
 const LARGEST_ERRNO: u32 = 4095;
 
+/// The largest number of pairs of a system call and a rule. A filter that the kernel accepts has at
+/// most 4096 instructions, so a larger number would only use memory.
+const CALLS_MAX: usize = 1 << 20;
+
 /// The comparison of an argument of a system call with a value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Comparison {
@@ -177,9 +181,6 @@ impl SeccompProfile {
         for (index, entry) in self.syscalls.iter().flatten().enumerate() {
             entry.check(index, &mut checked, unknown)?;
         }
-        if checked.rules.len() > usize::from(u16::MAX) {
-            refuse!("linux.seccomp.syscalls: the profile contains more rules than rrun supports");
-        }
         Ok(checked)
     }
 
@@ -197,6 +198,25 @@ impl SeccompProfile {
         }
         Ok(all)
     }
+}
+
+/// Returns the rules of an entry of the profile. If the conditions of an entry test different
+/// arguments, all conditions must be true, as in runc. But if two conditions test the same
+/// argument, it is enough that one condition of the entry is true.
+fn rules(answer: u32, conditions: Vec<Condition>) -> Vec<SeccompRule> {
+    let arguments = conditions
+        .iter()
+        .fold(0u64, |bits, one| bits | 1 << one.argument);
+    if arguments.count_ones() as usize == conditions.len() {
+        return vec![SeccompRule { answer, conditions }];
+    }
+    conditions
+        .into_iter()
+        .map(|one| SeccompRule {
+            answer,
+            conditions: vec![one],
+        })
+        .collect()
 }
 
 impl SeccompSyscalls {
@@ -223,27 +243,17 @@ impl SeccompSyscalls {
         let first = checked.rules.len();
         if answer != checked.default {
             checked.notifies |= answer == libc::SECCOMP_RET_USER_NOTIF && !self.names.is_empty();
-            // If the conditions of an entry test different arguments, all conditions must be true,
-            // as in runc. But if two conditions test the same argument, it is enough that one
-            // condition of the entry is true.
-            let repeated = conditions.iter().enumerate().any(|(at, condition)| {
-                conditions
-                    .iter()
-                    .take(at)
-                    .any(|earlier| earlier.argument == condition.argument)
-            });
-            if repeated {
-                checked
-                    .rules
-                    .extend(conditions.iter().map(|one| SeccompRule {
-                        answer,
-                        conditions: vec![*one],
-                    }));
-            } else {
-                checked.rules.push(SeccompRule { answer, conditions });
-            }
+            checked.rules.extend(rules(answer, conditions));
         }
         let rules = first..checked.rules.len();
+        if rules.end > usize::from(u16::MAX)
+            || checked.calls.len() + self.names.len() * rules.len() > CALLS_MAX
+        {
+            refuse!(
+                "{}: the profile contains more rules than rrun supports",
+                field()
+            );
+        }
         for (at, name) in self.names.iter().enumerate() {
             match name {
                 SeccompCallName::Unknown(name) if name.is_empty() => {

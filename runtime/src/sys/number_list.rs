@@ -34,9 +34,12 @@ impl NumberSet {
             if first > last {
                 refuse!("{range} is not a valid range");
             }
-            for number in first..=last {
-                if let Some(word) = set.words.get_mut(number / WORD_BITS) {
-                    *word |= 1 << (number % WORD_BITS);
+            let within = first / WORD_BITS..=last / WORD_BITS;
+            for (at, word) in set.words.iter_mut().enumerate() {
+                if within.contains(&at) {
+                    let lowest = first.saturating_sub(at * WORD_BITS);
+                    let highest = (last - at * WORD_BITS).min(WORD_BITS - 1);
+                    *word |= u64::MAX << lowest & u64::MAX >> (WORD_BITS - 1 - highest);
                 }
             }
         }
@@ -86,6 +89,10 @@ mod tests {
     fn ranges_and_numbers_become_bits() {
         let set = NumberSet::parse("0-3, 5,,64").unwrap().unwrap();
         assert_eq!(set.words().get(..2), Some(&[0b10_1111, 1][..]));
+        let set = NumberSet::parse("62-130,192-255").unwrap().unwrap();
+        let words = [0b11 << 62, u64::MAX, 0b111, u64::MAX, 0];
+        assert_eq!(set.words().get(..5), Some(&words[..]));
+        assert_eq!(NumberSet::parse("0-8191").unwrap(), Some(NumberSet::ALL));
         assert_eq!(NumberSet::parse("").unwrap(), None);
         for wrong in ["a", "3-1", "8192", "1-", "-1", ",", "0x1"] {
             assert!(NumberSet::parse(wrong).is_err(), "{wrong}");

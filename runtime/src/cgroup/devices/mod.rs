@@ -8,7 +8,10 @@
 //! can need several rights at once, for example to open a device for reading and writing. Such an
 //! attempt is allowed only if a single rule allows all these rights.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use oci_spec::runtime::LinuxDeviceCgroup;
+use rustix::io::Errno;
 
 mod bpf;
 mod program;
@@ -16,7 +19,7 @@ mod rule;
 
 use super::directory::Directory;
 use crate::cgroup::dbus::{BusValue, Property};
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, refuse};
 #[cfg(test)]
 use rule::parsed;
 use rule::{BLOCK, DEFAULTS, DeviceRule, MKNOD, READ, WRITE, rules};
@@ -44,24 +47,7 @@ fn allows_everything(rules: &[DeviceRule]) -> bool {
 pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
     let mut rules = rules(spec)?;
     rules.extend(DEFAULTS);
-    let mut allowed: Vec<DeviceRule> = Vec::new();
-    let mut policy = "strict";
-    for rule in rules {
-        match (rule.allow, rule.kind) {
-            (allow, None) => {
-                policy = if allow { "auto" } else { "strict" };
-                allowed.clear();
-            }
-            (true, Some(_)) => allowed.push(rule),
-            (false, Some(_)) => allowed.retain(|known| {
-                (known.kind, known.major, known.minor) != (rule.kind, rule.major, rule.minor)
-                    || known.access & !rule.access != 0
-            }),
-        }
-    }
-    if policy == "auto" {
-        allowed.clear();
-    }
+    let (policy, allowed) = allowed(&rules);
     let needs_names = |rule: &DeviceRule| rule.major.is_some() && rule.minor.is_none();
     let drivers = if allowed.iter().any(needs_names) {
         std::fs::read_to_string("/proc/devices").doing(|| "read /proc/devices")?
@@ -76,6 +62,35 @@ pub(crate) fn properties(spec: &[LinuxDeviceCgroup]) -> Result<[Property; 2]> {
         ("DevicePolicy".to_owned(), BusValue::Text(policy.to_owned())),
         ("DeviceAllow".to_owned(), BusValue::Pairs(entries)),
     ])
+}
+
+/// Returns the value of DevicePolicy, and the allow rules for DeviceAllow.
+fn allowed(rules: &[DeviceRule]) -> (&'static str, Vec<DeviceRule>) {
+    // The last rule for all devices overrides all earlier rules.
+    let all = rules.iter().rposition(|rule| rule.kind.is_none());
+    if all
+        .and_then(|at| rules.get(at))
+        .is_some_and(|rule| rule.allow)
+    {
+        return ("auto", Vec::new());
+    }
+    let rules = rules.get(all.map_or(0, |at| at + 1)..).unwrap_or_default();
+    // A deny rule removes each earlier allow rule for the same devices that allows no further
+    // rights. This loop visits later rules first, and collects the deny rules for each device.
+    let mut denied: BTreeMap<_, BTreeSet<i32>> = BTreeMap::new();
+    let mut allowed = Vec::new();
+    for rule in rules.iter().rev() {
+        let denied = denied
+            .entry((rule.kind, rule.major, rule.minor))
+            .or_default();
+        if !rule.allow {
+            denied.insert(rule.access);
+        } else if !denied.iter().any(|access| rule.access & !access == 0) {
+            allowed.push(*rule);
+        }
+    }
+    allowed.reverse();
+    ("strict", allowed)
 }
 
 impl DeviceRule {
@@ -146,7 +161,15 @@ pub(crate) fn apply(cgroup: &Directory, spec: &[LinuxDeviceCgroup], replace: boo
             None => Ok(()),
         };
     }
-    let program = bpf::load(&program::compile(&rules)).doing(doing)?;
+    let program = match bpf::load(&program::compile(&rules)?) {
+        // The errors E2BIG and EFAULT mean that the kernel's verifier gave up.
+        Err(Errno::TOOBIG | Errno::FAULT) => refuse!(
+            "{}: the program for the {} rules is too complex for the kernel",
+            doing(),
+            rules.len()
+        ),
+        program => program.doing(doing)?,
+    };
     bpf::attach(cgroup, &program, old.as_ref()).doing(doing)
 }
 

@@ -6,7 +6,10 @@
 //! compiler sorts each group of such rules by type, rights and major number. The program then
 //! compares each of these values only once.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use super::rule::{ALL, BLOCK, CHAR, DeviceRule};
+use crate::error::{Result, refuse};
 
 /// `struct bpf_insn`.
 #[repr(C)]
@@ -94,7 +97,15 @@ impl Assembler {
         self.put(EXIT, 0, 0, 0, 0);
     }
 
-    fn finished(mut self) -> Vec<BpfInsn> {
+    fn finished(mut self) -> Result<Vec<BpfInsn>> {
+        // A jump's distance has 16 bits, so it would be truncated in a longer program.
+        let most = i16::MAX as usize;
+        if self.code.len() > most {
+            refuse!(
+                "linux.resources.devices: the rules need a program of {} instructions, but rrun supports at most {most}",
+                self.code.len()
+            );
+        }
         for (at, label) in self.jumps {
             if let (Some(instruction), Some(place)) =
                 (self.code.get_mut(at), self.places.get(label.0))
@@ -102,7 +113,7 @@ impl Assembler {
                 instruction.offset = (*place as i64 - at as i64 - 1) as i16;
             }
         }
-        self.code
+        Ok(self.code)
     }
 
     /// Emits the code for rules with the same effect (allow, or deny). The order of such rules does
@@ -184,30 +195,26 @@ impl Assembler {
 
 /// If two rules differ only in the type, block or character device, merges the two rules into one
 /// rule without a type. The merged rule has the same effect, because device nodes have no other
-/// types.
+/// types. All rules must have the same effect (allow, or deny).
 fn merge_types(rules: &mut Vec<DeviceRule>) {
-    let block_rules: Vec<DeviceRule> = rules
-        .iter()
-        .filter(|rule| rule.kind == Some(BLOCK))
-        .copied()
-        .collect();
-    for block in block_rules {
-        let char = DeviceRule {
-            kind: Some(CHAR),
-            ..block
-        };
-        if rules.contains(&char) {
-            rules.retain(|rule| *rule != char && *rule != block);
-            rules.push(DeviceRule {
-                kind: None,
-                ..block
-            });
-        }
-    }
+    let untyped = |rule: &DeviceRule| (rule.access, rule.major, rule.minor);
+    let with_type = |kind: i32| rules.iter().filter(move |rule| rule.kind == Some(kind));
+    let char_rules: BTreeSet<_> = with_type(CHAR).map(untyped).collect();
+    let blocks = with_type(BLOCK).filter(|rule| char_rules.contains(&untyped(rule)));
+    let merged: BTreeMap<_, DeviceRule> = blocks.map(|rule| (untyped(rule), *rule)).collect();
+    rules.retain(|rule| rule.kind.is_none() || !merged.contains_key(&untyped(rule)));
+    rules.extend(
+        merged
+            .into_values()
+            .map(|rule| DeviceRule { kind: None, ..rule }),
+    );
 }
 
 /// Compiles a program that checks the rules from the last to the first.
-pub(crate) fn compile(rules: &[DeviceRule]) -> Vec<BpfInsn> {
+///
+/// # Errors
+/// Fails if the program is too long.
+pub(crate) fn compile(rules: &[DeviceRule]) -> Result<Vec<BpfInsn>> {
     let mut program = Assembler {
         code: Vec::with_capacity(48),
         jumps: Vec::new(),
@@ -322,7 +329,7 @@ mod tests {
             for defaults in [&DEFAULTS[..], &[]] {
                 let mut rules = parsed(json);
                 rules.extend(defaults);
-                let code = compile(&rules);
+                let code = compile(&rules).unwrap();
                 for kind in [BLOCK, CHAR] {
                     for access in 1..=ALL {
                         for major in [0, 1, 5, 8, 10, 136] {
@@ -346,7 +353,7 @@ mod tests {
         let mut rules = parsed(r#"[{"allow":false,"access":"rwm"}]"#);
         rules.extend(DEFAULTS);
         rules.extend(DEFAULTS);
-        let code = compile(&rules);
+        let code = compile(&rules).unwrap();
         assert!(decides(&code, CHAR, READ | WRITE, 1, 3));
         assert!(decides(&code, CHAR, READ, 136, 7));
         assert!(decides(&code, BLOCK, MKNOD, 8, 0));
@@ -357,5 +364,23 @@ mod tests {
             "number of instructions of the program for the default rules: {}, expected: at most 24",
             code.len()
         );
+    }
+
+    #[test]
+    fn rules_whose_jumps_would_be_truncated_are_refused() {
+        let rule = |minor| DeviceRule {
+            allow: true,
+            kind: Some(CHAR),
+            major: Some(1),
+            minor: Some(minor),
+            access: ALL,
+        };
+        let rules: Vec<DeviceRule> = (0..32_000).map(rule).collect();
+        let code = compile(&rules).unwrap();
+        assert!(decides(&code, CHAR, READ, 1, 0) && decides(&code, CHAR, READ, 1, 31_999));
+        assert!(!decides(&code, CHAR, READ, 1, 32_000) && !decides(&code, CHAR, READ, 2, 0));
+        let rules: Vec<DeviceRule> = (0..50_000).map(rule).collect();
+        let error = compile(&rules).unwrap_err().to_string();
+        assert!(error.starts_with("linux.resources.devices: "), "{error}");
     }
 }
