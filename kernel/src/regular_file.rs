@@ -122,7 +122,8 @@ pub fn reopen_by(procfs: &Procfs, found: impl AsFd, flags: OFlags) -> Result<(Fi
     Ok((reopen_regular(procfs, found, flags)?, stat))
 }
 
-fn check_kind(found: impl AsFd) -> Result<Stat, Unfit> {
+/// Returns the attributes of an open file. Returns an error if the file is not a regular file.
+pub fn check_kind(found: impl AsFd) -> Result<Stat, Unfit> {
     let stat = rustix::fs::fstat(found)?;
     match FileType::from_raw_mode(stat.st_mode) {
         FileType::RegularFile => Ok(stat),

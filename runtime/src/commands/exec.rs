@@ -12,7 +12,7 @@ use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::state::{State, Status};
 use crate::process::terminal::connect_console;
 use crate::process::{Process, capabilities};
-use crate::sys::files::read_bounded;
+use crate::sys::files::read_argument;
 use rrun_kernel::id::Named;
 
 pub(crate) const COMMAND: Command = Command {
@@ -148,7 +148,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
 fn process(arguments: &Arguments, words: &[String], state: &State) -> Result<Process> {
     let mut spec = match arguments.value("process") {
         Some(path) => {
-            let bytes = read_bounded(Path::new(path))?;
+            let bytes = read_argument(Path::new(path))?;
             serde_json::from_slice::<ProcessSpec>(&bytes)
                 .map_err(|error| Error::new(format!("parse {path}: {error}")))?
         }

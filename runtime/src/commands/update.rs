@@ -10,7 +10,7 @@ use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{ContainerDir, Lock, directory};
 use crate::lifecycle::state::{State, Status};
 use crate::namespaces::resctrl;
-use crate::sys::files::read_bounded;
+use crate::sys::files::read_argument;
 use crate::{cgroup, log};
 
 pub(crate) const COMMAND: Command = Command {
@@ -199,7 +199,7 @@ fn from_file(path: &str) -> Result<LinuxResources> {
             .doing(|| "read resources from standard input")?;
         bytes
     } else {
-        read_bounded(Path::new(path))?
+        read_argument(Path::new(path))?
     };
     serde_json::from_slice(&bytes)
         .map_err(|error| Error::new(format!("parse resources from {path}: {error}")))

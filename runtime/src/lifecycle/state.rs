@@ -22,7 +22,7 @@ use crate::lifecycle::container_dir::{
 };
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::seccomp::Filter;
-use crate::sys::files::{read_bounded, write_replacing};
+use crate::sys::files::{read_own, write_replacing};
 use crate::sys::procfs::process_stat;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -108,7 +108,7 @@ impl State {
     pub(crate) fn load(root: &Path, id: &str) -> Result<State> {
         let directory = directory(root, id)?;
         let path = directory.join(STATE_FILE);
-        let bytes = match read_bounded(&path) {
+        let bytes = match read_own(&path) {
             Ok(bytes) => bytes,
             Err(_) if !path.exists() => {
                 return Err(Error::new(format!("container does not exist: {id}"))

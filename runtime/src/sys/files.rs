@@ -4,40 +4,61 @@ use std::io::Read as _;
 use std::os::fd::AsFd;
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
+use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
+use rrun_kernel::regular_file;
 
-/// The size limit for JSON files. In practice, the largest config.json files have a size of about
-/// 100 kB.
+/// The size limit for JSON files that rrun's caller writes. In practice, the largest config.json
+/// files have a size of about 100 kB.
 const FILE_BYTES_MAX: u64 = 16 << 20;
+/// The size limit for files that rrun writes. A container's state contains a large part of its
+/// config.json. So the state can be a little larger than the largest config.json.
+const OWN_FILE_BYTES_MAX: u64 = 2 * FILE_BYTES_MAX;
 
-/// Reads a file of at most [`FILE_BYTES_MAX`] bytes.
-pub(crate) fn read_bounded(path: &Path) -> Result<Vec<u8>> {
+/// Reads a file in rrun's own directory.
+pub(crate) fn read_own(path: &Path) -> Result<Vec<u8>> {
     let file = std::fs::File::open(path).doing(|| format!("read {}", path.display()))?;
-    read_file(file, path)
+    read_at_most(OWN_FILE_BYTES_MAX, file, path)
 }
 
-/// Reads at most [`FILE_BYTES_MAX`] bytes of the file that was opened at `path`.
+/// Reads a regular file of at most [`FILE_BYTES_MAX`] bytes. The path is from rrun's command line,
+/// so rrun's caller trusts the path. rrun nevertheless refuses a FIFO, because it would wait for
+/// ever for a writer of the FIFO.
+pub(crate) fn read_argument(path: &Path) -> Result<Vec<u8>> {
+    let doing = || format!("read {}", path.display());
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = rustix::fs::open(path, flags, Mode::empty()).doing(doing)?;
+    regular_file::check_kind(&file).doing(doing)?;
+    read_file(file.into(), path)
+}
+
+/// Reads the file that was opened at `path`.
+///
+/// # Errors
+/// Fails if the file has more than [`FILE_BYTES_MAX`] bytes.
 pub(crate) fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
+    read_at_most(FILE_BYTES_MAX, file, path)
+}
+
+fn read_at_most(limit: u64, file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
     let doing = || format!("read {}", path.display());
     let mut bytes = Vec::with_capacity(16 << 10);
-    let read = file
-        .take(FILE_BYTES_MAX + 1)
-        .read_to_end(&mut bytes)
-        .doing(doing)?;
-    if read as u64 > FILE_BYTES_MAX {
+    let read = file.take(limit + 1).read_to_end(&mut bytes).doing(doing)?;
+    if read as u64 > limit {
         refuse!(
             "read {}: the file is larger than {} MB",
             path.display(),
-            FILE_BYTES_MAX >> 20
+            limit >> 20
         );
     }
     Ok(bytes)
 }
 
 /// Writes `content` to the file `new`, and renames that file to `path`. Both paths are relative to
-/// `directory`.
+/// `directory`. A file that exists at the path `new` is removed. It can be the rest of an rrun
+/// process that was killed, or a FIFO, which rrun must not open.
 pub(crate) fn write_replacing(
     directory: impl AsFd,
     new: &Path,
@@ -46,12 +67,17 @@ pub(crate) fn write_replacing(
     mode: u32,
 ) -> Result<()> {
     let doing = || format!("write {}", path.display());
-    let file = rustix::fs::openat(
-        &directory,
-        new,
-        OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::CLOEXEC | OFlags::NOFOLLOW,
-        Mode::from_raw_mode(mode),
-    )
+    let create = || {
+        let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
+        rustix::fs::openat(&directory, new, flags, Mode::from_raw_mode(mode))
+    };
+    let file = match create() {
+        Err(Errno::EXIST) => {
+            rustix::fs::unlinkat(&directory, new, AtFlags::empty()).doing(doing)?;
+            create()
+        }
+        created => created,
+    }
     .doing(doing)?;
     let mut rest = content;
     while !rest.is_empty() {

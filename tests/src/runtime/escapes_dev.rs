@@ -13,7 +13,7 @@ use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::inside::attacker::{Exchange, rounds};
 use crate::support::machine::{Directory, Result, note, only_looked_up, strace_opens};
 use crate::support::needs::{Need, Test};
-use crate::support::refusals::refused;
+use crate::support::refusals::{complaint, refused};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -26,6 +26,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(special_files_neither_block_nor_deceive_the_runtime),
     test!(
         a_special_file_is_refused_as_configuration_and_as_namespace,
+        Need::Rrun
+    ),
+    test!(
+        the_runtime_does_not_wait_for_a_fifo_on_its_command_line,
         Need::Rrun
     ),
     test!(
@@ -303,6 +307,35 @@ fn a_special_file_is_refused_as_configuration_and_as_namespace() -> Result {
             refused(&bundle, &[&words])?;
         }
     }
+    Ok(())
+}
+
+fn the_runtime_does_not_wait_for_a_fifo_on_its_command_line() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    let fifo = |name: &str| -> Result<PathBuf> {
+        let path = bundle.join(name);
+        nix::unistd::mkfifo(&path, Mode::from_bits_truncate(0o600))?;
+        Ok(path)
+    };
+    // The runtime writes the process id to the file `.pid`, and renames this file to `pid`.
+    let pid = fifo("pid")?;
+    fifo(".pid")?;
+    bundle.write_config()?;
+    let create = bundle.runtime(&["create", "--pid-file"]);
+    create.arg(&pid).arg(bundle.id()).ok()?;
+    ensure_eq!(
+        fs::read_to_string(&pid)?,
+        bundle.pid()?.to_string(),
+        "the content of the file with the process id"
+    );
+    bundle.runtime(&["start", bundle.id()]).ok()?;
+    let fifo = fifo("fifo")?;
+    for (command, flag, code) in [("exec", "--process", 255), ("update", "--resources", 1)] {
+        let run = bundle.runtime(&[command, flag]).arg(&fifo);
+        let output = run.arg(bundle.id()).exits(code)?;
+        complaint(&output, &["it is a FIFO, not a regular file"])?;
+    }
+    bundle.end()?;
     Ok(())
 }
 

@@ -1,6 +1,8 @@
 //! Tests of configurations with long lists. The CPU time of the runtime must not grow with the
 //! square of a list's length.
 
+use std::fs;
+
 use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
@@ -16,6 +18,10 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         a_list_of_tens_of_thousands_of_entries_is_processed_quickly,
+        Need::Rrun
+    ),
+    test!(
+        a_container_with_the_largest_configuration_can_be_deleted,
         Need::Rrun
     ),
     test!(
@@ -125,6 +131,28 @@ fn a_list_of_tens_of_thousands_of_entries_is_processed_quickly() -> Result {
         }
     }
     Ok(())
+}
+
+/// The container's state contains the annotations of config.json and the compiled seccomp filter,
+/// which is longer than the profile. So the state can be larger than the largest config.json.
+fn a_container_with_the_largest_configuration_can_be_deleted() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    let arguments: Value = (0..1000)
+        .map(|n| json!({ "index": 0, "op": "SCMP_CMP_EQ", "value": n }))
+        .collect();
+    let acct = json!({ "names": ["acct"], "action": "SCMP_ACT_ERRNO", "args": arguments });
+    bundle.set(
+        "/linux/seccomp",
+        json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [acct] }),
+    );
+    bundle.set("/annotations/large", json!(""));
+    let rest = bundle.config.to_string().len();
+    bundle.set("/annotations/large", json!("x".repeat((16 << 20) - rest)));
+    fs::write(bundle.join("config.json"), bundle.config.to_string())?;
+    bundle.runtime(&["create", bundle.id()]).ok()?;
+    bundle.runtime(&["kill", bundle.id(), "KILL"]).ok()?;
+    let output = bundle.end()?;
+    nothing_made(&bundle, &output)
 }
 
 /// The distance of a jump in the program has 16 bits. If rrun truncated the distance, a rule could
