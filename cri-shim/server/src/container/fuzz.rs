@@ -40,6 +40,7 @@ pub(crate) fn config_json(config: &ContainerConfig, image: &ImageConfig) -> Opti
     let privileged = context.privileged;
     let inputs = mounts::MountInputs {
         pod: Path::new("/p"),
+        etc: Path::new("/p/etc"),
         privileged,
         readonly_rootfs: context.readonly_rootfs,
         own_ipc: true,
