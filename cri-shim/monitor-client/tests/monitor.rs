@@ -108,6 +108,7 @@ impl Fixture {
             shared_pid: false,
             users: None,
             runtime: None,
+            pause: None,
         };
         rrun_monitor_client::spawn(&dir, &pod, &binary)
             .await

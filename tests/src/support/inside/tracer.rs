@@ -1,6 +1,6 @@
 //! Control of other processes with ptrace(2).
 
-use super::{InsideError, say, words_of_call};
+use super::InsideError;
 
 /// Makes a system call in another process, and prints its result like `inside call`. The process
 /// must be waiting in pause(2), and waits there again after the call.
@@ -9,6 +9,8 @@ pub(super) fn call_in(process: &str, numbers: &[&str]) -> Result<(), InsideError
     use nix::libc::{SYS_pause, c_ulonglong};
     use nix::sys::ptrace;
     use nix::sys::wait::{WaitPidFlag, waitpid};
+
+    use super::{say, words_of_call};
 
     /// The length of the instruction `syscall`.
     const LENGTH: c_ulonglong = 2;
