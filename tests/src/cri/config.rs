@@ -108,6 +108,7 @@ fn a_configuration_error_names_the_file_and_the_line_and_the_key() -> Result {
         ("stream_tls_cert = '/x'\n", "line 3, stream_tls_cert"),
         ("stream_tls_key = '/x'\n", "line 3, stream_tls_key"),
         ("stream_idle_timeout = 0\n", "line 3, stream_idle_timeout"),
+        ("stream_sessions = 0\n", "line 3, stream_sessions"),
         (
             "[cni]\ntimeout_seconds = 0\n",
             "line 4, cni.timeout_seconds",
