@@ -178,9 +178,10 @@ fn refusal(scope: Scope) -> String {
 
 /// Returns the host in the value of a proxy variable. The value can lack the scheme.
 fn proxy_host(value: &str) -> Option<String> {
-    let url = match value.contains("://") {
-        true => Url::parse(value),
-        false => Url::parse(&format!("http://{value}")),
+    let url = if value.contains("://") {
+        Url::parse(value)
+    } else {
+        Url::parse(&format!("http://{value}"))
     };
     url.ok()?.host_str().map(str::to_owned)
 }

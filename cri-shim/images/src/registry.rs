@@ -641,12 +641,12 @@ async fn accepted(
     );
     // Only the HTTP status determines the error kind. If the body does not arrive in time, the
     // error is reported without the explanation from the body.
-    let text = match quoted {
-        true => match tokio::time::timeout(EXPLANATION_TIMEOUT, body).await {
-            Ok(Ok(body)) => explanation(&body),
-            _ => String::new(),
-        },
-        false => String::new(),
+    let text = if quoted {
+        let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
+        let body = body.ok().and_then(Result::ok).unwrap_or_default();
+        explanation(&body)
+    } else {
+        String::new()
     };
     let reason = status.canonical_reason().unwrap_or("(unknown status)");
     let colon = if text.is_empty() { "" } else { ": " };

@@ -87,7 +87,7 @@ impl Count {
                 continue;
             };
             self.add(&stat);
-            if self.inodes % ENTRIES_BETWEEN_PAUSES == 0 && !pause(self) {
+            if self.inodes.is_multiple_of(ENTRIES_BETWEEN_PAUSES) && !pause(self) {
                 return;
             }
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
@@ -110,6 +110,10 @@ impl Count {
         self.inodes += 1;
         // The bytes of a file with several hard links are divided equally among its names. A
         // directory's bytes are not divided, because its link count depends on its subdirectories.
+        #[allow(
+            clippy::useless_conversion,
+            reason = "the field has 32 bits on some architectures"
+        )]
         let names = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => 1,
             _ => u64::from(stat.st_nlink).max(1),
