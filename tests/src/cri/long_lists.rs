@@ -33,6 +33,9 @@ pub(crate) const TESTS: &[Test] = &[
 /// not answer within the deadline of [`Calls::wait`].
 const ENTRIES: u32 = 50_000;
 
+/// Adds the entry with this number to a list of the request.
+type List<'a> = &'a dyn Fn(u32, &mut ContainerConfig);
+
 /// Runs a pod and creates a container in it. Returns the answer to CreateContainer.
 fn create(
     calls: &Calls,
@@ -73,7 +76,7 @@ fn a_container_with_a_very_long_list_is_answered_in_time() -> Result {
         )?;
         node.start_server()?;
         let calls = Calls::new(node)?;
-        let lists: [(&str, &dyn Fn(u32, &mut ContainerConfig)); 4] = [
+        let lists: [(&str, List); 4] = [
             ("envs", &|number, config| {
                 config.envs.push(KeyValue {
                     key: format!("A{number}"),

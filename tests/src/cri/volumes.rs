@@ -261,12 +261,7 @@ fn a_volume_that_an_image_declares_is_a_separate_mount() -> Result {
 
 /// Starts a registry with an image that declares `volumes`, and pulls the image. Returns the
 /// configuration of a container with this image.
-fn container_of(
-    node: &Node,
-    name: &str,
-    archive: Archive,
-    volumes: &[String],
-) -> Result<Value> {
+fn container_of(node: &Node, name: &str, archive: Archive, volumes: &[String]) -> Result<Value> {
     let volumes: serde_json::Map<String, Value> = volumes
         .iter()
         .map(|volume| (volume.clone(), json!({})))
@@ -283,7 +278,9 @@ fn container_of(
 
 /// Returns the number of bytes that a directory occupies on the disk.
 fn disk_bytes(directory: &Path) -> Result<u64> {
-    let output = command("du", ["-s", "--block-size=1"]).arg(directory).ok()?;
+    let output = command("du", ["-s", "--block-size=1"])
+        .arg(directory)
+        .ok()?;
     let bytes = output.text().split_whitespace().next();
     Ok(bytes.ok_or("du printed nothing")?.parse()?)
 }
@@ -331,18 +328,25 @@ fn the_volumes_of_an_image_do_not_fill_the_disk() -> Result {
 
         let drop_ins = node.join("config.d");
         fs::create_dir_all(&drop_ins)?;
-        fs::write(drop_ins.join("volumes.toml"), "[image]\nvolume_bytes = 1000000\n")?;
+        fs::write(
+            drop_ins.join("volumes.toml"),
+            "[image]\nvolume_bytes = 1000000\n",
+        )?;
         node.terminate_server()?;
         node.start_server()?;
         let refused = node.try_create(&pod_id, &pod, &container)?;
         ensure!(
-            refused.code != 0 && refused.stderr.contains("1000000 bytes (image.volume_bytes)"),
+            refused.code != 0
+                && refused
+                    .stderr
+                    .contains("1000000 bytes (image.volume_bytes)"),
             "the server did not refuse volumes above the limit: {}",
             refused.told()
         );
-        wait_for("the server to remove the files of the refused container", || {
-            Ok((fs::read_dir(&containers)?.count() == 0).then_some(()))
-        })
+        wait_for(
+            "the server to remove the files of the refused container",
+            || Ok((fs::read_dir(&containers)?.count() == 0).then_some(())),
+        )
     })
 }
 
@@ -362,7 +366,9 @@ fn the_copy_of_a_volume_ends_when_its_pod_is_removed() -> Result {
                 return Ok(None);
             };
             let copied = fs::read_dir(directory?.path().join("volumes/0"));
-            Ok(copied.is_ok_and(|mut copied| copied.next().is_some()).then_some(()))
+            Ok(copied
+                .is_ok_and(|mut copied| copied.next().is_some())
+                .then_some(()))
         })?;
         node.asks(&["rmp", "--force", &pod_id])?;
         let created = creating.end()?;
