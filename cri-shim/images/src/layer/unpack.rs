@@ -281,39 +281,52 @@ impl Unpacking {
             if self.bytes > self.max_bytes {
                 return Err(LayerError::too_large(self.max_bytes));
             }
-            let mut at = *offset;
-            let mut left = *length;
-            while left > 0 {
-                let most = usize::try_from(left)
-                    .unwrap_or(usize::MAX)
-                    .min(self.buffer.len());
-                let count = archive.read(&mut self.buffer[..most])?;
-                if count == 0 {
-                    return Err(LayerError::malformed(
-                        &entry.path,
-                        "the archive ends before the content of this file is complete",
-                    ));
-                }
-                let mut chunk = &self.buffer[..count];
-                while !chunk.is_empty() {
-                    match rustix::io::pwrite(&file, chunk, at) {
-                        Ok(0) => return Err(fail(Errno::IO)),
-                        Ok(written) => {
-                            at += written as u64;
-                            chunk = &chunk[written..];
-                        }
-                        Err(Errno::INTR) => {}
-                        Err(error) => return Err(fail(error)),
-                    }
-                }
-                left -= count as u64;
-            }
-            end = at;
+            self.write(archive, entry, &file, (*offset, *length))?;
+            end = offset + length;
         }
         if end != entry.content.length {
             rustix::fs::ftruncate(&file, entry.content.length).map_err(fail)?;
         }
         set_metadata(&file, entry)
+    }
+
+    /// Writes one piece of a file. `offset` and `length` are the piece's position in the file.
+    fn write<R: Read>(
+        &mut self,
+        archive: &mut TarArchive<R>,
+        entry: &Entry,
+        file: impl AsFd,
+        (offset, length): (u64, u64),
+    ) -> Result<(), LayerError> {
+        let fail = |e| LayerError::system("write the file", &entry.path, e);
+        let mut at = offset;
+        let mut left = length;
+        while left > 0 {
+            let most = usize::try_from(left)
+                .unwrap_or(usize::MAX)
+                .min(self.buffer.len());
+            let count = archive.read(&mut self.buffer[..most])?;
+            if count == 0 {
+                return Err(LayerError::malformed(
+                    &entry.path,
+                    "the archive ends before the content of this file is complete",
+                ));
+            }
+            let mut chunk = &self.buffer[..count];
+            while !chunk.is_empty() {
+                match rustix::io::pwrite(&file, chunk, at) {
+                    Ok(0) => return Err(fail(Errno::IO)),
+                    Ok(written) => {
+                        at += written as u64;
+                        chunk = &chunk[written..];
+                    }
+                    Err(Errno::INTR) => {}
+                    Err(error) => return Err(fail(error)),
+                }
+            }
+            left -= count as u64;
+        }
+        Ok(())
     }
 
     fn place_hard_link(&mut self, entry: &Entry, name: &EntryName) -> Result<(), LayerError> {
