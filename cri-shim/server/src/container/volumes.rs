@@ -40,30 +40,19 @@ impl Volumes<'_> {
     /// Creates the volumes and returns a mount for each volume. Calls `go_on` before each step; an
     /// error from `go_on` ends the work. This call blocks.
     pub(crate) fn make(&self, go_on: impl Fn() -> Result<()>) -> Result<Vec<Mount>> {
-        let mut made: Vec<Mount> = Vec::new();
-        let paths = self.requested.iter();
-        let mut taken: HashSet<PathBuf> = paths.map(|it| cleaned(&it.container_path)).collect();
-        taken.insert("/".into());
+        let places = self.places()?;
         let names = self.dir.join("names");
-        let mut copier = Copier::new(self.limits, &names, go_on);
-        // The volumes by their directories in the image.
+        let all = places.iter().map(|(_, place)| place.clone()).collect();
+        let mut copier = Copier::new(self.limits, &names, all, go_on);
+        // The complete copies, by their directories in the image.
         let mut copied: HashMap<PathBuf, PathBuf> = HashMap::new();
-        for volume in self.declared {
-            let destination = cleaned(volume);
-            if !taken.insert(destination.clone()) {
-                continue;
-            }
-            if made.len() == MAX_VOLUMES {
-                return Err(Error::new(
-                    Code::ResourceExhausted,
-                    format!("the image declares more than the limit of {MAX_VOLUMES} volumes"),
-                ));
-            }
+        let mut made: Vec<Mount> = Vec::new();
+        for (volume, place) in &places {
             let what = || format!("create the volume {volume:?} of the image");
-            let from = self.directory(&destination).during(what)?;
-            let several = self.declared.len() > 1;
-            let place = from.as_ref().filter(|_| several).and_then(place_of);
-            let known = place.as_ref().and_then(|place| copied.get(place));
+            let from = self.directory(place).during(what)?;
+            let several = places.len() > 1;
+            let resolved = from.as_ref().filter(|_| several).and_then(resolved_path);
+            let known = resolved.as_ref().and_then(|resolved| copied.get(resolved));
             let host = match known {
                 // Links can lead from several volumes to one directory. The runtime mounts all
                 // these volumes on the same directory, so they can share one copy.
@@ -71,19 +60,42 @@ impl Volumes<'_> {
                 None => {
                     let host = self.dir.join(made.len().to_string());
                     private_dir(&host)?;
-                    self.fill(from.as_ref(), &host, &mut copier).during(what)?;
-                    copied.extend(place.map(|place| (place, host.clone())));
+                    let filled = self.fill(place, from.as_ref(), &host, &mut copier);
+                    if filled.during(what)? {
+                        copied.extend(resolved.map(|resolved| (resolved, host.clone())));
+                    }
                     host
                 }
             };
             made.push(Mount {
-                container_path: destination.to_string_lossy().into_owned(),
+                container_path: place.to_string_lossy().into_owned(),
                 host_path: host.to_string_lossy().into_owned(),
                 selinux_relabel: true,
                 ..Mount::default()
             });
         }
         Ok(made)
+    }
+
+    /// Returns the volumes to create, each with its path in the container.
+    fn places(&self) -> Result<Vec<(&str, PathBuf)>> {
+        let paths = self.requested.iter();
+        let mut taken: HashSet<PathBuf> = paths.map(|it| cleaned(&it.container_path)).collect();
+        taken.insert("/".into());
+        let mut places = Vec::new();
+        for volume in self.declared {
+            let place = cleaned(volume);
+            if taken.insert(place.clone()) {
+                places.push((volume.as_str(), place));
+            }
+        }
+        if places.len() > MAX_VOLUMES {
+            return Err(Error::new(
+                Code::ResourceExhausted,
+                format!("the image declares more than the limit of {MAX_VOLUMES} volumes"),
+            ));
+        }
+        Ok(places)
     }
 
     /// Opens the directory of a volume in the image. Returns `None` if it does not exist.
@@ -106,12 +118,15 @@ impl Volumes<'_> {
         }
     }
 
+    /// Fills the new directory `host` of a volume. Returns false if the contents of other volumes
+    /// were omitted.
     fn fill<G: Fn() -> Result<()>>(
         &self,
+        place: &Path,
         from: Option<&OwnedFd>,
         host: &Path,
         copier: &mut Copier<'_, G>,
-    ) -> Result<()> {
+    ) -> Result<bool> {
         // Ours: the server has just created this directory, so opening it by its path is safe.
         let into: OwnedFd = File::open(host)
             .during(|| format!("open {}", host.display()))?
@@ -121,17 +136,18 @@ impl Volumes<'_> {
             fchmod(&into, Mode::from_raw_mode(0o755))
                 .during(|| "set the volume's mode".to_owned())?;
             return std::os::unix::fs::fchown(&into, Some(uid), Some(gid))
+                .map(|()| true)
                 .during(|| "set the volume's owner".to_owned());
         };
         copier
-            .copy(from, &into)
+            .copy(place, from, &into)
             .during(|| "copy the image's directory".to_owned())
     }
 }
 
 /// Returns the path of an open directory after all links in it were resolved. Returns `None` if the
 /// path is too long.
-fn place_of(directory: &OwnedFd) -> Option<PathBuf> {
+fn resolved_path(directory: &OwnedFd) -> Option<PathBuf> {
     std::fs::read_link(format!("/proc/self/fd/{}", directory.as_raw_fd())).ok()
 }
 
@@ -274,6 +290,33 @@ mod tests {
         assert_eq!(made.len(), 102);
         let hosts: HashSet<&str> = made.iter().map(|mount| mount.host_path.as_str()).collect();
         assert_eq!(hosts.len(), 3);
+        Ok(())
+    }
+
+    #[test]
+    fn a_volume_inside_another_volume_is_copied_once() -> Outcome {
+        let place = Place::new("nested")?;
+        std::fs::create_dir_all(place.image("data/a/b"))?;
+        std::fs::write(place.image("data/a/b/file"), vec![b'x'; 1 << 20])?;
+        std::fs::write(place.image("data/a/other"), "text")?;
+        symlink("data", place.image("link"))?;
+        let limits = Limits {
+            bytes: (1 << 20) + 4,
+            files: 9,
+        };
+        let made = place.make(&["/data", "/data/a", "/data/a/b"], limits, || Ok(()))?;
+        assert_eq!(made.len(), 3);
+        assert_eq!(std::fs::read_dir(place.volume("0/a"))?.count(), 0);
+        assert_eq!(std::fs::read_to_string(place.volume("1/other"))?, "text");
+        assert_eq!(std::fs::read_dir(place.volume("1/b"))?.count(), 0);
+        assert_eq!(std::fs::metadata(place.volume("2/file"))?.len(), 1 << 20);
+        // The volume /link can hide the volume /data/a/b, so it has its own copy.
+        std::fs::remove_dir_all(place.volume(""))?;
+        place.make(&["/data", "/data/a/b", "/link"], UNLIMITED, || Ok(()))?;
+        assert_eq!(
+            std::fs::metadata(place.volume("2/a/b/file"))?.len(),
+            1 << 20
+        );
         Ok(())
     }
 

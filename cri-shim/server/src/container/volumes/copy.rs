@@ -1,12 +1,13 @@
 //! Copies a directory of an image to a volume. The image is hostile: a small layer can contain huge
 //! sparse files, and many links to one large file.
 
-use std::collections::HashMap;
-use std::ffi::CStr;
+use std::collections::{HashMap, HashSet};
+use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom as Position};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStrExt;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, SeekFrom, Stat, Timespec, Timestamps, Uid,
@@ -54,10 +55,21 @@ pub(super) struct Copier<'a, G> {
     links: HashMap<(u64, u64), u64>,
     /// The open directory `names`, if it exists.
     open_names: Option<OwnedFd>,
+    /// The paths of all volumes in the container, if there are several.
+    volumes: HashSet<PathBuf>,
+    /// The path of the current directory in the container, if there are several volumes.
+    path: PathBuf,
+    /// True if the contents of another volume were omitted in the current copy.
+    omitted: bool,
 }
 
 impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
-    pub(super) fn new(limits: Limits, names: &'a Path, go_on: G) -> Self {
+    pub(super) fn new(
+        limits: Limits,
+        names: &'a Path,
+        volumes: HashSet<PathBuf>,
+        go_on: G,
+    ) -> Self {
         Copier {
             limits,
             bytes: 0,
@@ -66,12 +78,19 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
             names,
             links: HashMap::new(),
             open_names: None,
+            volumes,
+            path: PathBuf::new(),
+            omitted: false,
         }
     }
 
     /// Copies the contents and the attributes of a directory. The names of one file in the
-    /// directory are also names of one file in the copy.
-    pub(super) fn copy(&mut self, from: &OwnedFd, into: &OwnedFd) -> Result<()> {
+    /// directory are also names of one file in the copy. If another volume is inside the directory,
+    /// the copy omits its contents, because that volume hides them. Returns whether the copy is
+    /// complete. `path` is the directory's path in the container.
+    pub(super) fn copy(&mut self, path: &Path, from: &OwnedFd, into: &OwnedFd) -> Result<bool> {
+        self.omitted = false;
+        path.clone_into(&mut self.path);
         self.directory(from, into, MAX_DEPTH)?;
         self.links.clear();
         if self.open_names.take().is_some() {
@@ -79,7 +98,7 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
                 .map_err(|errno| Error::internal(describe(&errno.into())))
                 .during(|| format!("remove {}", self.names.display()))?;
         }
-        Ok(())
+        Ok(!self.omitted)
     }
 
     /// Copies the entries of a directory, and then the directory's own attributes. Symbolic links
@@ -100,6 +119,27 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
             rustix::fs::fstat(from).during(|| "read the directory's attributes".to_owned())?;
         finish(Some((from, into)), into, c"", &stat)
             .during(|| "set the attributes of the copied directory".to_owned())
+    }
+
+    fn subdirectory(
+        &mut self,
+        from: &OwnedFd,
+        into: &OwnedFd,
+        name: &CStr,
+        depth: usize,
+    ) -> Result<()> {
+        if self.volumes.len() < 2 {
+            return self.directory(from, into, depth);
+        }
+        self.path.push(OsStr::from_bytes(name.to_bytes()));
+        if self.volumes.contains(&self.path) {
+            // The runtime mounts the other volume here, after the volume that contains it.
+            self.omitted = true;
+        } else {
+            self.directory(from, into, depth)?;
+        }
+        self.path.pop();
+        Ok(())
     }
 
     /// Counts files and bytes before they are copied.
@@ -140,7 +180,7 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
                 // O_DIRECTORY makes this call fail for a device before its driver is called.
                 openat(dir, name, flags, Mode::empty()).during(|| "open the directory".to_owned())
             };
-            return self.directory(&open(from)?, &open(into)?, depth);
+            return self.subdirectory(&open(from)?, &open(into)?, name, depth);
         }
         let has_names = stat.st_nlink > 1;
         if has_names && self.link(into, name, stat)? {
