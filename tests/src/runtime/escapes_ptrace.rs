@@ -23,7 +23,10 @@ pub(crate) const TESTS: &[Test] = &[
         only_root_can_trace_a_process_that_waits_for_start_in_a_joined_user_namespace,
         Need::Rrun
     ),
-    test!(a_user_can_set_the_oom_score_adjustment_in_a_joined_user_namespace),
+    test!(
+        a_user_can_set_the_oom_score_adjustment_in_a_joined_user_namespace,
+        Need::Rrun
+    ),
 ];
 
 /// The id of the user www-data, which exists on every Debian system.
