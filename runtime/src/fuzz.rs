@@ -9,10 +9,10 @@ use crate::process::environment::{complete, from_spec, home_in_passwd};
 use crate::seccomp;
 
 /// The name and the function of a fuzz target.
-pub type Target = (&'static str, fn(&[u8]));
+pub type FuzzTarget = (&'static str, fn(&[u8]));
 
 /// The fuzz targets in this crate.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[FuzzTarget] = &[
     ("bundle", bundle),
     ("dbus", cgroup::fuzz_dbus_message),
     ("environment", environment),

@@ -12,10 +12,10 @@ use super::reference::{Name, is_digest};
 use super::registry;
 
 /// The name and the function of a fuzz target.
-pub type Target = (&'static str, fn(&[u8]));
+pub type FuzzTarget = (&'static str, fn(&[u8]));
 
 /// The fuzz targets in this crate.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[FuzzTarget] = &[
     ("challenge", challenge),
     ("hosts", hosts),
     ("image-archive", image_archive),

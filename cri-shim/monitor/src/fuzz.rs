@@ -9,10 +9,10 @@ use serde::de::DeserializeOwned;
 use crate::container_log::{MAX_LINE_BYTES, Stream, push_lines};
 
 /// The name and the function of a fuzz target.
-pub type Target = (&'static str, fn(&[u8]));
+pub type FuzzTarget = (&'static str, fn(&[u8]));
 
 /// The fuzz targets in this crate.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[FuzzTarget] = &[
     ("container-log", container_log),
     ("monitor-message", message),
 ];

@@ -6,10 +6,10 @@ use crate::link::Link;
 use crate::netlink;
 
 /// The name and the function of a fuzz target.
-pub type Target = (&'static str, fn(&[u8]));
+pub type FuzzTarget = (&'static str, fn(&[u8]));
 
 /// The fuzz targets in this crate.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[FuzzTarget] = &[
     ("cni-answer", cni_answer),
     ("cni-list", cni_list),
     ("interface-counters", interface_counters),

@@ -14,10 +14,10 @@ use crate::sandbox::namespaces::sharing;
 use crate::sandbox::{files, sysctl, users};
 
 /// The name and the function of a fuzz target.
-pub type Target = (&'static str, fn(&[u8]));
+pub type FuzzTarget = (&'static str, fn(&[u8]));
 
 /// The fuzz targets in this crate.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[FuzzTarget] = &[
     ("accounts", accounts),
     ("cdi", device_file),
     ("pod-request", pod_request),

@@ -10,10 +10,10 @@ use crate::upgrade::{Purpose, negotiate};
 use crate::websocket::{self, Codec};
 
 /// The name and the function of a fuzz target.
-pub type Target = (&'static str, fn(&[u8]));
+pub type FuzzTarget = (&'static str, fn(&[u8]));
 
 /// The fuzz targets in this crate.
-pub const TARGETS: &[Target] = &[
+pub const TARGETS: &[FuzzTarget] = &[
     ("resize", resize),
     ("spdy", spdy_connection),
     ("upgrade", upgrade),

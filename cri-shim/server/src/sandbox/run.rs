@@ -2,6 +2,7 @@
 //! resources that were already created are removed.
 
 use std::net::IpAddr;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -313,20 +314,7 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
         std::fs::create_dir_all(&config.log_directory)
             .during(|| format!("create the pod's log directory {}", config.log_directory))?;
     }
-    let hostname = if config.hostname.is_empty() || !sharing.own_network {
-        files::of_node("/etc/hostname")
-    } else {
-        format!("{}\n", config.hostname)
-    };
-    let etc = files::mount_etc(&dir)?;
-    files::write(&etc.join("hostname"), &hostname)?;
-    files::write(
-        &etc.join("resolv.conf"),
-        &files::resolv_conf(config.dns_config.as_ref()),
-    )?;
-    if !sharing.own_network {
-        files::write(&etc.join("hosts"), &files::of_node("/etc/hosts"))?;
-    }
+    write_etc(&dir, config, sharing)?;
     let root = users::mappings(config)?.map(|users| users.root());
     if let Some(root) = root {
         files::set_owner(&dir, root)?;
@@ -348,6 +336,25 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
         netns::create(&node.netns(&record.id))?;
     }
     Ok(Sandbox::from_record(node, record))
+}
+
+/// Mounts the pod's etc directory, and writes the files that do not depend on the pod's addresses.
+fn write_etc(dir: &Path, config: &PodSandboxConfig, sharing: Sharing) -> Result<()> {
+    let hostname = if config.hostname.is_empty() || !sharing.own_network {
+        files::of_node("/etc/hostname")
+    } else {
+        format!("{}\n", config.hostname)
+    };
+    let etc = files::mount_etc(dir)?;
+    files::write(&etc.join("hostname"), &hostname)?;
+    files::write(
+        &etc.join("resolv.conf"),
+        &files::resolv_conf(config.dns_config.as_ref()),
+    )?;
+    if !sharing.own_network {
+        files::write(&etc.join("hosts"), &files::of_node("/etc/hosts"))?;
+    }
+    Ok(())
 }
 
 /// Starts the monitor and connects the network in parallel. Then applies the settings that need
