@@ -49,9 +49,13 @@ pub(super) struct HostsFile {
     pub unknown: Vec<String>,
 }
 
-/// Prefixes the message `why` with the line and the key to which the message applies.
+/// Prefixes the message `why` with the line and the key to which the message applies. Only the first
+/// 100 characters of a long key are shown.
 fn at(line: usize, key: &str, why: &str) -> String {
-    format!("line {line}, {key}: {why}")
+    match key.char_indices().nth(100) {
+        Some((end, _)) => format!("line {line}, {}…: {why}", &key[..end]),
+        None => format!("line {line}, {key}: {why}"),
+    }
 }
 
 /// Parses `text`, the content of the file `path`. Relative paths in `text` are relative to the
