@@ -13,7 +13,7 @@ use rrun_proto::v1::{PortMapping, Protocol as CriProtocol};
 use serde::{Deserialize, Serialize};
 
 /// A transport protocol that has ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Protocol {
     Tcp,
@@ -55,21 +55,6 @@ pub struct HostPort {
     pub container: u16,
 }
 
-impl HostPort {
-    /// Returns whether the two host ports conflict, because the same packet can be addressed to
-    /// both.
-    fn conflicts_with(&self, other: &HostPort) -> bool {
-        let addresses = match (self.address, other.address) {
-            (None, _) | (_, None) => true,
-            (Some(one), Some(two)) => {
-                one.is_ipv4() == two.is_ipv4()
-                    && (one == two || one.is_unspecified() || two.is_unspecified())
-            }
-        };
-        addresses && self.protocol == other.protocol && self.host == other.host
-    }
-}
-
 impl fmt::Display for HostPort {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let HostPort { protocol, host, .. } = self;
@@ -93,6 +78,7 @@ pub(crate) struct PortError {
 /// because it only documents a port of the container.
 pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError> {
     let mut ports: Vec<HostPort> = Vec::new();
+    let mut known: PortIndex<HostPort> = PortIndex::default();
     for (index, mapping) in mappings.iter().enumerate() {
         let error = |field, why| PortError { index, field, why };
         let port = |field, value: i32| {
@@ -134,16 +120,20 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
             host,
             container,
         };
-        match ports.iter().find(|port| port.conflicts_with(&new)) {
+        let known_port = known.conflicts(&new).next().copied();
+        match known_port {
             // A repeated mapping is ignored, because two containers of the pod can declare the same
             // host port.
-            Some(same) if *same == new => {}
+            Some(same) if same == new => {}
             Some(other) => {
                 let to = other.container;
                 let why = format!("the pod already maps {other} to the pod's port {to}");
                 return Err(error("", why));
             }
-            None => ports.push(new),
+            None => {
+                known.insert(&new, new);
+                ports.push(new);
+            }
         }
     }
     Ok(ports)
@@ -178,14 +168,66 @@ pub(crate) struct PortConflict {
     pub owner: String,
 }
 
-/// The reserved host ports of all pods. The map's keys are the pods' ids.
+/// An index of host ports, with a value for each host port. The index finds conflicts without a
+/// search through all host ports. Two host ports conflict if the same packet can be addressed to
+/// both. The keys of a protocol and a port number have this order: `None`, 0.0.0.0, the other IPv4
+/// addresses, ::, the other IPv6 addresses.
+struct PortIndex<T>(BTreeMap<(Protocol, u16, Option<IpAddr>), T>);
+
+impl<T> Default for PortIndex<T> {
+    fn default() -> Self {
+        PortIndex(BTreeMap::new())
+    }
+}
+
+impl<T> PortIndex<T> {
+    fn insert(&mut self, port: &HostPort, value: T) {
+        self.0
+            .insert((port.protocol, port.host, port.address), value);
+    }
+
+    fn remove(&mut self, port: &HostPort) {
+        self.0.remove(&(port.protocol, port.host, port.address));
+    }
+
+    /// Returns the values of all host ports that conflict with `port`.
+    fn conflicts(&self, port: &HostPort) -> impl Iterator<Item = &T> {
+        let key = |address| (port.protocol, port.host, address);
+        let last_v6 = Ipv6Addr::from_bits(u128::MAX).into();
+        let (any, last): (Option<IpAddr>, IpAddr) = match port.address {
+            None => (None, last_v6),
+            Some(IpAddr::V4(_)) => (
+                Some(Ipv4Addr::UNSPECIFIED.into()),
+                Ipv4Addr::BROADCAST.into(),
+            ),
+            Some(IpAddr::V6(_)) => (Some(Ipv6Addr::UNSPECIFIED.into()), last_v6),
+        };
+        let first = port.address;
+        let last = if first == any { Some(last) } else { first };
+        // Host ports at every address also conflict with `port`. Their keys can be before the range.
+        let wider = [None, any].into_iter().filter(move |wide| *wide < first);
+        let wider = wider.filter_map(move |wide| self.0.get(&key(wide)));
+        let range = self.0.range(key(first)..=key(last));
+        wider.chain(range.map(|(_, value)| value))
+    }
+}
+
+/// The reserved host ports of all pods.
 #[derive(Default)]
-pub(crate) struct PortReservations(BTreeMap<String, PortReservation>);
+pub(crate) struct PortReservations {
+    by_pod: BTreeMap<String, PortReservation>,
+    /// The id of the pod that owns a host port.
+    owners: PortIndex<String>,
+}
 
 impl PortReservations {
     /// Adds a reservation that was read from the store.
-    pub(crate) fn remember(&mut self, pod: String, reservation: PortReservation) {
-        self.0.insert(pod, reservation);
+    pub(crate) fn remember(&mut self, pod: &str, reservation: PortReservation) {
+        self.free(pod);
+        for port in &reservation.ports {
+            self.owners.insert(port, pod.to_owned());
+        }
+        self.by_pod.insert(pod.to_owned(), reservation);
     }
 
     /// Reserves the host ports for the pod. If another pod owns one of the ports, no port is
@@ -195,32 +237,35 @@ impl PortReservations {
         pod: &str,
         reservation: PortReservation,
     ) -> Result<(), PortConflict> {
-        for (_, other) in self.0.iter().filter(|(owner, _)| *owner != pod) {
-            for port in &reservation.ports {
-                if other.ports.iter().any(|theirs| theirs.conflicts_with(port)) {
-                    return Err(PortConflict {
-                        port: *port,
-                        owner: other.name.clone(),
-                    });
-                }
+        for port in &reservation.ports {
+            let mut owners = self.owners.conflicts(port);
+            if let Some(owner) = owners.find(|owner| *owner != pod) {
+                let owner = self.of(owner).map_or(owner, |other| &other.name);
+                return Err(PortConflict {
+                    port: *port,
+                    owner: owner.clone(),
+                });
             }
         }
         if !reservation.ports.is_empty() {
-            self.0.insert(pod.to_owned(), reservation);
+            self.remember(pod, reservation);
         }
         Ok(())
     }
 
     pub(crate) fn of(&self, pod: &str) -> Option<&PortReservation> {
-        self.0.get(pod)
+        self.by_pod.get(pod)
     }
 
     pub(crate) fn pods(&self) -> impl Iterator<Item = &str> {
-        self.0.keys().map(String::as_str)
+        self.by_pod.keys().map(String::as_str)
     }
 
     pub(crate) fn free(&mut self, pod: &str) {
-        self.0.remove(pod);
+        let freed = self.by_pod.remove(pod);
+        for port in freed.iter().flat_map(|freed| &freed.ports) {
+            self.owners.remove(port);
+        }
     }
 }
 
@@ -296,29 +341,44 @@ mod tests {
             })
         };
         let mut reservations = PortReservations::default();
-        assert_eq!(
-            reservations.take("a", reservation("pod a", "127.0.0.1")?),
-            Ok(())
-        );
-        assert_eq!(
-            reservations.take("a", reservation("pod a", "127.0.0.1")?),
-            Ok(())
-        );
-        assert_eq!(
-            reservations.take("b", reservation("pod b", "192.0.2.1")?),
-            Ok(())
-        );
-        assert_eq!(reservations.take("c", reservation("pod c", "::")?), Ok(()));
-        for taken in ["", "0.0.0.0", "127.0.0.1", "::1"] {
-            assert!(
-                reservations
-                    .take("d", reservation("pod d", taken)?)
-                    .is_err(),
-                "{taken}"
-            );
+        let mut take = |pod: &str, host_ip| -> Result<bool, PortError> {
+            let taken = reservations.take(pod, reservation(&format!("pod {pod}"), host_ip)?);
+            Ok(taken.is_ok())
+        };
+        assert!(take("a", "127.0.0.1")?);
+        assert!(take("a", "127.0.0.1")?);
+        assert!(take("b", "192.0.2.1")?);
+        assert!(take("c", "::")?);
+        for taken in ["", "0.0.0.0", "127.0.0.1", "::", "::1", "2001:db8::1"] {
+            assert!(!take("d", taken)?, "{taken}");
         }
         reservations.free("c");
-        assert_eq!(reservations.take("d", reservation("pod d", "::1")?), Ok(()));
+        let other = reservations.take("d", reservation("pod d", "::1")?);
+        assert_eq!(other, Ok(()));
+        let conflict = reservations.take("e", reservation("pod e", "::")?);
+        assert_eq!(
+            conflict.map_err(|conflict| conflict.owner),
+            Err("pod d".to_owned())
+        );
+        Ok(())
+    }
+
+    #[test]
+    fn the_time_to_check_port_mappings_is_linear() -> Result<(), PortError> {
+        // A search through all host ports for each host port would take hours.
+        let address = |number: i32| Ipv4Addr::from_bits(0x0a00_0000 + number as u32).to_string();
+        let ports = (1..=65_535).map(|port| mapping(port % 3, "", port, 80));
+        let addresses = (1..200_000).map(|number| mapping(0, &address(number), 80, 80));
+        for mappings in [ports.collect::<Vec<_>>(), addresses.collect()] {
+            let ports = parse(&mappings)?;
+            assert_eq!(ports.len(), mappings.len());
+            let mut reservations = PortReservations::default();
+            let name = "pod".to_owned();
+            let reservation = PortReservation { name, ports };
+            let taken = reservations.take("a", reservation.clone());
+            assert_eq!(taken, Ok(()));
+            assert!(reservations.take("b", reservation).is_err());
+        }
         Ok(())
     }
 

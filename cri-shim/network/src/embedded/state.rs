@@ -76,7 +76,7 @@ impl EmbeddedState {
         for (key, record) in store.load(Table::ADDRESSES)? {
             match record {
                 AddressRecord::Last { last: address } => last.push(address),
-                AddressRecord::Ports { pod, reservation } => ports.remember(pod, reservation),
+                AddressRecord::Ports { pod, reservation } => ports.remember(&pod, reservation),
                 AddressRecord::Given { pod } => match key.parse::<IpAddr>() {
                     Ok(address) => given.push((address, pod)),
                     Err(_) => return Err(NetworkError::Record { key }),
