@@ -8,7 +8,8 @@
 //! an address that no pod has. For this reason, stale flows are deleted when a host port is opened
 //! or closed.
 
-use std::net::{IpAddr, SocketAddr};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use nix::errno::Errno;
 
@@ -36,9 +37,15 @@ const CTA_PROTO_NUM: u16 = 1;
 const CTA_PROTO_SRC_PORT: u16 = 2;
 const CTA_PROTO_DST_PORT: u16 = 3;
 const CTA_FILTER_ORIG_FLAGS: u16 = 1;
-/// The flags of a filter for a dump of flows. The two bits select the protocol number and the
-/// destination port. The kernel compares only these two parts of a flow's tuple.
-const FILTER_BY_PROTOCOL_AND_PORT: u32 = 1 << 3 | 1 << 5;
+/// The flags of a filter for a dump of flows. The bits select the protocol number and the destination
+/// port. The kernel compares only the selected parts of a flow's tuple.
+const FILTER_BY_PROTOCOL: u32 = 1 << 3;
+const FILTER_BY_PORT: u32 = 1 << 5;
+
+/// The maximum number of host ports whose flows are listed separately. For each list, the kernel
+/// searches through all flows of the node. For more host ports, the flows of all ports of a protocol
+/// are listed together.
+const LISTS: usize = 8;
 
 /// The size of the `struct nfgenmsg` that precedes the attributes.
 const HEADER_BYTES: usize = 4;
@@ -54,42 +61,33 @@ pub(crate) enum Stale {
     ToThePod,
 }
 
-/// A flow to a host port.
-struct Flow<'a> {
-    /// The destination address of the flow's first packet.
-    destination: IpAddr,
-    /// The address and port to which the flow's packets are sent.
-    to: SocketAddr,
-    attributes: Attributes<'a>,
-}
-
 /// Deletes the flows that would direct packets for the host ports in `mappings` to the wrong
 /// destination. TCP flows are not deleted. A TCP connection ends together with its pod, and every
 /// new connection is a new flow.
 pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkError> {
-    let mut socket = None;
-    for mapping in mappings {
-        if mapping.protocol == Protocol::Tcp {
-            continue;
-        }
-        let socket = match &mut socket {
-            Some(socket) => socket,
-            none => none.insert(Socket::netfilter()?),
-        };
-        let found = flows(socket, mapping)?;
-        let mut deletions = Batch::default();
-        let mut own = None;
-        for flow in found.iter().filter_map(Flow::parse) {
-            let is_stale = match stale {
-                Stale::ToThePod => flow.to == mapping.to,
-                Stale::Elsewhere => {
-                    flow.to != mapping.to && is_for_port(mapping, flow.destination, &mut own)?
-                }
+    let without_connections = |mapping: &&Mapping| mapping.protocol != Protocol::Tcp;
+    let mappings: Vec<&Mapping> = mappings.iter().filter(without_connections).collect();
+    if mappings.is_empty() {
+        return Ok(());
+    }
+    let mut search = Search::new(&mappings, stale);
+    let mut socket = Socket::netfilter()?;
+    for list in lists(&mappings) {
+        let mut batch = Batch::default();
+        list.write(&mut batch);
+        // The error of a look-up inside `is_stale` is returned after the dump.
+        let mut failure = None;
+        let deletions = socket.fold(&batch, |deletions: &mut Batch, reply| {
+            let Some(flow) = Flow::parse(&reply) else {
+                return;
             };
-            if is_stale {
-                flow.delete(&mut deletions, mapping);
+            match search.is_stale(&flow) {
+                Ok(true) => flow.delete(deletions),
+                Ok(false) => {}
+                Err(error) => failure = Some(error),
             }
-        }
+        })?;
+        failure.map_or(Ok(()), Err)?;
         match socket.execute(&deletions) {
             // ENOENT means that the flow expired after it was listed.
             Err(error) if error.is(Errno::ENOENT) => {}
@@ -99,69 +97,149 @@ pub(crate) fn forget(mappings: &[Mapping], stale: Stale) -> Result<(), NetworkEr
     Ok(())
 }
 
-/// Returns whether `destination` is an address at which the host port of `mapping` is open. A
-/// packet to another address is for the port with the same number on another machine. `own` caches
-/// the addresses of this node.
-fn is_for_port(
-    mapping: &Mapping,
-    destination: IpAddr,
-    own: &mut Option<Vec<IpAddr>>,
-) -> Result<bool, NetworkError> {
-    if !mapping.address.is_unspecified() {
-        return Ok(destination == mapping.address);
-    }
-    if destination.is_loopback() {
-        return Ok(true);
-    }
-    let own = match own {
-        Some(own) => own,
-        none => none.insert(link::own_addresses(&mut Socket::route()?)?),
-    };
-    Ok(own.contains(&destination))
+/// A search for stale flows.
+struct Search<'a> {
+    /// The host ports, by protocol number, port number and address of the node.
+    by_port: HashMap<(u8, u16, IpAddr), &'a Mapping>,
+    stale: Stale,
+    /// The addresses of this node. `None` until a flow requires them.
+    own: Option<HashSet<IpAddr>>,
 }
 
-fn flows(socket: &mut Socket, mapping: &Mapping) -> Result<Vec<Reply>, NetworkError> {
-    let mut batch = Batch::default();
-    let Mapping { protocol, port, .. } = mapping;
-    let action = format!("list the connection-tracking entries of {protocol} port {port}");
-    let kind = subsystem(IPCTNL_MSG_CT_GET);
-    batch.message(action, kind, NLM_F_DUMP, |body| {
-        body.header(&family(mapping));
-        body.nest(CTA_TUPLE_ORIG, |tuple| {
-            tuple.nest(CTA_TUPLE_PROTO, |proto| {
-                proto.bytes(CTA_PROTO_NUM, &[protocol.number()]);
-                proto.bytes(CTA_PROTO_DST_PORT, &port.to_be_bytes());
+impl<'a> Search<'a> {
+    fn new(mappings: &[&'a Mapping], stale: Stale) -> Self {
+        let keyed = mappings.iter().map(|mapping| {
+            let key = (mapping.protocol.number(), mapping.port, mapping.address);
+            (key, *mapping)
+        });
+        Search {
+            by_port: keyed.collect(),
+            stale,
+            own: None,
+        }
+    }
+
+    fn is_stale(&mut self, flow: &Flow) -> Result<bool, NetworkError> {
+        let any = match flow.destination {
+            IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+            IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+        };
+        let at = |address| self.by_port.get(&(flow.protocol, flow.port, address));
+        let Some(mapping) = at(flow.destination).or_else(|| at(any)) else {
+            return Ok(false);
+        };
+        match self.stale {
+            Stale::ToThePod => Ok(flow.to == mapping.to),
+            Stale::Elsewhere if flow.to == mapping.to => Ok(false),
+            Stale::Elsewhere if !mapping.address.is_unspecified() => Ok(true),
+            Stale::Elsewhere => self.is_of_this_node(flow.destination),
+        }
+    }
+
+    /// Returns whether `destination` is an address of this node. A packet to another address is for
+    /// the port with the same number on another machine.
+    fn is_of_this_node(&mut self, destination: IpAddr) -> Result<bool, NetworkError> {
+        if destination.is_loopback() {
+            return Ok(true);
+        }
+        let own = match &self.own {
+            Some(own) => own,
+            None => {
+                let all = link::own_addresses(&mut Socket::route()?)?;
+                self.own.insert(all.into_iter().collect())
+            }
+        };
+        Ok(own.contains(&destination))
+    }
+}
+
+/// A request for a list of flows.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct List {
+    family: u8,
+    protocol: Protocol,
+    /// The destination port of the flows. `None` means all ports.
+    port: Option<u16>,
+}
+
+fn lists(mappings: &[&Mapping]) -> BTreeSet<List> {
+    let separately = mappings.len() <= LISTS;
+    let lists = mappings.iter().map(|mapping| List {
+        family: family(mapping.address),
+        protocol: mapping.protocol,
+        port: separately.then_some(mapping.port),
+    });
+    lists.collect()
+}
+
+impl List {
+    fn write(&self, batch: &mut Batch) {
+        let protocol = self.protocol;
+        let action = match self.port {
+            Some(port) => format!("list the connection-tracking entries of {protocol} port {port}"),
+            None => format!("list the connection-tracking entries of {protocol}"),
+        };
+        let kind = subsystem(IPCTNL_MSG_CT_GET);
+        batch.message(action, kind, NLM_F_DUMP, |body| {
+            body.header(&header(self.family));
+            body.nest(CTA_TUPLE_ORIG, |tuple| {
+                tuple.nest(CTA_TUPLE_PROTO, |proto| {
+                    proto.bytes(CTA_PROTO_NUM, &[protocol.number()]);
+                    if let Some(port) = self.port {
+                        proto.bytes(CTA_PROTO_DST_PORT, &port.to_be_bytes());
+                    }
+                });
+            });
+            body.nest(CTA_FILTER, |filter| {
+                let flags = match self.port {
+                    Some(_) => FILTER_BY_PROTOCOL | FILTER_BY_PORT,
+                    None => FILTER_BY_PROTOCOL,
+                };
+                filter.u32(CTA_FILTER_ORIG_FLAGS, flags);
             });
         });
-        body.nest(CTA_FILTER, |filter| {
-            filter.u32(CTA_FILTER_ORIG_FLAGS, FILTER_BY_PROTOCOL_AND_PORT);
-        });
-    });
-    socket.execute(&batch)
+    }
+}
+
+/// A flow of packets.
+struct Flow<'a> {
+    /// The number of the transport protocol.
+    protocol: u8,
+    /// The destination address of the flow's first packet.
+    destination: IpAddr,
+    /// The destination port of the flow's first packet.
+    port: u16,
+    /// The address and port to which the flow's packets are sent.
+    to: SocketAddr,
+    attributes: Attributes<'a>,
 }
 
 impl<'a> Flow<'a> {
     fn parse(reply: &'a Reply) -> Option<Flow<'a>> {
         let attributes = reply.attributes(HEADER_BYTES);
-        let original = attributes.nest(CTA_TUPLE_ORIG).nest(CTA_TUPLE_IP);
+        let original = attributes.nest(CTA_TUPLE_ORIG);
+        let (to, original_proto) = (original.nest(CTA_TUPLE_IP), original.nest(CTA_TUPLE_PROTO));
         let answers = attributes.nest(CTA_TUPLE_REPLY);
         let (from, proto) = (answers.nest(CTA_TUPLE_IP), answers.nest(CTA_TUPLE_PROTO));
         let port = u16::from_be_bytes(proto.array(CTA_PROTO_SRC_PORT)?);
+        let [protocol] = original_proto.array(CTA_PROTO_NUM)?;
         Some(Flow {
-            destination: address(&original, CTA_IP_V4_DST, CTA_IP_V6_DST)?,
+            protocol,
+            destination: address(&to, CTA_IP_V4_DST, CTA_IP_V6_DST)?,
+            port: u16::from_be_bytes(original_proto.array(CTA_PROTO_DST_PORT)?),
             to: SocketAddr::new(address(&from, CTA_IP_V4_SRC, CTA_IP_V6_SRC)?, port),
             attributes,
         })
     }
 
-    fn delete(&self, batch: &mut Batch, mapping: &Mapping) {
+    fn delete(&self, batch: &mut Batch) {
         let action = format!(
             "delete the connection-tracking entry of a flow to {}",
             self.to
         );
         let kind = subsystem(IPCTNL_MSG_CT_DELETE);
         batch.message(action, kind, NLM_F_ACK, |body: &mut Body| {
-            body.header(&family(mapping));
+            body.header(&header(family(self.destination)));
             // The request contains the attributes that identify the flow, as the kernel has
             // reported them. `nested` encodes a nested attribute whose content is `value`.
             for (kind, value) in self.attributes.clone() {
@@ -184,11 +262,14 @@ const fn subsystem(message: u16) -> u16 {
     NFNL_SUBSYS_CTNETLINK << 8 | message
 }
 
-/// Returns a `struct nfgenmsg` with the address family of `mapping`.
-fn family(mapping: &Mapping) -> [u8; HEADER_BYTES] {
-    let family = match mapping.address {
-        IpAddr::V4(_) => libc::AF_INET,
-        IpAddr::V6(_) => libc::AF_INET6,
-    };
-    [family as u8, 0, 0, 0]
+/// Returns a `struct nfgenmsg`.
+const fn header(family: u8) -> [u8; HEADER_BYTES] {
+    [family, 0, 0, 0]
+}
+
+fn family(address: IpAddr) -> u8 {
+    match address {
+        IpAddr::V4(_) => libc::AF_INET as u8,
+        IpAddr::V6(_) => libc::AF_INET6 as u8,
+    }
 }

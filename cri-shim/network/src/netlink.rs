@@ -1,5 +1,5 @@
-//! A netlink client. The client sends several messages with one `send` call, and reads the reply to
-//! each message.
+//! A netlink client. The client sends several messages with one `send` call, and reads the kernel's
+//! replies.
 //!
 //! The kernel executes a request inside the `send` call, including any wait for the kernel's RTNL
 //! lock. An async socket would therefore also block the sending thread. The client uses a blocking
@@ -34,25 +34,42 @@ const NLM_F_DUMP_INTR: u16 = 0x10;
 const NLM_F_CAPPED: u16 = 0x100;
 const NLMSGERR_ATTR_MSG: u16 = 1;
 
-/// The size of the largest datagram that the kernel sends for a dump.
+/// The size of the receive buffer. For a dump, the kernel usually sends datagrams of at most 32 KiB.
+/// If a datagram is longer, the buffer grows and the dump is repeated.
 const RECEIVE_BYTES: usize = 32 << 10;
+
+/// The maximum number of messages that one `send` call sends, unless the messages are a transaction.
+/// The kernel stores all acknowledgements of a `send` call in the socket's receive buffer before the
+/// socket is read. By default, the receive buffer has space for almost 300 acknowledgements. The
+/// kernel drops the remaining acknowledgements.
+const MESSAGES_AT_ONCE: usize = 100;
+
+/// The maximum number of bytes that one `send` call sends, unless the messages are a transaction.
+/// The number is less than the default size of a socket's send buffer.
+const BYTES_AT_ONCE: usize = 64 << 10;
 
 /// The maximum number of attempts for a dump. A dump is repeated if the dumped table changes during
 /// the dump.
 const DUMP_TRIES: usize = 16;
 
-/// Messages that are sent together. The kernel executes the messages in order. A batch is not a
-/// transaction, because the kernel also executes the messages after a failed message.
+/// Messages that the kernel executes in order. A batch is not a transaction, because the kernel also
+/// executes the messages after a failed message. [`Socket::execute`] sends a batch in pieces, and
+/// [`Socket::execute_whole`] sends all messages with one `send` call.
 #[derive(Default)]
 pub(crate) struct Batch {
     bytes: Vec<u8>,
-    /// The descriptions of the actions that the messages request. If the kernel reports an error
-    /// for a message, the [`NetworkError`] contains the message's description. The index of a
-    /// description is the sequence number of its message.
-    actions: Vec<String>,
-    /// The expected number of acknowledgements and end-of-dump messages in the kernel's reply to
-    /// the batch.
-    answers: usize,
+    /// The messages. The index of a message is its sequence number.
+    messages: Vec<Request>,
+}
+
+struct Request {
+    /// The description of the action that the message requests. If the kernel reports an error for
+    /// the message, the [`NetworkError`] contains this description.
+    action: String,
+    begin: usize,
+    /// True if the kernel sends an acknowledgement or the end of a dump, even if the message
+    /// succeeds.
+    is_answered: bool,
 }
 
 impl Batch {
@@ -65,23 +82,58 @@ impl Batch {
         flags: u16,
         body: impl FnOnce(&mut Body),
     ) {
-        let start = self.bytes.len();
+        let begin = self.bytes.len();
         self.bytes.extend_from_slice(&[0; 4]);
         self.bytes.extend_from_slice(&kind.to_ne_bytes());
         let flags = flags | NLM_F_REQUEST;
         self.bytes.extend_from_slice(&flags.to_ne_bytes());
-        let sequence = u32::try_from(self.actions.len()).unwrap_or(u32::MAX);
+        let sequence = u32::try_from(self.messages.len()).unwrap_or(u32::MAX);
         self.bytes.extend_from_slice(&sequence.to_ne_bytes());
         self.bytes.extend_from_slice(&[0; 4]);
         body(&mut Body(&mut self.bytes));
-        let length = u32::try_from(self.bytes.len() - start).unwrap_or(u32::MAX);
-        if let Some(field) = self.bytes.get_mut(start..start + 4) {
+        let length = u32::try_from(self.bytes.len() - begin).unwrap_or(u32::MAX);
+        if let Some(field) = self.bytes.get_mut(begin..begin + 4) {
             field.copy_from_slice(&length.to_ne_bytes());
         }
-        self.actions.push(action.into());
-        if flags & (NLM_F_ACK | NLM_F_DUMP) != 0 {
-            self.answers += 1;
+        self.messages.push(Request {
+            action: action.into(),
+            begin,
+            is_answered: flags & (NLM_F_ACK | NLM_F_DUMP) != 0,
+        });
+    }
+
+    /// Requests an acknowledgement of the last message.
+    pub(crate) fn acknowledge_last(&mut self) {
+        let Some(last) = self.messages.last_mut() else {
+            return;
+        };
+        last.is_answered = true;
+        // The flags follow the length (4 bytes) and the type (2 bytes) of the message.
+        let flags = last.begin + 6..last.begin + 8;
+        if let Some(Ok(field)) = self.bytes.get_mut(flags).map(<&mut [u8; 2]>::try_from) {
+            *field = (u16::from_ne_bytes(*field) | NLM_F_ACK).to_ne_bytes();
         }
+    }
+
+    /// Returns the sequence number of the first message of the piece after the piece that begins
+    /// with the message `from`.
+    fn end_of_piece(&self, from: usize) -> usize {
+        let begin = self.begin_of(from);
+        let mut to = from + 1;
+        while to < self.messages.len()
+            && to - from < MESSAGES_AT_ONCE
+            && self.begin_of(to + 1) - begin <= BYTES_AT_ONCE
+        {
+            to += 1;
+        }
+        to
+    }
+
+    /// Returns the position of the first byte of a message. For the sequence number after the last
+    /// message, returns the position after the last byte.
+    fn begin_of(&self, message: usize) -> usize {
+        let request = self.messages.get(message);
+        request.map_or(self.bytes.len(), |request| request.begin)
     }
 }
 
@@ -212,6 +264,17 @@ impl<'a> Iterator for Attributes<'a> {
 pub(crate) struct Socket {
     fd: OwnedFd,
     buffer: Vec<u8>,
+    /// The maximum number of bytes for which the send buffer is certainly large enough.
+    send_bytes: usize,
+}
+
+/// The kernel's answer to the messages of a `send` call.
+enum Answer {
+    Success,
+    /// The error of the first failed message.
+    Failure(NetworkError),
+    /// A change of the dumped table interrupted a dump, or a datagram was longer than the buffer.
+    Interrupted,
 }
 
 impl Socket {
@@ -235,14 +298,15 @@ impl Socket {
             SocketFlags::CLOEXEC,
             protocol,
         )
-        .map_err(|errno| NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error())))?;
+        .map_err(|errno| kernel_error(action, errno))?;
         // With these options, an error message contains an explanation in words, and no copy of the
         // failed request. The socket also works if the kernel does not support the options.
-        set_option(&fd, libc::NETLINK_EXT_ACK);
-        set_option(&fd, libc::NETLINK_CAP_ACK);
+        let _ = set_option(&fd, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1);
+        let _ = set_option(&fd, libc::SOL_NETLINK, libc::NETLINK_CAP_ACK, 1);
         Ok(Socket {
             fd,
             buffer: vec![0; RECEIVE_BYTES],
+            send_bytes: BYTES_AT_ONCE,
         })
     }
 
@@ -254,61 +318,120 @@ impl Socket {
     /// Sends the messages and returns the kernel's replies. If messages fail, this function returns
     /// the error of the first failed message.
     pub(crate) fn execute(&mut self, batch: &Batch) -> Result<Vec<Reply>, NetworkError> {
-        if batch.actions.is_empty() {
-            return Ok(Vec::new());
-        }
-        for _ in 0..DUMP_TRIES {
-            if let Some(replies) = self.execute_once(batch)? {
-                return Ok(replies);
+        self.fold(batch, |replies: &mut Vec<Reply>, reply| replies.push(reply))
+    }
+
+    /// Sends the messages, and calls `each` for each of the kernel's replies. `each` adds the reply
+    /// to the result. If a dump is interrupted, the dump is repeated with a new result.
+    pub(crate) fn fold<T: Default>(
+        &mut self,
+        batch: &Batch,
+        mut each: impl FnMut(&mut T, Reply),
+    ) -> Result<T, NetworkError> {
+        'tries: for _ in 0..DUMP_TRIES {
+            let mut result = T::default();
+            let mut failure = None;
+            let mut from = 0;
+            while from < batch.messages.len() {
+                let to = batch.end_of_piece(from);
+                match self.exchange(batch, from..to, |reply| each(&mut result, reply))? {
+                    Answer::Success => {}
+                    Answer::Failure(error) => drop(failure.get_or_insert(error)),
+                    Answer::Interrupted => continue 'tries,
+                }
+                from = to;
             }
+            return failure.map_or(Ok(result), Err);
         }
         Err(NetworkError::kernel(last_action(batch), Errno::EINTR))
     }
 
-    /// Sends the messages of `batch` once. Returns `None` if a change of the dumped table
-    /// interrupted a dump.
-    fn execute_once(&mut self, batch: &Batch) -> Result<Option<Vec<Reply>>, NetworkError> {
-        let sent = rustix::net::send(&self.fd, &batch.bytes, SendFlags::empty());
-        sent.map_err(|errno| {
-            NetworkError::kernel(last_action(batch), Errno::from_raw(errno.raw_os_error()))
-        })?;
-        let mut replies = Vec::new();
-        let mut failure = None;
-        let mut interrupted = false;
-        let mut answers = 0;
-        while answers < batch.answers {
+    /// Sends all messages with one `send` call, as the kernel requires for a transaction. If the
+    /// socket's send buffer is too small, this function enlarges it. Without the capability
+    /// CAP_NET_ADMIN in the initial user namespace, the size of the buffer is limited. In this case,
+    /// the function can fail with the error EMSGSIZE.
+    pub(crate) fn execute_whole(&mut self, batch: &Batch) -> Result<(), NetworkError> {
+        match self.exchange(batch, 0..batch.messages.len(), drop)? {
+            Answer::Failure(error) => Err(error),
+            Answer::Success | Answer::Interrupted => Ok(()),
+        }
+    }
+
+    /// Sends the messages with the sequence numbers in `range` with one `send` call, and calls
+    /// `each` for each of the kernel's replies.
+    fn exchange(
+        &mut self,
+        batch: &Batch,
+        range: std::ops::Range<usize>,
+        mut each: impl FnMut(Reply),
+    ) -> Result<Answer, NetworkError> {
+        let bytes = batch
+            .bytes
+            .get(batch.begin_of(range.start)..batch.begin_of(range.end));
+        let bytes = bytes.unwrap_or_default();
+        self.reserve(bytes.len());
+        let failed = |errno| kernel_error(last_action(batch), errno);
+        rustix::net::send(&self.fd, bytes, SendFlags::empty()).map_err(failed)?;
+        let sent = batch.messages.get(range).unwrap_or_default();
+        let mut missing = sent.iter().filter(|request| request.is_answered).count();
+        let (mut failure, mut interrupted, mut overrun) = (None, false, false);
+        while missing > 0 {
             // The `recv` call never waits, because the kernel has queued the replies during `send`.
             // The kernel queues the next part of a dump whenever the socket is read.
-            let received = rustix::net::recv(&self.fd, &mut self.buffer[..], RecvFlags::DONTWAIT);
-            let (length, _) = match received {
-                Ok(received) => received,
-                // The kernel sends no further acknowledgement. The loop can end nevertheless,
-                // because a message has already failed.
-                Err(rustix::io::Errno::AGAIN) if failure.is_some() => break,
-                Err(errno) => {
-                    let errno = Errno::from_raw(errno.raw_os_error());
-                    return Err(NetworkError::kernel(last_action(batch), errno));
+            let flags = RecvFlags::DONTWAIT | RecvFlags::TRUNC;
+            let length = match rustix::net::recv(&self.fd, &mut self.buffer[..], flags) {
+                Ok((_, length)) => length,
+                // The kernel sends no further answer. The loop can end nevertheless, because a
+                // message has failed, or because the lost datagram contained the last answer.
+                Err(rustix::io::Errno::AGAIN) if failure.is_some() || interrupted => break,
+                // The receive buffer was too small for all error messages. The first error messages
+                // are in the buffer.
+                Err(rustix::io::Errno::NOBUFS) if !overrun => {
+                    overrun = true;
+                    continue;
                 }
+                Err(errno) => return Err(failed(errno)),
             };
-            let received = self.buffer.get(..length).unwrap_or_default();
-            for message in Messages(received) {
+            if length > self.buffer.len() {
+                self.buffer.resize(length, 0);
+                interrupted = true;
+                continue;
+            }
+            for message in Messages(self.buffer.get(..length).unwrap_or_default()) {
                 interrupted |= message.flags & NLM_F_DUMP_INTR != 0;
                 match message.kind {
                     NLMSG_ERROR | NLMSG_DONE => {
-                        answers += 1;
+                        missing -= usize::from(message.is_answer_in(batch)).min(missing);
                         if let Some(error) = message.error(batch) {
                             failure.get_or_insert(error);
                         }
                     }
-                    _ => replies.push(Reply {
+                    _ => each(Reply {
                         body: message.body.to_vec(),
                     }),
                 }
             }
         }
-        match failure {
-            Some(error) => Err(error),
-            None => Ok((!interrupted).then_some(replies)),
+        Ok(match failure {
+            Some(error) => Answer::Failure(error),
+            None if interrupted => Answer::Interrupted,
+            None => Answer::Success,
+        })
+    }
+
+    /// Enlarges the send buffer if it may be too small for a message of `bytes` bytes. An error is
+    /// ignored, because the following `send` call reports whether the buffer is large enough.
+    fn reserve(&mut self, bytes: usize) {
+        if bytes <= self.send_bytes {
+            return;
+        }
+        let size = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+        // SO_SNDBUFFORCE needs CAP_NET_ADMIN in the initial user namespace. SO_SNDBUF needs no
+        // capability, but the sysctl net.core.wmem_max limits the size.
+        if set_option(&self.fd, libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, size).is_ok() {
+            self.send_bytes = bytes;
+        } else {
+            let _ = set_option(&self.fd, libc::SOL_SOCKET, libc::SO_SNDBUF, size);
         }
     }
 }
@@ -330,21 +453,34 @@ pub(crate) fn parse_all(received: &[u8]) -> (Vec<NetworkError>, Vec<Reply>) {
     (errors, replies)
 }
 
-fn last_action(batch: &Batch) -> &str {
-    batch.actions.last().map_or("send netlink messages", |a| a)
+fn kernel_error(action: &str, errno: rustix::io::Errno) -> NetworkError {
+    NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error()))
 }
 
-fn set_option(fd: &OwnedFd, option: libc::c_int) {
-    let on: libc::c_int = 1;
-    // SAFETY: the pointer and the length describe `on`, which outlives the call.
-    unsafe {
+fn last_action(batch: &Batch) -> &str {
+    let last = batch.messages.last();
+    last.map_or("send netlink messages", |request| &request.action)
+}
+
+fn set_option(
+    fd: &OwnedFd,
+    level: libc::c_int,
+    option: libc::c_int,
+    value: libc::c_int,
+) -> std::io::Result<()> {
+    // SAFETY: the pointer and the length describe `value`, which outlives the call.
+    let result = unsafe {
         libc::setsockopt(
             fd.as_raw_fd(),
-            libc::SOL_NETLINK,
+            level,
             option,
-            (&raw const on).cast(),
+            (&raw const value).cast(),
             size_of::<libc::c_int>() as libc::socklen_t,
-        );
+        )
+    };
+    match result {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
     }
 }
 
@@ -356,6 +492,18 @@ struct Message<'a> {
 }
 
 impl Message<'_> {
+    /// Returns the message of `batch` to which this message is the answer.
+    fn request<'a>(&self, batch: &'a Batch) -> Option<&'a Request> {
+        batch.messages.get(usize::try_from(self.sequence).ok()?)
+    }
+
+    /// Returns whether this message is the acknowledgement or the end of a dump that `batch` has
+    /// requested. The kernel also sends an error message for a failed message without NLM_F_ACK.
+    fn is_answer_in(&self, batch: &Batch) -> bool {
+        self.request(batch)
+            .is_some_and(|request| request.is_answered)
+    }
+
     /// Returns the error in a message of the type NLMSG_ERROR or NLMSG_DONE. Returns `None` if the
     /// message reports success.
     fn error(&self, batch: &Batch) -> Option<NetworkError> {
@@ -373,10 +521,8 @@ impl Message<'_> {
         };
         let attributes = Attributes(self.body.get(4 + request..).unwrap_or_default());
         let detail = attributes.string(NLMSGERR_ATTR_MSG);
-        let action = usize::try_from(self.sequence)
-            .ok()
-            .and_then(|index| batch.actions.get(index))
-            .map_or_else(|| last_action(batch), String::as_str);
+        let request = self.request(batch);
+        let action = request.map_or_else(|| last_action(batch), |request| &request.action);
         Some(NetworkError::Kernel {
             action: action.to_owned(),
             errno: Errno::from_raw(code.saturating_neg()),
@@ -424,7 +570,7 @@ mod tests {
             });
         });
         assert_eq!(batch.bytes.len() % ALIGNMENT, 0);
-        assert_eq!(batch.answers, 1);
+        assert!(batch.messages[0].is_answered);
         let message = Messages(&batch.bytes).next();
         let body = message.map(|message| message.body.to_vec());
         let reply = Reply {
@@ -448,5 +594,47 @@ mod tests {
         assert!(Messages(&zero_length).next().is_none());
         zero_length[0] = 15;
         assert!(Messages(&zero_length).next().is_none());
+    }
+
+    /// Adds a request for information about the interface `name`.
+    fn look_up(batch: &mut Batch, action: String, name: &str) {
+        batch.message(action, libc::RTM_GETLINK, NLM_F_ACK, |body| {
+            body.header(&[0; 16]);
+            body.string(libc::IFLA_IFNAME, name);
+        });
+    }
+
+    #[test]
+    fn a_batch_can_have_thousands_of_messages() -> Result<(), NetworkError> {
+        // The kernel's answers to all messages do not fit into the receive buffer at once.
+        let mut batch = Batch::default();
+        for number in 0..5000 {
+            look_up(&mut batch, format!("message {number}"), "no-such-link");
+        }
+        look_up(&mut batch, "last message".to_owned(), "lo");
+        let mut socket = Socket::route()?;
+        let mut replies = 0;
+        let result = socket.fold(&batch, |(), _| replies += 1);
+        let error = result.unwrap_err().to_string();
+        assert!(error.starts_with("message 0: "), "{error}");
+        assert_eq!(replies, 1, "number of replies to the last message");
+        // No answer is left for the next request.
+        let mut batch = Batch::default();
+        look_up(&mut batch, "next message".to_owned(), "lo");
+        assert_eq!(socket.execute(&batch)?.len(), 1);
+        Ok(())
+    }
+
+    #[test]
+    fn a_datagram_can_be_longer_than_the_receive_buffer() -> Result<(), NetworkError> {
+        let mut socket = Socket::route()?;
+        socket.buffer.truncate(16);
+        let mut batch = Batch::default();
+        batch.message("list the links", libc::RTM_GETLINK, NLM_F_DUMP, |body| {
+            body.header(&[0; 16]);
+        });
+        assert!(!socket.execute(&batch)?.is_empty());
+        assert!(socket.buffer.len() > 16);
+        Ok(())
     }
 }

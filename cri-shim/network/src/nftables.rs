@@ -127,6 +127,10 @@ const NFTA_SET_ELEM_DATA: u16 = 2;
 /// long, because netlink stores the length of an attribute in 16 bits.
 const ELEMENTS_AT_ONCE: usize = 256;
 
+/// The number of elements in one transaction if the socket's send buffer is too small for a
+/// transaction with all elements.
+const ELEMENTS_OF_A_PIECE: usize = 1024;
+
 const GUARD: &str = "guard";
 const HOST_PORTS: &str = "host_ports";
 const PREROUTING: &str = "prerouting";
@@ -278,22 +282,24 @@ pub(crate) fn is_complete(socket: &mut Socket, table: &NftTable) -> Result<bool,
 /// Creates the table, or replaces it if it exists.
 pub(crate) fn replace(socket: &mut Socket, table: &NftTable) -> Result<(), NetworkError> {
     let name = table.name;
-    let mut transaction = Transaction::begin();
-    transaction.empty_table(name);
-    for family in table.families() {
-        transaction.map(name, family);
-    }
-    for (chain, hook) in CHAINS {
-        transaction.chain(name, chain, hook);
-    }
-    for (chain, rule) in table.rules() {
-        transaction.rule(name, chain, &rule);
-    }
+    let begin = || {
+        let mut transaction = Transaction::begin();
+        transaction.empty_table(name);
+        for family in table.families() {
+            transaction.map(name, family);
+        }
+        for (chain, hook) in CHAINS {
+            transaction.chain(name, chain, hook);
+        }
+        for (chain, rule) in table.rules() {
+            transaction.rule(name, chain, &rule);
+        }
+        transaction
+    };
     let families = table.families();
     let mut mappings = table.mappings.clone();
     mappings.retain(|one| families.iter().any(|family| family.has(one)));
-    transaction.elements(name, NFT_MSG_NEWSETELEM, &mappings);
-    transaction.commit(socket).map_err(explained)
+    commit(socket, name, NFT_MSG_NEWSETELEM, begin, &mappings).map_err(explained)
 }
 
 /// Adds `mappings` to the maps of the table `name`. A mapping that a map already contains is not an
@@ -303,9 +309,13 @@ pub(crate) fn publish(
     name: &str,
     mappings: &[Mapping],
 ) -> Result<(), NetworkError> {
-    let mut transaction = Transaction::begin();
-    transaction.elements(name, NFT_MSG_NEWSETELEM, mappings);
-    transaction.commit(socket)
+    commit(
+        socket,
+        name,
+        NFT_MSG_NEWSETELEM,
+        Transaction::begin,
+        mappings,
+    )
 }
 
 /// Removes `mappings` from the maps of the table `name`. If one of the mappings is missing in the
@@ -315,9 +325,38 @@ pub(crate) fn withdraw(
     name: &str,
     mappings: &[Mapping],
 ) -> Result<(), NetworkError> {
-    let mut transaction = Transaction::begin();
-    transaction.elements(name, NFT_MSG_DELSETELEM, mappings);
-    transaction.commit(socket)
+    commit(
+        socket,
+        name,
+        NFT_MSG_DELSETELEM,
+        Transaction::begin,
+        mappings,
+    )
+}
+
+/// Commits the transaction that `begin` returns, with messages of the type `kind` for the elements
+/// `mappings`. If the socket's send buffer is too small for one transaction, the elements are sent
+/// in several transactions. Packets can then be processed before the last transaction.
+fn commit(
+    socket: &mut Socket,
+    name: &str,
+    kind: u16,
+    begin: impl Fn() -> Transaction,
+    mappings: &[Mapping],
+) -> Result<(), NetworkError> {
+    let mut whole = begin();
+    whole.elements(name, kind, mappings);
+    match whole.commit(socket) {
+        Err(error) if error.is(Errno::EMSGSIZE) => {}
+        result => return result,
+    }
+    let mut piece = begin();
+    for some in mappings.chunks(ELEMENTS_OF_A_PIECE) {
+        piece.elements(name, kind, some);
+        piece.commit(socket)?;
+        piece = Transaction::begin();
+    }
+    Ok(())
 }
 
 /// A list of messages that nf_tables executes atomically.
@@ -334,8 +373,7 @@ impl Transaction {
     }
 
     fn message(&mut self, action: &str, kind: u16, flags: u16, body: impl FnOnce(&mut Body)) {
-        let (kind, flags) = (subsystem(kind), flags | NLM_F_ACK);
-        self.0.message(action, kind, flags, |message| {
+        self.0.message(action, subsystem(kind), flags, |message| {
             message.header(&family(NFPROTO_INET));
             body(message);
         });
@@ -425,10 +463,14 @@ impl Transaction {
     }
 
     fn commit(mut self, socket: &mut Socket) -> Result<(), NetworkError> {
+        // The kernel answers the messages after it has committed the transaction. One
+        // acknowledgement is enough, because the kernel also sends the errors of the other messages.
+        // If the kernel sent many acknowledgements, they might not fit into the receive buffer.
+        self.0.acknowledge_last();
         let action = "commit an nftables transaction";
         self.0
             .message(action, NFNL_MSG_BATCH_END, 0, |body| body.header(&border()));
-        socket.execute(&self.0).map(drop)
+        socket.execute_whole(&self.0)
     }
 }
 

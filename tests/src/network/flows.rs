@@ -35,6 +35,7 @@ pub(crate) const TESTS: &[Test] = tests![
     a_host_port_is_reachable_on_the_loopback_of_ipv4_and_ipv6;
     host_ports_on_ipv6_loopback_refuse_connections_immediately_if_br_netfilter_filters_ipv6, BR_NETFILTER;
     a_udp_flow_reaches_the_pod_that_has_the_host_port;
+    thousands_of_udp_flows_reach_the_pod_that_has_the_host_port;
     sctp_traffic_passes_through_a_host_port, SCTP;
     only_traffic_through_a_host_port_has_the_nodes_source_address, BR_NETFILTER;
     pods_can_have_only_an_ipv6_address;
@@ -240,24 +241,51 @@ fn a_udp_flow_reaches_the_pod_that_has_the_host_port() -> Result {
         for socket in [&own, &v4, &v6] {
             let _ = socket.send(b"too early");
         }
-        let ports = || json!([{ "host_port": 8092, "container_port": 5000, "protocol": 1 }]);
-        for name in ["first", "second"] {
-            let (pod_id, _) = serving(node, name, ports())?;
+        // The server searches for the flows of a few ports and of many ports in different ways.
+        let ports = |count: u16| -> Value {
+            let ports = (8092..8092 + count)
+                .map(|port| json!({ "host_port": port, "container_port": 5000, "protocol": 1 }));
+            ports.collect()
+        };
+        for (name, count) in [("first", 1), ("second", 20), ("next", 1)] {
+            let (pod_id, _) = serving(node, name, ports(count))?;
             for socket in [&own, &v4, &v6] {
                 answers(socket, &format!("{name} "))?;
             }
             node.asks(&["stopp", &pod_id])?;
         }
         // The test deletes the rules of the host port while the server is not running.
-        let (pod_id, _) = serving(node, "third", ports())?;
+        let (pod_id, _) = serving(node, "third", ports(20))?;
         answers(&v4, "third ")?;
         node.kill_server()?;
         command("nft", ["flush", "ruleset"]).ok()?;
         node.start_server()?;
         answers(&v4, "third ")?;
         node.asks(&["rmp", "--force", &pod_id])?;
-        serving(node, "fourth", ports())?;
+        serving(node, "fourth", ports(1))?;
         answers(&v4, "fourth ")
+    })
+}
+
+fn thousands_of_udp_flows_reach_the_pod_that_has_the_host_port() -> Result {
+    let _uplink = Uplink::new()?;
+    on_a_node(|node| {
+        // With the first pod, connection tracking begins.
+        serving(node, "first", json!([]))?;
+        let clients = 20_000..24_000;
+        let host_port = at(Uplink::V4, 8092)?;
+        for port in clients.clone() {
+            let socket = UdpSocket::bind((Uplink::V4, port))?;
+            let _ = socket.send_to(b"too early", host_port);
+        }
+        let ports = json!([{ "host_port": 8092, "container_port": 5000, "protocol": 1 }]);
+        serving(node, "mapped", ports)?;
+        for port in clients.step_by(500).chain([23_999]) {
+            let socket = UdpSocket::bind((Uplink::V4, port))?;
+            socket.connect(host_port)?;
+            answers(&socket, "mapped ")?;
+        }
+        Ok(())
     })
 }
 
