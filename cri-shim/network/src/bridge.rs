@@ -5,12 +5,14 @@
 mod device;
 mod pair;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use nix::errno::Errno;
 
 use crate::address::Range;
 use crate::config::NetworkConfig;
@@ -21,7 +23,8 @@ use crate::host_ports::Mapping;
 use crate::link::{self, POD_INTERFACE};
 use crate::namespace;
 use crate::netlink::{Batch, Socket};
-use crate::nftables::{self, Generation};
+use crate::nftables::{self, Elements, Generation, PodPort, TableFamily, Tables, Watch};
+use crate::traffic_control;
 use device::{BridgeDevice, Repaired};
 pub(crate) use pair::{PodNamespace, host_interface};
 use rrun_calls::lock::lock;
@@ -31,26 +34,53 @@ pub(crate) struct Bridge {
     config: NetworkConfig,
     /// The ranges from which new pods get their addresses.
     ranges: Vec<Range>,
+    rules: Mutex<Rules>,
+    /// The number of the socket in [`Rules`], see [`Socket::port`].
+    own_socket: Arc<AtomicU32>,
+    /// True if this server process has created the nftables tables. If the value is false, the
+    /// server replaces the tables, because another version of the server may have created the tables
+    /// with a different structure.
+    has_tables: AtomicBool,
+    /// True if the kernel lacks nftables for frames.
+    lacks_filter: AtomicBool,
+}
+
+/// The nftables tables. While a thread changes the tables, it holds the lock on this value.
+#[derive(Default)]
+struct Rules {
+    /// The socket for changes of the tables. Other sockets are not used, because a watch of the
+    /// tables recognises the server's own changes by the socket.
+    socket: Option<Socket>,
     /// The state of the bridge at the last check. `None` before the first check, or if the bridge
     /// was not complete.
-    state: Mutex<Option<BridgeState>>,
-    /// True if this server process has created the nftables table. If the value is false, the
-    /// server replaces the table, because another version of the server may have created the table
-    /// with a different structure.
-    made_table: AtomicBool,
+    known: Option<BridgeState>,
+    /// How often this server process has created or replaced the nftables tables.
+    replacements: u64,
+}
+
+/// The pods of the embedded network.
+pub(crate) trait Pods {
+    /// Returns the kernel objects that should exist for the pods. This function is called only if
+    /// the bridge or the nftables tables must be repaired.
+    fn desired(&self) -> Desired;
+
+    /// Returns whether a pod has a host port at 127.0.0.1.
+    fn has_port_on_loopback4(&self) -> bool;
 }
 
 /// The kernel objects that should exist for the pods.
 pub(crate) struct Desired {
-    /// The ids of the pods that have an interface.
-    pub pods: Vec<String>,
+    /// The pods that have an interface.
+    pub pods: Vec<DesiredPod>,
     pub addresses: Vec<IpAddr>,
-    pub mappings: Vec<Mapping>,
+    pub elements: Elements,
 }
 
-/// A function that returns the desired kernel objects. The function is called only if the bridge or
-/// the nftables table must be repaired.
-type GetDesired<'a> = &'a dyn Fn() -> Desired;
+pub(crate) struct DesiredPod {
+    pub id: String,
+    /// True if the pod can send packets only from its own addresses.
+    pub is_filtered: bool,
+}
 
 /// The state of a bridge that was complete at the last check.
 #[derive(Clone, Copy)]
@@ -67,13 +97,15 @@ impl Bridge {
         Bridge {
             config,
             ranges,
-            state: Mutex::new(None),
-            made_table: AtomicBool::new(false),
+            rules: Mutex::default(),
+            own_socket: Arc::default(),
+            has_tables: AtomicBool::new(false),
+            lacks_filter: AtomicBool::new(false),
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, Option<BridgeState>> {
-        lock(&self.state)
+    fn rules(&self) -> MutexGuard<'_, Rules> {
+        lock(&self.rules)
     }
 
     fn device(&self) -> BridgeDevice<'_> {
@@ -86,51 +118,60 @@ impl Bridge {
 
     /// Checks the bridge and its rules, and creates the missing objects. If the bridge is created
     /// again, the interfaces of the pods become its ports again.
-    pub(crate) fn repair(&self, desired: GetDesired) -> Result<(), NetworkError> {
-        self.repair_all(&mut self.state(), false, desired).map(drop)
+    pub(crate) fn repair(&self, pods: &dyn Pods) -> Result<(), NetworkError> {
+        self.repair_all(&mut self.rules(), Repair::IfChanged, pods)
+            .map(drop)
     }
 
-    /// Replaces the nftables table if the bridge exists or a pod needs the bridge.
-    pub(crate) fn renew(&self, desired: GetDesired) -> Result<(), NetworkError> {
+    /// Replaces the nftables tables if the bridge exists or a pod needs the bridge.
+    pub(crate) fn renew(&self, pods: &dyn Pods) -> Result<(), NetworkError> {
         let exists = link::find(&mut Socket::route()?, &self.config.bridge)?.is_some();
-        if exists || !desired().addresses.is_empty() {
-            self.repair_all(&mut self.state(), true, desired)?;
+        if exists || !pods.desired().addresses.is_empty() {
+            self.repair_all(&mut self.rules(), Repair::Replace, pods)?;
         }
         Ok(())
     }
 
-    /// Creates the veth pair of `pod`, unless it already exists. [`Bridge::configure`] adds the
+    /// Creates the veth pair of `pod`, unless it already exists. `port` is the pod's bridge port if
+    /// the pod can send packets only from its own addresses. [`Bridge::configure`] adds the
     /// addresses to the pod's interface.
     pub(crate) fn connect(
         &self,
         pod: &str,
         mac: link::Mac,
+        port: Option<PodPort>,
         netns: &Path,
-        desired: GetDesired,
+        pods: &dyn Pods,
     ) -> Result<PodNamespace, NetworkError> {
         let namespace = PodNamespace::open(netns)?;
-        let state = self.ensure_bridge(desired)?;
+        let forwarded_groups = pair::forwarded_groups(port.is_some());
+        let state = self.ensure_bridge(port, pods)?;
         let mut socket = Socket::route()?;
-        let state = self.with_mtu_of_uplink(&mut socket, state, desired)?;
+        let state = self.with_mtu_of_uplink(&mut socket, state, pods)?;
         let ensure_pair = |socket: &mut Socket, state: BridgeState| {
-            let pair = link::VethPair {
-                host: &host_interface(pod),
+            let port = link::BridgePort {
+                name: &host_interface(pod),
                 alias: &pair::alias(&self.config.bridge, pod),
                 bridge: state.index,
-                mtu: state.mtu,
-                mac,
+                forwarded_groups,
             };
-            pair::ensure(socket, &pair, &namespace)
+            let mtu = state.mtu;
+            pair::ensure(socket, &link::VethPair { port, mtu, mac }, &namespace)
         };
         match ensure_pair(&mut socket, state) {
             // In this match arm, another program has deleted the bridge. `ensure_bridge` has not
             // detected the deletion. If the nftables rules are unchanged, `ensure_bridge` does not
             // look up the bridge.
             Err(_) if self.is_gone(&mut socket, state) => {
-                let state = self.repair_all(&mut self.state(), false, desired)?;
+                let state = self.repair_all(&mut self.rules(), Repair::IfChanged, pods)?;
                 ensure_pair(&mut socket, state)?;
             }
             result => result?,
+        }
+        // The check follows the creation of the port. If a pod gets the first host port at 127.0.0.1
+        // after the check, `route_loopback4` finds the port.
+        if pods.has_port_on_loopback4() {
+            traffic_control::guard_loopback(&mut socket, &host_interface(pod));
         }
         Ok(namespace)
     }
@@ -146,63 +187,156 @@ impl Bridge {
         pair::configure(namespace, addresses, mac, &self.ranges)
     }
 
-    /// Opens host ports. If another program removed the bridge or the nftables table, this function
+    /// Opens host ports. If another program removed the bridge or the nftables tables, this function
     /// creates the removed objects again.
     pub(crate) fn publish(
         &self,
-        mappings: &[Mapping],
-        desired: GetDesired,
+        mappings: Vec<Mapping>,
+        pods: &dyn Pods,
     ) -> Result<(), NetworkError> {
-        let known = &mut self.state();
-        let name = &self.config.bridge;
-        match known.as_ref().map(|state| (state.index, state.loopback6)) {
+        let rules = &mut self.rules();
+        let elements = Elements {
+            mappings,
+            ports: Vec::new(),
+        };
+        match rules.known.map(|state| (state.index, state.loopback6)) {
             Some((index, loopback6)) if loopback6 == forwarding::can_translate_loopback6() => {
-                self.route_loopbacks(&mut Socket::route()?, index, loopback6, mappings)?;
-                change_rules(known, |socket| nftables::publish(socket, name, mappings))
-                    .or_else(|_| self.repair_all(known, true, desired).map(drop))?;
+                let mappings = &elements.mappings;
+                let mut socket = Socket::route()?;
+                self.route_loopbacks(&mut socket, index, loopback6, mappings, pods)?;
+                self.change(rules, nftables::add, &elements, pods)?;
             }
-            _ => drop(self.repair_all(known, true, desired)?),
+            _ => drop(self.repair_all(rules, Repair::Replace, pods)?),
         }
-        forget_flows(mappings, Stale::Elsewhere);
+        forget_flows(&elements.mappings, Stale::Elsewhere);
         Ok(())
     }
 
     /// Closes host ports. The function `free` makes the ports available to other pods. `withdraw`
-    /// holds the lock on the bridge's state until `withdraw` returns. If another pod reserves the
-    /// same ports, [`Bridge::publish`] for that pod waits for this lock. The other pod's ports are
-    /// therefore opened only after the old ports were closed.
+    /// holds the lock on the rules until `withdraw` returns. If another pod reserves the same ports,
+    /// [`Bridge::publish`] for that pod waits for this lock. The other pod's ports are therefore
+    /// opened only after the old ports were closed.
     pub(crate) fn withdraw(
         &self,
-        mappings: &[Mapping],
+        mappings: Vec<Mapping>,
         free: impl FnOnce(),
-        desired: GetDesired,
+        pods: &dyn Pods,
     ) -> Result<(), NetworkError> {
-        let known = &mut self.state();
+        let rules = &mut self.rules();
         free();
-        let name = &self.config.bridge;
-        change_rules(known, |socket| nftables::withdraw(socket, name, mappings))
-            .or_else(|_| self.repair_all(known, true, desired).map(drop))?;
-        forget_flows(mappings, Stale::ToThePod);
+        let elements = Elements {
+            mappings,
+            ports: Vec::new(),
+        };
+        self.change(rules, nftables::remove, &elements, pods)?;
+        if !pods.has_port_on_loopback4() {
+            self.route_loopback4(&mut Socket::route()?, pods)?;
+        }
+        forget_flows(&elements.mappings, Stale::ToThePod);
         Ok(())
     }
 
-    /// Configures how the node routes the replies on connections to host ports at 127.0.0.1 and
-    /// ::1.
+    /// Deletes the bridge ports of removed pods from the nftables sets. The function `free` makes
+    /// the pods' addresses available to other pods.
+    pub(crate) fn retire(
+        &self,
+        ports: Vec<PodPort>,
+        free: impl FnOnce(),
+        pods: &dyn Pods,
+    ) -> Result<(), NetworkError> {
+        let rules = &mut self.rules();
+        free();
+        // If the state of the tables is not known, the next repair removes the ports.
+        if rules.known.is_none() || ports.is_empty() {
+            return Ok(());
+        }
+        let elements = Elements {
+            mappings: Vec::new(),
+            ports,
+        };
+        self.change(rules, nftables::remove, &elements, pods)
+            .map(drop)
+    }
+
+    /// Configures how the node routes the packets of its processes from 127.0.0.0/8 and ::1 to host
+    /// ports, and the replies. `mappings` are new host ports.
     fn route_loopbacks(
         &self,
         socket: &mut Socket,
         index: u32,
         loopback6: bool,
         mappings: &[Mapping],
+        pods: &dyn Pods,
     ) -> Result<(), NetworkError> {
-        if mappings.iter().any(|mapping| mapping.address.is_ipv4()) {
-            forwarding::route_localnet(&self.config.bridge)?;
-        }
+        self.route_loopback4(socket, pods)?;
         let mut batch = Batch::default();
         if loopback6 && mappings.iter().any(|mapping| mapping.address.is_ipv6()) {
             link::add_loopback_route(&mut batch, index);
         }
         socket.execute(&batch).map(drop)
+    }
+
+    /// Sets the sysctl route_localnet of the bridge. The sysctl is 1 only while a pod has a host port
+    /// at 127.0.0.1.
+    fn route_loopback4(&self, socket: &mut Socket, pods: &dyn Pods) -> Result<(), NetworkError> {
+        let bridge = &self.config.bridge;
+        let is_needed = pods.has_port_on_loopback4();
+        if is_needed == forwarding::routes_localnet(bridge) {
+            return Ok(());
+        }
+        if is_needed {
+            for pod in pods.desired().pods {
+                traffic_control::guard_loopback(socket, &host_interface(&pod.id));
+            }
+        }
+        forwarding::set_route_localnet(bridge, is_needed)
+    }
+
+    /// Changes elements of the nftables tables with the function `change`. If another program has
+    /// changed the tables, they are repaired.
+    fn change(
+        &self,
+        rules: &mut Rules,
+        change: ChangeElements,
+        elements: &Elements,
+        pods: &dyn Pods,
+    ) -> Result<BridgeState, NetworkError> {
+        let Some(mut state) = rules.known else {
+            return self.repair_all(rules, Repair::Replace, pods);
+        };
+        let name = &self.config.bridge;
+        let socket = self.socket(rules)?;
+        let how = match change(socket, name, elements, Some(state.rules)) {
+            Ok(changes) => {
+                // The kernel increments the generation only if the transaction changes something.
+                let now = nftables::generation(socket)?;
+                if now == state.rules || now == state.rules.after(changes) {
+                    state.rules = now;
+                    rules.known = Some(state);
+                    return Ok(state);
+                }
+                Repair::Check
+            }
+            // Another program has changed nftables tables, but perhaps not the tables of rrun.
+            Err(error) if error.is(Errno::ERESTART) => match change(socket, name, elements, None) {
+                Ok(_) => Repair::Check,
+                Err(_) => Repair::Replace,
+            },
+            Err(_) => Repair::Replace,
+        };
+        self.repair_all(rules, how, pods)
+    }
+
+    /// Returns the socket for changes of the nftables tables.
+    fn socket<'a>(&self, rules: &'a mut Rules) -> Result<&'a mut Socket, NetworkError> {
+        match &mut rules.socket {
+            Some(socket) => Ok(socket),
+            none => {
+                let socket = Socket::netfilter()?;
+                self.own_socket.store(socket.port()?, Ordering::Relaxed);
+                Ok(none.insert(socket))
+            }
+        }
     }
 
     /// Deletes the node's ends of the pods' veth pairs. The kernel then also deletes the pods'
@@ -217,14 +351,17 @@ impl Bridge {
     }
 
     /// Deletes the interfaces that rrun created, except the interfaces of the pods in `keep`. The
-    /// interfaces of the pods in `keep` are configured to refuse router advertisements and
-    /// redirects.
-    pub(crate) fn sweep(&self, keep: &HashSet<String>) -> Result<(), NetworkError> {
+    /// interfaces of the pods in `keep` get the settings that [`Bridge::connect`] gives to new
+    /// interfaces.
+    pub(crate) fn sweep(&self, keep: &[DesiredPod], pods: &dyn Pods) -> Result<(), NetworkError> {
         let mut socket = Socket::route()?;
         let links = link::list(&mut socket)?;
         let bridge = links.iter().find(|link| self.device().is_bridge(link));
         let bridge = bridge.map(|link| link.index);
-        let keep: HashSet<String> = keep.iter().map(|pod| host_interface(pod)).collect();
+        let keep: HashMap<String, bool> = keep
+            .iter()
+            .map(|pod| (host_interface(&pod.id), pod.is_filtered))
+            .collect();
         for link in &links {
             let on_bridge = bridge.is_some() && link.master == bridge;
             let alias = link.alias.as_deref().unwrap_or_default();
@@ -234,12 +371,23 @@ impl Bridge {
             if !ours {
                 continue;
             }
-            if !keep.contains(&link.name) {
+            let Some(is_filtered) = keep.get(&link.name) else {
                 link::delete(&mut socket, &link.name)?;
-            } else if let Err(error) = forwarding::refuse_routers(&link.name) {
-                // The error is only logged. Interfaces that this version of rrun created already
-                // refuse router advertisements and redirects. `refuse_routers` changes only
-                // interfaces from an earlier version.
+                continue;
+            };
+            if pods.has_port_on_loopback4() {
+                traffic_control::guard_loopback(&mut socket, &link.name);
+            }
+            let groups = pair::forwarded_groups(*is_filtered);
+            let changed = forwarding::refuse_routers(&link.name).and_then(|()| {
+                if on_bridge {
+                    return link::forward_groups(&mut socket, &link.name, groups);
+                }
+                Ok(())
+            });
+            // The error is only logged, because one broken interface must not prevent the start of
+            // the server. Interfaces that this version of rrun created already have the settings.
+            if let Err(error) = changed {
                 log::error!("{error}");
             }
         }
@@ -263,18 +411,37 @@ impl Bridge {
         })
     }
 
-    /// Returns the state of the bridge. If necessary, this function first creates or repairs the
-    /// bridge. If nothing has changed since the last check, this function only sends one request to
-    /// the kernel and reads one file for each address family.
-    fn ensure_bridge(&self, desired: GetDesired) -> Result<BridgeState, NetworkError> {
-        let known = *self.state();
-        if let Some(state) = known
-            && nftables::generation(&mut Socket::netfilter()?)? == state.rules
-            && self.forwards()
-        {
-            return Ok(state);
+    /// Adds the bridge port of a new pod to the nftables sets, and returns the state of the bridge.
+    /// If necessary, this function first creates or repairs the bridge. If nothing has changed since
+    /// the last check, it only sends two requests to the kernel and reads one file for each address
+    /// family.
+    fn ensure_bridge(
+        &self,
+        port: Option<PodPort>,
+        pods: &dyn Pods,
+    ) -> Result<BridgeState, NetworkError> {
+        let rules = &mut self.rules();
+        let port = port.filter(|_| self.filters_sources());
+        match (rules.known, port) {
+            (Some(_), Some(port)) if self.forwards() => {
+                let elements = Elements {
+                    mappings: Vec::new(),
+                    ports: vec![port],
+                };
+                self.change(rules, nftables::add, &elements, pods)
+            }
+            (Some(state), None)
+                if self.forwards() && nftables::generation(self.socket(rules)?)? == state.rules =>
+            {
+                Ok(state)
+            }
+            _ => self.repair_all(rules, Repair::Check, pods),
         }
-        self.repair_all(&mut self.state(), false, desired)
+    }
+
+    /// Returns whether the nftables table for frames exists.
+    fn filters_sources(&self) -> bool {
+        self.config.spoof_protection && !self.lacks_filter.load(Ordering::Relaxed)
     }
 
     /// Sets the bridge's MTU to the MTU of the uplink, unless an MTU is configured. Existing pods
@@ -283,7 +450,7 @@ impl Bridge {
         &self,
         socket: &mut Socket,
         state: BridgeState,
-        desired: GetDesired,
+        pods: &dyn Pods,
     ) -> Result<BridgeState, NetworkError> {
         let device = self.device();
         let mtu = device.mtu_of_pods(socket, Some(state.index))?;
@@ -294,10 +461,10 @@ impl Bridge {
             // The MTU was below the minimum for IPv6, and the kernel therefore deleted the bridge's
             // IPv6 addresses and routes. The larger MTU enables IPv6 on the bridge again. The
             // repair restores the deleted addresses and routes.
-            return self.repair_all(&mut self.state(), false, desired);
+            return self.repair_all(&mut self.rules(), Repair::IfChanged, pods);
         }
         device.set_mtu(socket, state.index, state.mtu, mtu)?;
-        if let Some(known) = self.state().as_mut() {
+        if let Some(known) = self.rules().known.as_mut() {
             known.mtu = mtu;
         }
         Ok(BridgeState { mtu, ..state })
@@ -310,21 +477,24 @@ impl Bridge {
         ranges.all(|range| forwarding::is_on(range.is_ipv6()))
     }
 
-    /// Repairs the bridge, the node's packet forwarding, the routes and the nftables rules. If
-    /// `renew` is true, the rules are replaced even if they are complete.
+    /// Repairs the bridge, the node's packet forwarding, the routes and the nftables rules.
     ///
-    /// The caller holds the lock on the bridge's state while this function sends requests to the
-    /// kernel. Other calls wait for the lock meanwhile. This wait does no harm, because no call can
-    /// attach a pod before the bridge exists.
+    /// The caller holds the lock on the rules while this function sends requests to the kernel. Other
+    /// calls wait for the lock meanwhile. This wait does no harm, because no call can attach a pod
+    /// before the bridge exists.
     fn repair_all(
         &self,
-        known: &mut Option<BridgeState>,
-        renew: bool,
-        desired: GetDesired,
+        rules: &mut Rules,
+        how: Repair,
+        pods: &dyn Pods,
     ) -> Result<BridgeState, NetworkError> {
-        *known = None;
+        let before = rules.known.take();
+        if matches!(how, Repair::Replace) {
+            // An earlier request may have failed because of the state of the socket.
+            rules.socket = None;
+        }
         let mut socket = Socket::route()?;
-        let desired = desired();
+        let mut desired = pods.desired();
         let repaired = self
             .device()
             .repair(&mut socket, &desired.pods, &desired.addresses)?;
@@ -333,44 +503,122 @@ impl Bridge {
             forwarding::turn_on(range.is_ipv6())?;
         }
         let loopback6 = forwarding::can_translate_loopback6();
-        self.route_loopbacks(&mut socket, index, loopback6, &desired.mappings)?;
-        let rules = self.repair_rules(renew, ranges, loopback6, desired.mappings)?;
+        let mappings = &desired.elements.mappings;
+        self.route_loopbacks(&mut socket, index, loopback6, mappings, pods)?;
+        let how = match how {
+            Repair::IfChanged if before.is_none_or(|one| one.loopback6 != loopback6) => {
+                Repair::Check
+            }
+            how => how,
+        };
+        if !self.filters_sources() {
+            desired.elements.ports.clear();
+        }
+        let tables = Tables {
+            name: &self.config.bridge,
+            hidden: self.config.hidden(&ranges),
+            ranges,
+            masquerade: self.config.masquerade,
+            loopback6,
+            filters_sources: self.filters_sources(),
+            elements: desired.elements,
+        };
+        let generation = self.repair_rules(rules, how, before.map(|one| one.rules), tables)?;
         let state = BridgeState {
             index,
             mtu,
             loopback6,
-            rules,
+            rules: generation,
         };
-        *known = Some(state);
+        rules.known = Some(state);
         Ok(state)
     }
 
+    /// Repairs the nftables tables, and returns their generation. `known` is the generation at the
+    /// last check.
     fn repair_rules(
         &self,
-        renew: bool,
-        ranges: Vec<Range>,
-        loopback6: bool,
-        mappings: Vec<Mapping>,
+        rules: &mut Rules,
+        how: Repair,
+        known: Option<Generation>,
+        mut tables: Tables,
     ) -> Result<Generation, NetworkError> {
-        let table = nftables::NftTable {
-            name: &self.config.bridge,
-            ranges,
-            masquerade: self.config.masquerade,
-            loopback6,
-            mappings,
-        };
-        let mut socket = Socket::netfilter()?;
+        let is_first = !self.has_tables();
+        let socket = self.socket(rules)?;
         // The generation is read before the check. If another program changes nftables during this
         // check, the next check detects the change.
-        let before = nftables::generation(&mut socket)?;
-        let must_replace = renew || !self.made_table.load(Ordering::Relaxed);
-        if !must_replace && nftables::is_complete(&mut socket, &table)? {
+        let before = nftables::generation(socket)?;
+        let is_complete = match how {
+            _ if is_first => false,
+            Repair::IfChanged if known == Some(before) => true,
+            Repair::IfChanged | Repair::Check => {
+                nftables::is_complete(socket, &tables).unwrap_or(false)
+            }
+            Repair::Replace => false,
+        };
+        if is_complete {
             return Ok(before);
         }
-        nftables::replace(&mut socket, &table)?;
-        forget_flows(&table.mappings, Stale::Elsewhere);
-        self.made_table.store(true, Ordering::Relaxed);
-        nftables::generation(&mut socket)
+        nftables::replace(socket, &tables, TableFamily::Inet)?;
+        if tables.filters_sources
+            && let Err(error) = nftables::replace(socket, &tables, TableFamily::Bridge)
+        {
+            self.lack_filter(error)?;
+            tables.filters_sources = false;
+        }
+        if !tables.filters_sources && is_first {
+            // An earlier server process may have created the table. A kernel without tables of this
+            // family returns an error.
+            let _ = nftables::delete(socket, tables.name, TableFamily::Bridge);
+        }
+        forget_flows(&tables.elements.mappings, Stale::Elsewhere);
+        let after = nftables::generation(socket)?;
+        rules.replacements += 1;
+        self.has_tables.store(true, Ordering::Relaxed);
+        Ok(after)
+    }
+
+    /// Disables the filter of source addresses if `error` means that the kernel lacks the filter.
+    fn lack_filter(&self, error: NetworkError) -> Result<(), NetworkError> {
+        if !matches!(error, NetworkError::Feature { .. }) {
+            return Err(error);
+        }
+        log::warn!(
+            "pods can send packets from addresses of other pods (network.spoof_protection): {error}"
+        );
+        self.lacks_filter.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Returns whether this server process has created the nftables tables.
+    pub(crate) fn has_tables(&self) -> bool {
+        self.has_tables.load(Ordering::Relaxed)
+    }
+
+    /// Begins to watch the nftables tables for changes by other programs.
+    pub(crate) fn watch(&self) -> Result<Watch, NetworkError> {
+        Watch::open(self.config.bridge.clone(), Arc::clone(&self.own_socket))
+    }
+
+    /// Updates the generation of the nftables tables after another program has changed only other
+    /// tables. The next attach of a pod can then skip the check of the tables. If a thread is
+    /// changing the tables, this function does nothing.
+    pub(crate) fn pass_over(&self, generation: Generation) {
+        if let Ok(mut rules) = self.rules.try_lock()
+            && let Some(known) = &mut rules.known
+            && known.rules.after(1) == generation
+        {
+            known.rules = generation;
+        }
+    }
+
+    /// Repairs the nftables tables after another program has changed them. Returns whether the
+    /// tables had to be replaced.
+    pub(crate) fn restore(&self, pods: &dyn Pods) -> Result<bool, NetworkError> {
+        let rules = &mut self.rules();
+        let before = rules.replacements;
+        self.repair_all(rules, Repair::Check, pods)?;
+        Ok(rules.replacements > before)
     }
 
     fn is_gone(&self, socket: &mut Socket, state: BridgeState) -> bool {
@@ -381,24 +629,19 @@ impl Bridge {
     }
 }
 
-/// Calls `change`, which changes the nftables table. If no other program changes nftables during
-/// the call of `change`, this function updates the generation in `known`. The state in `known` then
-/// remains valid.
-fn change_rules(
-    known: &mut Option<BridgeState>,
-    change: impl FnOnce(&mut Socket) -> Result<(), NetworkError>,
-) -> Result<(), NetworkError> {
-    let mut socket = Socket::netfilter()?;
-    let before = nftables::generation(&mut socket)?;
-    change(&mut socket)?;
-    let after = nftables::generation(&mut socket)?;
-    if let Some(state) = known
-        && state.rules == before
-        && after.follows(before)
-    {
-        state.rules = after;
-    }
-    Ok(())
+/// A function that changes elements of the nftables tables, see [`nftables::add`].
+type ChangeElements =
+    fn(&mut Socket, &str, &Elements, Option<Generation>) -> Result<u32, NetworkError>;
+
+/// The condition under which the nftables tables are replaced.
+#[derive(Clone, Copy)]
+enum Repair {
+    /// The tables are replaced if any nftables table has changed since the last check and the tables
+    /// are not complete.
+    IfChanged,
+    /// The tables are replaced if they are not complete.
+    Check,
+    Replace,
 }
 
 /// Deletes stale flows. An error is only logged, because the error affects only peers that have

@@ -74,8 +74,20 @@ impl PodNetwork {
         if ports.is_empty() && !own_network {
             return Ok(());
         }
+        self.adopt(pod, config);
         let reserved = self.embedded.reserve(pod, name, ports, own_network).await;
         reserved.map_err(Error::from)
+    }
+
+    /// Allows the pod to send packets from all addresses if it is privileged. A privileged pod has
+    /// all rights on the node, so a filter of its packets would protect nothing. After its start,
+    /// the server must call this function for all existing pods before [`PodNetwork::reconcile`].
+    pub fn adopt(&self, pod: &str, config: &PodSandboxConfig) {
+        let linux = config.linux.as_ref();
+        let security = linux.and_then(|linux| linux.security_context.as_ref());
+        if security.is_some_and(|security| security.privileged) {
+            self.embedded.do_not_filter(pod);
+        }
     }
 
     /// Connects the pod's network namespace, which is pinned at `netns`, to the pod's network.

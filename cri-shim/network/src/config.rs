@@ -24,6 +24,13 @@ pub struct NetworkConfig {
     /// True if packets from pods to destinations outside the pod range get the node's address as
     /// their source address.
     pub masquerade: bool,
+    /// True if a pod can send packets only from its own hardware address and IP addresses. Privileged
+    /// pods can nevertheless send packets from all addresses.
+    pub spoof_protection: bool,
+    /// True if other machines can send packets directly to pods' addresses. If the value is false,
+    /// they can reach pods only through host ports. By default, the value is true for a range other
+    /// than the default range, or if `masquerade` is false.
+    pub allow_direct_routing: Option<bool>,
     /// The MTU of the pods' interfaces in bytes. The default is the MTU of the node's uplink.
     pub mtu: Option<u32>,
     /// The kind of network for pods: the embedded network, or networks from CNI plugins.
@@ -38,6 +45,8 @@ impl Default for NetworkConfig {
             range6: OptionalRange::Of(Range::DEFAULT6),
             primary: Family::Ipv4,
             masquerade: true,
+            spoof_protection: true,
+            allow_direct_routing: None,
             mtu: None,
             mode: Mode::Auto,
         }
@@ -202,6 +211,20 @@ impl NetworkConfig {
         Ok(())
     }
 
+    /// Returns the ranges in `ranges` that other machines cannot reach directly.
+    ///
+    /// Several nodes cannot have the same range if they route packets to each other's pods. The
+    /// administrator of such nodes has therefore changed the ranges. For the default ranges, nobody
+    /// needs routes from other machines.
+    pub(crate) fn hidden(&self, ranges: &[Range]) -> Vec<Range> {
+        let is_default = |range: &Range| [Range::DEFAULT, Range::DEFAULT6].contains(range);
+        let is_hidden = |range: &&Range| match self.allow_direct_routing {
+            Some(allowed) => !allowed,
+            None => self.masquerade && is_default(range),
+        };
+        ranges.iter().filter(is_hidden).copied().collect()
+    }
+
     /// Returns the pod ranges. Each pod gets one address from each range. The first range is the
     /// range of the primary address family.
     pub(crate) fn ranges(&self) -> Result<Vec<Range>, NetworkError> {
@@ -266,5 +289,22 @@ mod tests {
             assert!(wrong.validate().is_err(), "{wrong:?}");
         }
         assert!(NetworkConfig::default().validate().is_ok());
+    }
+
+    #[test]
+    fn only_default_ranges_behind_masquerading_are_hidden_by_default() -> Result<(), RangeError> {
+        let (v4, v6) = (Range::DEFAULT, Range::DEFAULT6);
+        let other: Range = "10.77.0.0/16".parse()?;
+        let all = [v4, v6, other];
+        let mut config = NetworkConfig::default();
+        assert_eq!(config.hidden(&all), [v4, v6]);
+        config.allow_direct_routing = Some(false);
+        assert_eq!(config.hidden(&all), all);
+        config.allow_direct_routing = Some(true);
+        assert_eq!(config.hidden(&all), []);
+        config.allow_direct_routing = None;
+        config.masquerade = false;
+        assert_eq!(config.hidden(&all), []);
+        Ok(())
     }
 }

@@ -10,11 +10,12 @@
 //! The module `state` manages the addresses and host ports of pods. It keeps them in memory and in
 //! the server's store, and configures the kernel with [`crate::bridge`]. `pod_lock` ensures that
 //! only one call at a time changes a pod's network. `teardown` removes pods' networks in the
-//! background.
+//! background. `watch` restores the nftables tables if another program deletes them.
 
 mod pod_lock;
 mod state;
 mod teardown;
+mod watch;
 
 use std::collections::HashSet;
 use std::net::IpAddr;
@@ -23,6 +24,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::bridge::{DesiredPod, Pods};
 use crate::config::NetworkConfig;
 use crate::error::NetworkError;
 use crate::host_ports::{HostPort, PortReservation};
@@ -115,7 +117,9 @@ impl EmbeddedNetwork {
             } else {
                 state.take_addresses(&pod)?
             };
-            match state.connect(&pod, &addresses, netns, reserved).await {
+            let connected = state.connect(&pod, &addresses, netns, reserved).await;
+            watch::start(&state);
+            match connected {
                 Ok(mac) => Ok(Attachment {
                     gateway: state.primary_gateway(),
                     addresses,
@@ -184,13 +188,29 @@ impl EmbeddedNetwork {
         }
         self.settled().await;
         let state = Arc::clone(&self.state);
-        let mut keep = live_pods.clone();
+        let mut keep: Vec<DesiredPod> = live_pods
+            .iter()
+            .map(|pod| DesiredPod {
+                id: pod.clone(),
+                is_filtered: false,
+            })
+            .collect();
         blocking("remove interfaces that belong to no pod", move || {
+            // If both lists contain a pod, the entry from `desired` applies.
             keep.extend(state.desired().pods);
-            state.bridge().sweep(&keep)?;
-            state.bridge().renew(&|| state.desired())
+            state.bridge().sweep(&keep, &*state)?;
+            state.bridge().renew(&*state)
         })
-        .await
+        .await?;
+        watch::start(&self.state);
+        Ok(())
+    }
+
+    /// Allows the pod to send packets from all addresses. This function must be called before
+    /// [`EmbeddedNetwork::reserve`], and after a restart of the server before
+    /// [`EmbeddedNetwork::reconcile`].
+    pub fn do_not_filter(&self, pod: &str) {
+        self.state.do_not_filter(pod);
     }
 
     /// Configures the interfaces of connected pods to refuse router advertisements and redirects.
@@ -213,7 +233,7 @@ impl EmbeddedNetwork {
     pub(crate) async fn renew(&self) -> Result<(), NetworkError> {
         let state = Arc::clone(&self.state);
         let what = "replace the embedded network's nftables rules";
-        blocking(what, move || state.bridge().renew(&|| state.desired())).await
+        blocking(what, move || state.bridge().renew(&*state)).await
     }
 
     /// Checks the embedded network for the CRI condition NetworkReady. If another program removed
@@ -222,7 +242,7 @@ impl EmbeddedNetwork {
     pub async fn ready(&self) -> Result<(), String> {
         let state = Arc::clone(&self.state);
         let what = "check the embedded network's bridge and nftables rules";
-        blocking(what, move || state.bridge().repair(&|| state.desired()))
+        blocking(what, move || state.bridge().repair(&*state))
             .await
             .map_err(|error| error.to_string())
     }

@@ -25,6 +25,8 @@ pub enum NetworkError {
     NotPinned { path: PathBuf },
     #[error("start a thread for a network operation: {0}")]
     Thread(io::Error),
+    #[error("watch the nftables tables: {0}")]
+    Watch(io::Error),
     #[error("a network operation ended without a result: its thread panicked")]
     ThreadDied,
     /// The kernel refused a netlink message. `detail` is empty, or it is a colon followed by the
@@ -128,7 +130,8 @@ impl From<NetworkError> for Error {
             }
             NetworkError::Namespace { source, .. }
             | NetworkError::Sysctl { source, .. }
-            | NetworkError::Thread(source) => match source.raw_os_error() {
+            | NetworkError::Thread(source)
+            | NetworkError::Watch(source) => match source.raw_os_error() {
                 Some(errno) => code_of(Errno::from_raw(errno)),
                 None => Code::Internal,
             },

@@ -133,14 +133,18 @@ fn keep_advertisements(interface: &Path) -> Result<(), NetworkError> {
     }
 }
 
-/// Allows the kernel to route packets from 127.0.0.1 through the bridge. Host ports at 127.0.0.1
-/// need this setting.
-pub(crate) fn route_localnet(bridge: &str) -> Result<(), NetworkError> {
-    let path = format!("/proc/sys/net/ipv4/conf/{bridge}/route_localnet");
-    if is(&path, "1") {
-        return Ok(());
-    }
-    set(path, "1")
+fn localnet(bridge: &str) -> String {
+    path(&format!("ipv4/conf/{bridge}/route_localnet"))
+}
+
+/// Returns whether the kernel routes packets from and to 127.0.0.0/8 through the bridge. The node's
+/// processes need this to reach host ports at 127.0.0.1.
+pub(crate) fn routes_localnet(bridge: &str) -> bool {
+    is_set(localnet(bridge))
+}
+
+pub(crate) fn set_route_localnet(bridge: &str, on: bool) -> Result<(), NetworkError> {
+    set(localnet(bridge), if on { "1" } else { "0" })
 }
 
 /// Returns whether replies from host ports at ::1 reach the node's processes. If br_netfilter is

@@ -55,6 +55,17 @@ pub struct HostPort {
     pub container: u16,
 }
 
+impl HostPort {
+    /// Returns whether the host port is open at 127.0.0.1.
+    fn is_on_loopback4(&self) -> bool {
+        match self.address {
+            None => true,
+            Some(IpAddr::V4(address)) => address.is_unspecified() || address.is_loopback(),
+            Some(IpAddr::V6(_)) => false,
+        }
+    }
+}
+
 impl fmt::Display for HostPort {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         let HostPort { protocol, host, .. } = self;
@@ -104,16 +115,7 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
                 return Err(error(".protocol", why));
             }
         };
-        let address = match mapping.host_ip.as_str() {
-            "" => None,
-            text => match text.parse::<IpAddr>() {
-                Ok(address) if !address.is_multicast() => Some(address.to_canonical()),
-                _ => {
-                    let why = format!("{text:?} is not a unicast IP address");
-                    return Err(error(".host_ip", why));
-                }
-            },
-        };
+        let address = node_address(&mapping.host_ip).map_err(|why| error(".host_ip", why))?;
         let new = HostPort {
             protocol,
             address,
@@ -137,6 +139,17 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
         }
     }
     Ok(ports)
+}
+
+/// Returns the address in the field `host_ip`, or `None` if the field is empty.
+fn node_address(text: &str) -> Result<Option<IpAddr>, String> {
+    if text.is_empty() {
+        return Ok(None);
+    }
+    match text.parse::<IpAddr>() {
+        Ok(address) if !address.is_multicast() => Ok(Some(address.to_canonical())),
+        _ => Err(format!("{text:?} is not a unicast IP address")),
+    }
 }
 
 /// An entry of the nftables maps. An entry maps the protocol, address and port of a host port to an
@@ -215,27 +228,44 @@ impl<T> PortIndex<T> {
 /// The reserved host ports of all pods.
 #[derive(Default)]
 pub(crate) struct PortReservations {
-    by_pod: BTreeMap<String, PortReservation>,
+    by_pod: BTreeMap<String, Reserved>,
     /// The id of the pod that owns a host port.
     owners: PortIndex<String>,
+    /// The number of host ports that the kernel forwards from 127.0.0.1 to a pod.
+    on_loopback4: usize,
+}
+
+struct Reserved {
+    reservation: PortReservation,
+    /// True if the kernel forwards packets for the host ports to the pod's own addresses. False for
+    /// a pod in the node's network namespace.
+    is_mapped: bool,
 }
 
 impl PortReservations {
     /// Adds a reservation that was read from the store.
-    pub(crate) fn remember(&mut self, pod: &str, reservation: PortReservation) {
+    pub(crate) fn remember(&mut self, pod: &str, reservation: PortReservation, is_mapped: bool) {
         self.free(pod);
         for port in &reservation.ports {
             self.owners.insert(port, pod.to_owned());
         }
-        self.by_pod.insert(pod.to_owned(), reservation);
+        if is_mapped {
+            self.on_loopback4 += count_on_loopback4(&reservation);
+        }
+        let reserved = Reserved {
+            reservation,
+            is_mapped,
+        };
+        self.by_pod.insert(pod.to_owned(), reserved);
     }
 
     /// Reserves the host ports for the pod. If another pod owns one of the ports, no port is
-    /// reserved.
+    /// reserved. `is_mapped` is true if the kernel forwards packets for the ports to the pod.
     pub(crate) fn take(
         &mut self,
         pod: &str,
         reservation: PortReservation,
+        is_mapped: bool,
     ) -> Result<(), PortConflict> {
         for port in &reservation.ports {
             let mut owners = self.owners.conflicts(port);
@@ -248,13 +278,13 @@ impl PortReservations {
             }
         }
         if !reservation.ports.is_empty() {
-            self.remember(pod, reservation);
+            self.remember(pod, reservation, is_mapped);
         }
         Ok(())
     }
 
     pub(crate) fn of(&self, pod: &str) -> Option<&PortReservation> {
-        self.by_pod.get(pod)
+        self.by_pod.get(pod).map(|reserved| &reserved.reservation)
     }
 
     pub(crate) fn pods(&self) -> impl Iterator<Item = &str> {
@@ -262,11 +292,26 @@ impl PortReservations {
     }
 
     pub(crate) fn free(&mut self, pod: &str) {
-        let freed = self.by_pod.remove(pod);
-        for port in freed.iter().flat_map(|freed| &freed.ports) {
+        let Some(freed) = self.by_pod.remove(pod) else {
+            return;
+        };
+        for port in &freed.reservation.ports {
             self.owners.remove(port);
         }
+        if freed.is_mapped {
+            self.on_loopback4 -= count_on_loopback4(&freed.reservation);
+        }
     }
+
+    /// Returns whether the kernel forwards a host port at 127.0.0.1 to a pod.
+    pub(crate) fn is_any_on_loopback4(&self) -> bool {
+        self.on_loopback4 > 0
+    }
+}
+
+fn count_on_loopback4(reservation: &PortReservation) -> usize {
+    let ports = reservation.ports.iter();
+    ports.filter(|port| port.is_on_loopback4()).count()
 }
 
 /// Returns the entries of the nftables maps for a pod's host ports. `addresses` contains the pod's
@@ -342,7 +387,7 @@ mod tests {
         };
         let mut reservations = PortReservations::default();
         let mut take = |pod: &str, host_ip| -> Result<bool, PortError> {
-            let taken = reservations.take(pod, reservation(&format!("pod {pod}"), host_ip)?);
+            let taken = reservations.take(pod, reservation(&format!("pod {pod}"), host_ip)?, true);
             Ok(taken.is_ok())
         };
         assert!(take("a", "127.0.0.1")?);
@@ -353,13 +398,37 @@ mod tests {
             assert!(!take("d", taken)?, "{taken}");
         }
         reservations.free("c");
-        let other = reservations.take("d", reservation("pod d", "::1")?);
+        let other = reservations.take("d", reservation("pod d", "::1")?, true);
         assert_eq!(other, Ok(()));
-        let conflict = reservations.take("e", reservation("pod e", "::")?);
+        let conflict = reservations.take("e", reservation("pod e", "::")?, true);
         assert_eq!(
             conflict.map_err(|conflict| conflict.owner),
             Err("pod d".to_owned())
         );
+        Ok(())
+    }
+
+    #[test]
+    fn a_pod_at_the_loopback_is_counted_until_its_ports_are_freed() -> Result<(), PortError> {
+        let mut reservations = PortReservations::default();
+        for (pod, host_ip, is_mapped, expected) in [
+            ("other address", "192.0.2.1", true, false),
+            ("ipv6", "::", true, false),
+            ("node", "127.0.0.1", false, false),
+            ("loopback", "127.0.0.2", true, true),
+            ("every address", "", true, true),
+        ] {
+            let reservation = PortReservation {
+                name: pod.to_owned(),
+                ports: parse(&[mapping(0, host_ip, 80, 8080)])?,
+            };
+            let taken = reservations.take(pod, reservation, is_mapped);
+            assert_eq!(taken, Ok(()));
+            assert_eq!(reservations.is_any_on_loopback4(), expected, "{pod}");
+            reservations.free(pod);
+            assert!(!reservations.is_any_on_loopback4(), "{pod}");
+        }
+        assert!(reservations.pods().next().is_none());
         Ok(())
     }
 
@@ -375,9 +444,9 @@ mod tests {
             let mut reservations = PortReservations::default();
             let name = "pod".to_owned();
             let reservation = PortReservation { name, ports };
-            let taken = reservations.take("a", reservation.clone());
+            let taken = reservations.take("a", reservation.clone(), true);
             assert_eq!(taken, Ok(()));
-            assert!(reservations.take("b", reservation).is_err());
+            assert!(reservations.take("b", reservation, true).is_err());
         }
         Ok(())
     }

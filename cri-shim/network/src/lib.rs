@@ -20,6 +20,7 @@ mod link;
 pub mod namespace;
 mod netlink;
 mod nftables;
+mod traffic_control;
 
 pub use address::{Range, RangeError};
 pub use choice::PodNetwork;

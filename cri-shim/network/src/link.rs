@@ -22,9 +22,18 @@ use crate::netlink::{
 /// The name of a pod's interface in the pod's network namespace.
 pub(crate) const POD_INTERFACE: &str = "eth0";
 
+/// The first characters in the name of the node's end of a pod's veth pair.
+pub(crate) const HOST_PREFIX: &str = "rr";
+
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_BR_FORWARD_DELAY: u16 = 1;
 const IFLA_BRPORT_HAIRPIN: u16 = 4;
+const IFLA_BRPORT_GROUP_FWD_MASK: u16 = 31;
+/// The frames that a pod's bridge port forwards like other frames. The bits are the last numbers of
+/// the destination addresses 01:80:c2:00:00:00 to 01:80:c2:00:00:0f. By default, a bridge port passes
+/// these frames to the node without any check of their source addresses, and learns the source
+/// addresses. The kernel always drops the frames to 01:80:c2:00:00:01, whose bit must be 0.
+pub(crate) const FORWARDED_GROUPS: u16 = 0xfffd;
 const IFLA_INET6_ADDR_GEN_MODE: u16 = 8;
 const IN6_ADDR_GEN_MODE_NONE: u8 = 1;
 
@@ -224,14 +233,21 @@ fn no_ipv6_address(batch: &mut Batch, name: &str, link: impl FnOnce(&mut Body)) 
     });
 }
 
+/// The node's end of a pod's veth pair, which is a port of the bridge.
+#[derive(Clone, Copy)]
+pub(crate) struct BridgePort<'a> {
+    pub name: &'a str,
+    /// The alias of the interface. The command `ip link` shows the alias.
+    pub alias: &'a str,
+    pub bridge: u32,
+    /// The frames that the port forwards, see [`FORWARDED_GROUPS`].
+    pub forwarded_groups: u16,
+}
+
 /// The parameters of a pod's veth pair, which has one interface on the node and one interface in
 /// the pod.
 pub(crate) struct VethPair<'a> {
-    /// The name of the node's end of the veth pair.
-    pub host: &'a str,
-    /// The alias of the node's end of the veth pair. The command `ip link` shows the alias.
-    pub alias: &'a str,
-    pub bridge: u32,
+    pub port: BridgePort<'a>,
     pub mtu: u32,
     /// The hardware address of the pod's interface.
     pub mac: Mac,
@@ -247,13 +263,13 @@ pub(crate) fn create_veth(
     netns: BorrowedFd,
 ) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
-    let action = format!("create the veth pair {}", pair.host);
+    let action = format!("create the veth pair {}", pair.port.name);
     let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_EXCL;
     batch.message(action, RTM_NEWLINK, flags, |body| {
         body.header(&link_header(0, 0));
-        body.string(IFLA_IFNAME, pair.host);
+        body.string(IFLA_IFNAME, pair.port.name);
         body.u32(IFLA_MTU, pair.mtu);
-        body.u32(IFLA_MASTER, pair.bridge);
+        body.u32(IFLA_MASTER, pair.port.bridge);
         body.nest(IFLA_LINKINFO, |info| {
             info.string(IFLA_INFO_KIND, "veth");
             info.nest(IFLA_INFO_DATA, |data| {
@@ -272,31 +288,22 @@ pub(crate) fn create_veth(
 
 /// Configures the node's end of a veth pair and sets it up. The node's end must already be a port
 /// of the bridge.
-pub(crate) fn set_up_port(
-    socket: &mut Socket,
-    host: &str,
-    alias: &str,
-) -> Result<(), NetworkError> {
+pub(crate) fn set_up_port(socket: &mut Socket, port: BridgePort) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
-    port_message(&mut batch, host, alias);
+    port_message(&mut batch, port);
     socket.execute(&batch).map(drop)
 }
 
 /// Adds the node's end of a veth pair to the bridge as a port, after the bridge was created again.
-pub(crate) fn join_bridge(
-    socket: &mut Socket,
-    host: &str,
-    alias: &str,
-    bridge: u32,
-) -> Result<(), NetworkError> {
+pub(crate) fn join_bridge(socket: &mut Socket, port: BridgePort) -> Result<(), NetworkError> {
     let mut batch = Batch::default();
-    let action = format!("make the interface {host} a port of the bridge");
+    let action = format!("make the interface {} a port of the bridge", port.name);
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(0, 0));
-        body.string(IFLA_IFNAME, host);
-        body.u32(IFLA_MASTER, bridge);
+        body.string(IFLA_IFNAME, port.name);
+        body.u32(IFLA_MASTER, port.bridge);
     });
-    port_message(&mut batch, host, alias);
+    port_message(&mut batch, port);
     socket.execute(&batch).map(drop)
 }
 
@@ -304,23 +311,47 @@ pub(crate) fn join_bridge(
 /// hairpin mode, which allows a pod to reach itself through the node. The kernel can enable this
 /// mode only for an existing port. The messages also set the port's alias, and prevent the kernel
 /// from assigning an IPv6 address to the port.
-fn port_message(batch: &mut Batch, host: &str, alias: &str) {
-    no_ipv6_address(batch, host, |body| {
+fn port_message(batch: &mut Batch, port: BridgePort) {
+    let BridgePort { name, alias, .. } = port;
+    no_ipv6_address(batch, name, |body| {
         body.header(&link_header(0, 0));
-        body.string(IFLA_IFNAME, host);
+        body.string(IFLA_IFNAME, name);
     });
-    let action = format!("set up the bridge port {host}");
+    let action = format!("set up the bridge port {name}");
     batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
         body.header(&link_header(0, IFF_UP));
-        body.string(IFLA_IFNAME, host);
+        body.string(IFLA_IFNAME, name);
         body.bytes(IFLA_IFALIAS, alias.as_bytes());
         body.nest(IFLA_LINKINFO, |info| {
             info.string(IFLA_INFO_SLAVE_KIND, "bridge");
-            info.nest(IFLA_INFO_SLAVE_DATA, |port| {
-                port.bytes(IFLA_BRPORT_HAIRPIN, &[1]);
+            info.nest(IFLA_INFO_SLAVE_DATA, |data| {
+                data.bytes(IFLA_BRPORT_HAIRPIN, &[1]);
+                let groups = port.forwarded_groups.to_ne_bytes();
+                data.bytes(IFLA_BRPORT_GROUP_FWD_MASK, &groups);
             });
         });
     });
+}
+
+/// Sets which frames a bridge port forwards, see [`FORWARDED_GROUPS`].
+pub(crate) fn forward_groups(
+    socket: &mut Socket,
+    name: &str,
+    groups: u16,
+) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("configure the bridge port {name}");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(0, 0));
+        body.string(IFLA_IFNAME, name);
+        body.nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_SLAVE_KIND, "bridge");
+            info.nest(IFLA_INFO_SLAVE_DATA, |data| {
+                data.bytes(IFLA_BRPORT_GROUP_FWD_MASK, &groups.to_ne_bytes());
+            });
+        });
+    });
+    socket.execute(&batch).map(drop)
 }
 
 /// Deletes a link. The function also succeeds if the link does not exist. If the link is one end of

@@ -7,7 +7,7 @@
 //! close it. The client is used for rtnetlink, nf_tables and ctnetlink. See netlink(7) and
 //! rtnetlink(7).
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
@@ -115,6 +115,11 @@ impl Batch {
         }
     }
 
+    /// Returns the number of bytes of all messages.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.len()
+    }
+
     /// Returns the sequence number of the first message of the piece after the piece that begins
     /// with the message `from`.
     fn end_of_piece(&self, from: usize) -> usize {
@@ -138,7 +143,7 @@ impl Batch {
 }
 
 /// The content of a message, which consists of a fixed header and attributes.
-pub(crate) struct Body<'a>(&'a mut Vec<u8>);
+pub(crate) struct Body<'a>(pub(crate) &'a mut Vec<u8>);
 
 impl Body<'_> {
     /// Appends the fixed header that precedes the attributes, such as `struct ifinfomsg`.
@@ -215,6 +220,15 @@ impl Reply {
     }
 }
 
+/// A message that the kernel has sent to all members of a multicast group.
+pub(crate) struct Event<'a> {
+    pub kind: u16,
+    /// The number of the socket that has made the change, see [`Socket::port`].
+    pub by: u32,
+    /// The fixed header and the attributes.
+    pub body: &'a [u8],
+}
+
 /// An iterator over netlink attributes. For each attribute, the iterator returns the attribute's
 /// type without the flag bits, and the attribute's value.
 #[derive(Clone)]
@@ -278,7 +292,7 @@ enum Answer {
 }
 
 impl Socket {
-    /// Opens a netlink socket for requests about links, addresses and routes.
+    /// Opens a netlink socket for requests about links, addresses, routes and traffic control.
     pub(crate) fn route() -> Result<Self, NetworkError> {
         Self::open(None, "open an rtnetlink socket")
     }
@@ -308,6 +322,46 @@ impl Socket {
             buffer: vec![0; RECEIVE_BYTES],
             send_bytes: BYTES_AT_ONCE,
         })
+    }
+
+    /// Opens a netlink socket that receives the events of a multicast group of nfnetlink. The number
+    /// of the group must be from 1 to 32.
+    pub(crate) fn netfilter_events(group: u32) -> Result<Self, NetworkError> {
+        let action = "open a socket for events of netfilter";
+        let socket = Self::open(Some(netlink::NETFILTER), action)?;
+        let address = netlink::SocketAddrNetlink::new(0, 1 << (group - 1));
+        rustix::net::bind(&socket.fd, &address).map_err(|errno| kernel_error(action, errno))?;
+        Ok(socket)
+    }
+
+    /// Returns the number that identifies this socket in the events about its changes.
+    pub(crate) fn port(&self) -> Result<u32, NetworkError> {
+        let failed = |errno| kernel_error("read the address of a netlink socket", errno);
+        let any = netlink::SocketAddrNetlink::new(0, 0);
+        rustix::net::bind(&self.fd, &any).map_err(failed)?;
+        let address = rustix::net::getsockname(&self.fd).map_err(failed)?;
+        let address = netlink::SocketAddrNetlink::try_from(address).map_err(failed)?;
+        Ok(address.pid())
+    }
+
+    /// Reads the events that have arrived, and calls `each` for each of them. Returns the error that
+    /// ends the reading. The error EAGAIN means that all events were read. The error ENOBUFS means
+    /// that events were lost.
+    pub(crate) fn events(&mut self, mut each: impl FnMut(Event)) -> std::io::Error {
+        loop {
+            let flags = RecvFlags::DONTWAIT;
+            let length = match rustix::net::recv(&self.fd, &mut self.buffer[..], flags) {
+                Ok((length, _)) => length,
+                Err(errno) => return errno.into(),
+            };
+            for message in Messages(self.buffer.get(..length).unwrap_or_default()) {
+                each(Event {
+                    kind: message.kind,
+                    by: message.port,
+                    body: message.body,
+                });
+            }
+        }
     }
 
     /// Returns the file descriptor, for requests that need ioctl(2).
@@ -453,6 +507,12 @@ pub(crate) fn parse_all(received: &[u8]) -> (Vec<NetworkError>, Vec<Reply>) {
     (errors, replies)
 }
 
+impl AsRawFd for Socket {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd.as_raw_fd()
+    }
+}
+
 fn kernel_error(action: &str, errno: rustix::io::Errno) -> NetworkError {
     NetworkError::kernel(action, Errno::from_raw(errno.raw_os_error()))
 }
@@ -488,6 +548,7 @@ struct Message<'a> {
     kind: u16,
     flags: u16,
     sequence: u32,
+    port: u32,
     body: &'a [u8],
 }
 
@@ -540,7 +601,24 @@ impl<'a> Iterator for Messages<'a> {
 
     fn next(&mut self) -> Option<Self::Item> {
         let header: &[u8; HEADER_BYTES] = self.0.first_chunk()?;
-        let [l0, l1, l2, l3, k0, k1, f0, f1, s0, s1, s2, s3, ..] = *header;
+        let [
+            l0,
+            l1,
+            l2,
+            l3,
+            k0,
+            k1,
+            f0,
+            f1,
+            s0,
+            s1,
+            s2,
+            s3,
+            p0,
+            p1,
+            p2,
+            p3,
+        ] = *header;
         let length = usize::try_from(u32::from_ne_bytes([l0, l1, l2, l3])).ok()?;
         let body = self.0.get(HEADER_BYTES..length)?;
         let next = length.next_multiple_of(ALIGNMENT).min(self.0.len());
@@ -549,6 +627,7 @@ impl<'a> Iterator for Messages<'a> {
             kind: u16::from_ne_bytes([k0, k1]),
             flags: u16::from_ne_bytes([f0, f1]),
             sequence: u32::from_ne_bytes([s0, s1, s2, s3]),
+            port: u32::from_ne_bytes([p0, p1, p2, p3]),
             body,
         })
     }

@@ -1,6 +1,6 @@
-//! The embedded network's nftables table, which is configured over the netlink protocol of
+//! The embedded network's nftables tables, which are configured over the netlink protocol of
 //! nf_tables. See nft(8) and the kernel's `linux/netfilter/nf_tables.h`. In the syntax of nft(8),
-//! the table is:
+//! the tables are:
 //!
 //! ```text
 //! table inet rrun0 {
@@ -8,7 +8,10 @@
 //!     map host_ports6 { type inet_proto . ipv6_addr . inet_service : ipv6_addr . inet_service }
 //!     chain guard {
 //!         type filter hook prerouting priority raw;
+//!         iifname "lo" accept
+//!         iifname != "rrun0" ip daddr 10.88.0.0/16 drop   (only without direct routing)
 //!         iifname "rrun0" ip daddr 127.0.0.0/8 drop
+//!         iifname "rrun0" ip saddr 127.0.0.0/8 drop
 //!     }
 //!     chain host_ports {
 //!         ip6 daddr ::1 return   (only if the kernel would drop replies to ::1)
@@ -19,6 +22,7 @@
 //!     }
 //!     chain prerouting {
 //!         type nat hook prerouting priority dstnat;
+//!         ip daddr 127.0.0.0/8 return
 //!         fib daddr type local jump host_ports
 //!     }
 //!     chain output {
@@ -35,6 +39,7 @@
 //!         (and the same rules for ip6)
 //!     }
 //! }
+//! table bridge rrun0 { (see the module `sources`) }
 //! ```
 //!
 //! A pod can connect to its own host port, or to a host port of another pod on this node. The rules
@@ -49,87 +54,56 @@
 //! a connection, because in the pod these addresses refer to the pod itself. The replies to the
 //! process need two settings of the bridge: the sysctl route_localnet and a local route to ::1. The
 //! chain `guard` prevents pods from using route_localnet to reach sockets that listen only at
-//! 127.0.0.1 of the node. The kernel itself drops the packets that pods send to ::1.
+//! 127.0.0.1 of the node. A filter at each bridge port does the same while the table does not exist
+//! ([`crate::traffic_control`]). The kernel itself drops the packets that pods send to ::1. Other
+//! machines can also send packets to 127.0.0.1. These packets are not for a host port, so the chain
+//! `prerouting` ignores them. The kernel then drops them.
+//!
+//! Without direct routing, other machines can reach a pod only through its host ports. A machine in
+//! the node's network could otherwise add a route to the pod range through the node. The packets of
+//! such a machine have a pod's address as their destination before any rule changes it. The packets
+//! to a host port and the replies to a pod's masqueraded packets have the node's address.
 //!
 //! To open or close a host port, rrun adds or removes elements of the maps. To change the rules,
-//! rrun replaces the whole table in one transaction. Every packet is therefore processed by either
-//! the old or the new table. The transaction changes no other table.
+//! rrun replaces a whole table in one transaction. Every packet is therefore processed by either
+//! the old or the new table. The transaction changes no other table. If one netlink message cannot
+//! contain all elements, the remaining elements follow in further transactions.
 
+mod events;
 mod expression;
+mod sets;
+mod sources;
+mod transaction;
 
 use nix::errno::Errno;
 
 use crate::address::Range;
 use crate::error::NetworkError;
 use crate::host_ports::Mapping;
+use crate::link::Mac;
+use crate::netlink::{Batch, Body, NLM_F_ACK, NLM_F_DUMP, Socket};
+pub(crate) use events::{Change, Watch};
 use expression::{IpFamily, Rule};
+use sets::{Operation, Set};
+use transaction::{ENTRIES, TABLE, Transaction, attribute, message};
 
-use crate::netlink::{Batch, Body, NLM_F_ACK, NLM_F_APPEND, NLM_F_CREATE, NLM_F_DUMP, Socket};
+/// The family of a table. The kernel runs the rules of the two families for different packets. The
+/// family `Inet` gets IPv4 and IPv6 packets. The family `Bridge` gets all frames that arrive at a
+/// port of a bridge.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum TableFamily {
+    Inet,
+    Bridge,
+}
 
-const NFNL_SUBSYS_NFTABLES: u16 = 10;
-const NFNL_MSG_BATCH_BEGIN: u16 = 0x10;
-const NFNL_MSG_BATCH_END: u16 = 0x11;
-
-const NFT_MSG_NEWTABLE: u16 = 0;
-const NFT_MSG_DELTABLE: u16 = 2;
-const NFT_MSG_NEWCHAIN: u16 = 3;
-const NFT_MSG_NEWRULE: u16 = 6;
-const NFT_MSG_GETRULE: u16 = 7;
-const NFT_MSG_NEWSET: u16 = 9;
-const NFT_MSG_NEWSETELEM: u16 = 12;
-const NFT_MSG_GETSETELEM: u16 = 13;
-const NFT_MSG_DELSETELEM: u16 = 14;
-const NFT_MSG_GETGEN: u16 = 16;
-
-const NFPROTO_UNSPEC: u8 = 0;
-const NFPROTO_INET: u8 = 1;
-
-const NFTA_TABLE_NAME: u16 = 1;
-
-const NFTA_CHAIN_TABLE: u16 = 1;
-const NFTA_CHAIN_NAME: u16 = 3;
-const NFTA_CHAIN_HOOK: u16 = 4;
-const NFTA_CHAIN_POLICY: u16 = 5;
-const NFTA_CHAIN_TYPE: u16 = 7;
-const NFTA_HOOK_HOOKNUM: u16 = 1;
-const NFTA_HOOK_PRIORITY: u16 = 2;
-const NF_INET_PRE_ROUTING: u32 = 0;
-const NF_INET_LOCAL_OUT: u32 = 3;
-const NF_INET_POST_ROUTING: u32 = 4;
 /// The chain priorities with the names `raw`, `dstnat` and `srcnat` in nft(8).
 const NF_IP_PRI_RAW: i32 = -300;
 const NF_IP_PRI_NAT_DST: i32 = -100;
 const NF_IP_PRI_NAT_SRC: i32 = 100;
-const NF_ACCEPT: u32 = 1;
 
-const NFTA_RULE_TABLE: u16 = 1;
-const NFTA_RULE_CHAIN: u16 = 2;
-const NFTA_RULE_EXPRESSIONS: u16 = 4;
-const NFTA_GEN_ID: u16 = 1;
-
-const NFTA_SET_TABLE: u16 = 1;
-const NFTA_SET_NAME: u16 = 2;
-const NFTA_SET_FLAGS: u16 = 3;
-const NFTA_SET_KEY_TYPE: u16 = 4;
-const NFTA_SET_KEY_LEN: u16 = 5;
-const NFTA_SET_DATA_TYPE: u16 = 6;
-const NFTA_SET_DATA_LEN: u16 = 7;
-const NFTA_SET_ID: u16 = 10;
-const NFT_SET_MAP: u32 = 8;
-
-const NFTA_SET_ELEM_LIST_TABLE: u16 = 1;
-const NFTA_SET_ELEM_LIST_SET: u16 = 2;
-const NFTA_SET_ELEM_LIST_ELEMENTS: u16 = 3;
-const NFTA_SET_ELEM_KEY: u16 = 1;
-const NFTA_SET_ELEM_DATA: u16 = 2;
-
-/// The maximum number of elements in one message. An attribute with more elements could be too
-/// long, because netlink stores the length of an attribute in 16 bits.
-const ELEMENTS_AT_ONCE: usize = 256;
-
-/// The number of elements in one transaction if the socket's send buffer is too small for a
-/// transaction with all elements.
-const ELEMENTS_OF_A_PIECE: usize = 1024;
+const NF_INET_PRE_ROUTING: u32 = 0;
+const NF_INET_LOCAL_OUT: u32 = 3;
+const NF_INET_POST_ROUTING: u32 = 4;
 
 const GUARD: &str = "guard";
 const HOST_PORTS: &str = "host_ports";
@@ -137,36 +111,73 @@ const PREROUTING: &str = "prerouting";
 const OUTPUT: &str = "output";
 const POSTROUTING: &str = "postrouting";
 
-/// The hook at which the kernel runs a chain. The tuple contains the chain's type, the number of
-/// the hook, and the priority.
-type Hook = (&'static str, u32, i32);
+/// The hook at which the kernel runs a chain.
+#[derive(Clone, Copy)]
+struct Hook {
+    /// The type of the chain.
+    kind: &'static str,
+    number: u32,
+    priority: i32,
+}
 
-/// All chains of the table. A chain without a hook runs only when a rule jumps to it.
-const CHAINS: [(&str, Option<Hook>); 5] = [
-    (GUARD, Some(("filter", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW))),
+const fn hook(kind: &'static str, number: u32, priority: i32) -> Option<Hook> {
+    Some(Hook {
+        kind,
+        number,
+        priority,
+    })
+}
+
+/// The chains of a table, in the order of their creation. A chain without a hook runs only when a
+/// rule jumps to it.
+type Chains = &'static [(&'static str, Option<Hook>)];
+
+const INET_CHAINS: Chains = &[
+    (GUARD, hook("filter", NF_INET_PRE_ROUTING, NF_IP_PRI_RAW)),
     (HOST_PORTS, None),
     (
         PREROUTING,
-        Some(("nat", NF_INET_PRE_ROUTING, NF_IP_PRI_NAT_DST)),
+        hook("nat", NF_INET_PRE_ROUTING, NF_IP_PRI_NAT_DST),
     ),
-    (OUTPUT, Some(("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST))),
+    (OUTPUT, hook("nat", NF_INET_LOCAL_OUT, NF_IP_PRI_NAT_DST)),
     (
         POSTROUTING,
-        Some(("nat", NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC)),
+        hook("nat", NF_INET_POST_ROUTING, NF_IP_PRI_NAT_SRC),
     ),
 ];
 
-/// The data from which the nftables table is created.
-pub(crate) struct NftTable<'a> {
-    /// The name of the table, which is also the name of the bridge.
+/// The data from which the nftables tables are created.
+pub(crate) struct Tables<'a> {
+    /// The name of the tables, which is also the name of the bridge.
     pub name: &'a str,
     /// The ranges that contain the addresses of pods.
     pub ranges: Vec<Range>,
+    /// The ranges whose addresses other machines can reach only through host ports.
+    pub hidden: Vec<Range>,
     pub masquerade: bool,
     /// True if host ports are also open at ::1.
     pub loopback6: bool,
-    /// The entries of the table's maps, which contain the host ports of all pods.
+    /// True if the table of the family [`TableFamily::Bridge`] exists.
+    pub filters_sources: bool,
+    pub elements: Elements,
+}
+
+/// The elements of the maps and sets.
+#[derive(Clone, Default)]
+pub(crate) struct Elements {
+    /// The entries of the maps with host ports.
     pub mappings: Vec<Mapping>,
+    /// The bridge ports at which only packets from the pod's own addresses are accepted.
+    pub ports: Vec<PodPort>,
+}
+
+/// The port of the bridge at which a pod is connected, and the addresses of the pod.
+#[derive(Clone)]
+pub(crate) struct PodPort {
+    pub interface: String,
+    pub mac: Mac,
+    /// The pod's addresses without its link-local address.
+    pub addresses: Vec<std::net::IpAddr>,
 }
 
 /// A number that the kernel increments whenever any nftables table of this network namespace
@@ -175,30 +186,32 @@ pub(crate) struct NftTable<'a> {
 pub(crate) struct Generation(u32);
 
 impl Generation {
-    /// Returns whether the nftables tables were changed exactly once since the generation `before`.
-    pub(crate) fn follows(self, before: Generation) -> bool {
-        self.0 == before.0.wrapping_add(1)
+    /// Returns the generation after `changes` further changes.
+    pub(crate) fn after(self, changes: u32) -> Generation {
+        (0..changes).fold(self, |Generation(id), _| {
+            // The kernel never uses the number 0.
+            Generation(id.checked_add(1).unwrap_or(1))
+        })
     }
 }
 
 /// Reads the current generation of the nftables tables from the kernel.
 pub(crate) fn generation(socket: &mut Socket) -> Result<Generation, NetworkError> {
     let mut batch = Batch::default();
-    let kind = subsystem(NFT_MSG_GETGEN);
     let action = "read the generation number of the nftables tables";
-    batch.message(action, kind, NLM_F_ACK, |body| {
-        body.header(&family(NFPROTO_UNSPEC));
+    batch.message(action, message::GETGEN, NLM_F_ACK, |body| {
+        body.header(&[0; 4]);
     });
     let replies = socket.execute(&batch).map_err(explained)?;
     let id = replies
         .iter()
-        .find_map(|reply| reply.attributes(4).array(NFTA_GEN_ID));
+        .find_map(|reply| reply.attributes(4).array(attribute::GEN_ID));
     Ok(Generation(u32::from_be_bytes(id.unwrap_or_default())))
 }
 
-impl NftTable<'_> {
+impl Tables<'_> {
     /// Returns the address families in which pods have addresses.
-    fn families(&self) -> Vec<IpFamily> {
+    fn ip_families(&self) -> Vec<IpFamily> {
         let mut families = vec![IpFamily::V4, IpFamily::V6];
         families.retain(|family| {
             let mut ranges = self.ranges.iter();
@@ -207,9 +220,38 @@ impl NftTable<'_> {
         families
     }
 
-    /// Returns all rules of the table, each with the name of its chain.
-    fn rules(&self) -> Vec<(&'static str, Rule)> {
-        let mut rules = vec![(GUARD, Rule::guard(self.name))];
+    /// Returns the families of the tables that should exist.
+    fn families(&self) -> &'static [TableFamily] {
+        if self.filters_sources {
+            &[TableFamily::Inet, TableFamily::Bridge]
+        } else {
+            &[TableFamily::Inet]
+        }
+    }
+
+    /// Returns the maps and sets of the table `family`.
+    fn sets(&self, family: TableFamily) -> Vec<Set> {
+        match family {
+            TableFamily::Inet => self.ip_families().into_iter().map(Set::HostPorts).collect(),
+            TableFamily::Bridge => Set::OF_SOURCES.to_vec(),
+        }
+    }
+
+    /// Returns all rules of the table `family`, each with the name of its chain.
+    fn rules(&self, family: TableFamily) -> Vec<(&'static str, Rule)> {
+        match family {
+            TableFamily::Inet => self.inet_rules(),
+            TableFamily::Bridge => sources::rules(),
+        }
+    }
+
+    fn inet_rules(&self) -> Vec<(&'static str, Rule)> {
+        let mut rules = vec![(GUARD, Rule::accept_loopback())];
+        for range in &self.hidden {
+            rules.push((GUARD, Rule::hide(self.name, *range)));
+        }
+        rules.push((GUARD, Rule::guard(self.name, false)));
+        rules.push((GUARD, Rule::guard(self.name, true)));
         if !self.loopback6 {
             rules.push((HOST_PORTS, Rule::not_for_loopback6()));
         }
@@ -217,10 +259,11 @@ impl NftTable<'_> {
             rules.push((HOST_PORTS, Rule::mark_hairpin(*range, true)));
             rules.push((HOST_PORTS, Rule::mark_hairpin(*range, false)));
         }
-        for family in self.families() {
+        for family in self.ip_families() {
             rules.push((HOST_PORTS, Rule::host_port(family, true)));
             rules.push((HOST_PORTS, Rule::host_port(family, false)));
         }
+        rules.push((PREROUTING, Rule::not_for_loopback4()));
         for chain in [PREROUTING, OUTPUT] {
             rules.push((chain, Rule::jump_if_local(HOST_PORTS)));
         }
@@ -230,264 +273,174 @@ impl NftTable<'_> {
             }
             rules.push((POSTROUTING, Rule::hairpin(self.name, *range)));
         }
-        for family in self.families() {
+        for family in self.ip_families() {
             rules.push((POSTROUTING, Rule::masquerade_loopback(self.name, family)));
         }
         rules
     }
+
+    /// Returns a transaction that creates the table `family` without elements. If the table exists,
+    /// the transaction replaces it.
+    fn definition(&self, family: TableFamily) -> Transaction {
+        let name = self.name;
+        let mut transaction = Transaction::begin(None);
+        transaction.delete_table(family, name);
+        transaction.table(family, name);
+        for set in self.sets(family) {
+            transaction.set(name, set);
+        }
+        let chains = match family {
+            TableFamily::Inet => INET_CHAINS,
+            TableFamily::Bridge => sources::CHAINS,
+        };
+        for (chain, hook) in chains {
+            transaction.chain(family, name, chain, *hook);
+        }
+        for (chain, rule) in self.rules(family) {
+            transaction.rule(family, name, chain, &rule);
+        }
+        transaction
+    }
 }
 
-/// Returns whether the table exists and has the expected numbers of rules and of map elements.
-pub(crate) fn is_complete(socket: &mut Socket, table: &NftTable) -> Result<bool, NetworkError> {
-    let action = format!("look up the nftables table {}", table.name);
-    let count = |socket: &mut Socket, kind, body: &dyn Fn(&mut Body)| {
-        let mut batch = Batch::default();
-        batch.message(&action, subsystem(kind), NLM_F_DUMP, |message| {
-            message.header(&family(NFPROTO_INET));
-            body(message);
-        });
-        match socket.execute(&batch) {
-            Err(error) if error.is(Errno::ENOENT) => Ok(Vec::new()),
-            result => result,
-        }
-    };
-    let rules = count(socket, NFT_MSG_GETRULE, &|body| {
-        body.string(NFTA_RULE_TABLE, table.name);
-    })?;
-    if rules.len() != table.rules().len() {
-        return Ok(false);
-    }
-    for of in table.families() {
-        let elements = count(socket, NFT_MSG_GETSETELEM, &|body| {
-            body.string(NFTA_SET_ELEM_LIST_TABLE, table.name);
-            body.string(NFTA_SET_ELEM_LIST_SET, of.map());
+/// Returns whether the tables exist and have the expected numbers of rules and of elements.
+pub(crate) fn is_complete(socket: &mut Socket, tables: &Tables) -> Result<bool, NetworkError> {
+    let name = tables.name;
+    for family in tables.families() {
+        let rules = count(socket, *family, name, message::GETRULE, |body| {
+            body.string(TABLE, name);
         })?;
-        let found: usize = elements
-            .iter()
-            .map(|reply| {
-                reply
-                    .attributes(4)
-                    .nest(NFTA_SET_ELEM_LIST_ELEMENTS)
-                    .count()
-            })
-            .sum();
-        let expected = table.mappings.iter().filter(|one| of.has(one)).count();
-        if found != expected {
+        if rules.messages != tables.rules(*family).len() {
             return Ok(false);
+        }
+        for set in tables.sets(*family) {
+            let found = count(socket, *family, name, message::GETSETELEM, |body| {
+                body.string(TABLE, name);
+                body.string(attribute::ELEMENTS_SET, set.name());
+            })?;
+            if found.elements != set.elements(&tables.elements).len() {
+                return Ok(false);
+            }
         }
     }
     Ok(true)
 }
 
-/// Creates the table, or replaces it if it exists.
-pub(crate) fn replace(socket: &mut Socket, table: &NftTable) -> Result<(), NetworkError> {
-    let name = table.name;
-    let begin = || {
-        let mut transaction = Transaction::begin();
-        transaction.empty_table(name);
-        for family in table.families() {
-            transaction.map(name, family);
-        }
-        for (chain, hook) in CHAINS {
-            transaction.chain(name, chain, hook);
-        }
-        for (chain, rule) in table.rules() {
-            transaction.rule(name, chain, &rule);
-        }
-        transaction
-    };
-    let families = table.families();
-    let mut mappings = table.mappings.clone();
-    mappings.retain(|one| families.iter().any(|family| family.has(one)));
-    commit(socket, name, NFT_MSG_NEWSETELEM, begin, &mappings).map_err(explained)
+/// The size of a dump.
+#[derive(Default)]
+struct Count {
+    messages: usize,
+    /// The number of elements of a set, if the messages contain elements.
+    elements: usize,
 }
 
-/// Adds `mappings` to the maps of the table `name`. A mapping that a map already contains is not an
-/// error.
-pub(crate) fn publish(
+/// Counts the objects in a dump of the table `name`. If the table does not exist, the result is 0.
+fn count(
+    socket: &mut Socket,
+    family: TableFamily,
+    name: &str,
+    kind: u16,
+    body: impl FnOnce(&mut Body),
+) -> Result<Count, NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("look up the nftables table {name}");
+    batch.message(action, kind, NLM_F_DUMP, |message| {
+        message.header(&family.header());
+        body(message);
+    });
+    let counted = socket.fold(&batch, |count: &mut Count, reply| {
+        count.messages += 1;
+        count.elements += reply.attributes(4).nest(ENTRIES).count();
+    });
+    match counted {
+        Err(error) if error.is(Errno::ENOENT) => Ok(Count::default()),
+        result => result,
+    }
+}
+
+/// Creates the table `family`, or replaces it if it exists.
+pub(crate) fn replace(
+    socket: &mut Socket,
+    tables: &Tables,
+    family: TableFamily,
+) -> Result<(), NetworkError> {
+    let begin = || tables.definition(family);
+    let sets = tables.sets(family);
+    let elements = sets::messages(&sets, Operation::Add, &tables.elements);
+    commit(socket, tables.name, None, begin, &elements)
+        .map(drop)
+        .map_err(explained)
+}
+
+/// Deletes the table `family`. A table that does not exist is not an error.
+pub(crate) fn delete(
     socket: &mut Socket,
     name: &str,
-    mappings: &[Mapping],
+    family: TableFamily,
 ) -> Result<(), NetworkError> {
-    commit(
-        socket,
-        name,
-        NFT_MSG_NEWSETELEM,
-        Transaction::begin,
-        mappings,
-    )
+    let mut transaction = Transaction::begin(None);
+    transaction.delete_table(family, name);
+    transaction.commit(socket).map_err(explained)
 }
 
-/// Removes `mappings` from the maps of the table `name`. If one of the mappings is missing in the
-/// maps, this function fails and removes no mapping.
-pub(crate) fn withdraw(
+/// Adds `elements` to the tables with the name `name`. An element that already exists is not an
+/// error. If `generation` is not the current generation, this function changes nothing and returns
+/// the error ERESTART. Returns the number of transactions.
+pub(crate) fn add(
     socket: &mut Socket,
     name: &str,
-    mappings: &[Mapping],
-) -> Result<(), NetworkError> {
-    commit(
-        socket,
-        name,
-        NFT_MSG_DELSETELEM,
-        Transaction::begin,
-        mappings,
-    )
+    elements: &Elements,
+    generation: Option<Generation>,
+) -> Result<u32, NetworkError> {
+    let messages = sets::messages(&Set::ALL, Operation::Add, elements);
+    let begin = || Transaction::begin(generation);
+    commit(socket, name, generation, begin, &messages)
 }
 
-/// Commits the transaction that `begin` returns, with messages of the type `kind` for the elements
-/// `mappings`. If the socket's send buffer is too small for one transaction, the elements are sent
-/// in several transactions. Packets can then be processed before the last transaction.
+/// Removes `elements` from the tables with the name `name`. An element that does not exist is not
+/// an error. The parameter `generation` and the result are as in [`add`].
+pub(crate) fn remove(
+    socket: &mut Socket,
+    name: &str,
+    elements: &Elements,
+    generation: Option<Generation>,
+) -> Result<u32, NetworkError> {
+    // An element that does not exist cannot be deleted. The elements are therefore added first.
+    let messages = sets::messages(&Set::ALL, Operation::Remove, elements);
+    let begin = || Transaction::begin(generation);
+    commit(socket, name, generation, begin, &messages)
+}
+
+/// Commits the transaction that `begin` returns, with the messages `elements`. If the socket's send
+/// buffer is too small for one transaction, the messages are sent in several transactions. Packets
+/// can then be processed before the last transaction. Returns the number of transactions.
 fn commit(
     socket: &mut Socket,
     name: &str,
-    kind: u16,
+    generation: Option<Generation>,
     begin: impl Fn() -> Transaction,
-    mappings: &[Mapping],
-) -> Result<(), NetworkError> {
+    elements: &[sets::ElementList],
+) -> Result<u32, NetworkError> {
     let mut whole = begin();
-    whole.elements(name, kind, mappings);
+    elements
+        .iter()
+        .for_each(|message| whole.elements(name, message));
     match whole.commit(socket) {
         Err(error) if error.is(Errno::EMSGSIZE) => {}
-        result => return result,
+        result => return result.map(|()| 1),
     }
+    let mut transactions = 0;
     let mut piece = begin();
-    for some in mappings.chunks(ELEMENTS_OF_A_PIECE) {
-        piece.elements(name, kind, some);
-        piece.commit(socket)?;
-        piece = Transaction::begin();
-    }
-    Ok(())
-}
-
-/// A list of messages that nf_tables executes atomically.
-struct Transaction(Batch);
-
-impl Transaction {
-    fn begin() -> Self {
-        let mut batch = Batch::default();
-        let action = "begin an nftables transaction";
-        batch.message(action, NFNL_MSG_BATCH_BEGIN, 0, |body| {
-            body.header(&border())
-        });
-        Transaction(batch)
-    }
-
-    fn message(&mut self, action: &str, kind: u16, flags: u16, body: impl FnOnce(&mut Body)) {
-        self.0.message(action, subsystem(kind), flags, |message| {
-            message.header(&family(NFPROTO_INET));
-            body(message);
-        });
-    }
-
-    /// Adds messages that delete the table, if it exists, and then create an empty table.
-    fn empty_table(&mut self, table: &str) {
-        // The table is created before the deletion. Without the table, the deletion would fail.
-        let make = format!("create the nftables table {table}");
-        let name = |body: &mut Body| body.string(NFTA_TABLE_NAME, table);
-        self.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, name);
-        let delete = format!("replace the nftables table {table}");
-        self.message(&delete, NFT_MSG_DELTABLE, 0, name);
-        self.message(&make, NFT_MSG_NEWTABLE, NLM_F_CREATE, name);
-    }
-
-    /// Adds a message that creates the map for the host ports of an address family.
-    fn map(&mut self, table: &str, family: IpFamily) {
-        let map = family.map();
-        let action = format!("create the map {map} of the nftables table {table}");
-        self.message(&action, NFT_MSG_NEWSET, NLM_F_CREATE, |body| {
-            let (key, data) = family.types();
-            body.string(NFTA_SET_TABLE, table);
-            body.string(NFTA_SET_NAME, map);
-            body.be32(NFTA_SET_FLAGS, NFT_SET_MAP);
-            body.be32(NFTA_SET_KEY_TYPE, key.number);
-            body.be32(NFTA_SET_KEY_LEN, key.bytes);
-            body.be32(NFTA_SET_DATA_TYPE, data.number);
-            body.be32(NFTA_SET_DATA_LEN, data.bytes);
-            body.be32(NFTA_SET_ID, family.id());
-        });
-    }
-
-    fn chain(&mut self, table: &str, chain: &str, hook: Option<Hook>) {
-        let action = format!("create the chain {chain} of the nftables table {table}");
-        self.message(&action, NFT_MSG_NEWCHAIN, NLM_F_CREATE, |body| {
-            body.string(NFTA_CHAIN_TABLE, table);
-            body.string(NFTA_CHAIN_NAME, chain);
-            let Some((kind, hook, priority)) = hook else {
-                return;
-            };
-            body.nest(NFTA_CHAIN_HOOK, |inside| {
-                inside.be32(NFTA_HOOK_HOOKNUM, hook);
-                inside.bytes(NFTA_HOOK_PRIORITY, &priority.to_be_bytes());
-            });
-            body.be32(NFTA_CHAIN_POLICY, NF_ACCEPT);
-            body.string(NFTA_CHAIN_TYPE, kind);
-        });
-    }
-
-    fn rule(&mut self, table: &str, chain: &str, rule: &Rule) {
-        let action = format!("add a rule to the chain {chain} of the nftables table {table}");
-        let flags = NLM_F_CREATE | NLM_F_APPEND;
-        self.message(&action, NFT_MSG_NEWRULE, flags, |body| {
-            body.string(NFTA_RULE_TABLE, table);
-            body.string(NFTA_RULE_CHAIN, chain);
-            body.nest(NFTA_RULE_EXPRESSIONS, |list| rule.write(list));
-        });
-    }
-
-    /// Adds messages of the type `kind`, which add or delete elements of the maps.
-    fn elements(&mut self, table: &str, kind: u16, mappings: &[Mapping]) {
-        let flags = if kind == NFT_MSG_NEWSETELEM {
-            NLM_F_CREATE
-        } else {
-            0
-        };
-        for of in [IpFamily::V4, IpFamily::V6] {
-            let all: Vec<&Mapping> = mappings.iter().filter(|one| of.has(one)).collect();
-            for some in all.chunks(ELEMENTS_AT_ONCE) {
-                let action = format!("change the host ports of the nftables table {table}");
-                self.message(&action, kind, flags, |body| {
-                    body.string(NFTA_SET_ELEM_LIST_TABLE, table);
-                    body.string(NFTA_SET_ELEM_LIST_SET, of.map());
-                    body.nest(NFTA_SET_ELEM_LIST_ELEMENTS, |list| {
-                        for mapping in some {
-                            let (key, data) = expression::element(mapping);
-                            list.nest(expression::NFTA_LIST_ELEM, |element| {
-                                expression::value(element, NFTA_SET_ELEM_KEY, &key);
-                                expression::value(element, NFTA_SET_ELEM_DATA, &data);
-                            });
-                        }
-                    });
-                });
-            }
+    for message in elements {
+        if piece.is_full() {
+            piece.commit(socket)?;
+            transactions += 1;
+            piece = Transaction::begin(generation.map(|before| before.after(transactions)));
         }
+        piece.elements(name, message);
     }
-
-    fn commit(mut self, socket: &mut Socket) -> Result<(), NetworkError> {
-        // The kernel answers the messages after it has committed the transaction. One
-        // acknowledgement is enough, because the kernel also sends the errors of the other messages.
-        // If the kernel sent many acknowledgements, they might not fit into the receive buffer.
-        self.0.acknowledge_last();
-        let action = "commit an nftables transaction";
-        self.0
-            .message(action, NFNL_MSG_BATCH_END, 0, |body| body.header(&border()));
-        socket.execute_whole(&self.0)
-    }
-}
-
-const fn subsystem(message: u16) -> u16 {
-    NFNL_SUBSYS_NFTABLES << 8 | message
-}
-
-/// Returns a `struct nfgenmsg`, which is the fixed header of an nf_tables message.
-const fn family(family: u8) -> [u8; 4] {
-    [family, 0, 0, 0]
-}
-
-/// Returns the `struct nfgenmsg` of the messages that begin and end a transaction. This header
-/// contains the number of the nftables subsystem.
-const fn border() -> [u8; 4] {
-    let [high, low] = NFNL_SUBSYS_NFTABLES.to_be_bytes();
-    [NFPROTO_UNSPEC, 0, high, low]
+    piece.commit(socket)?;
+    Ok(transactions + 1)
 }
 
 /// Converts errors that indicate a missing kernel feature into [`NetworkError::Feature`].

@@ -41,12 +41,13 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     }
     remove_orphans(node).await?;
     node.trash.empty_soon();
-    let live: HashSet<String> = node
-        .sandboxes()
-        .iter()
-        .filter(|sandbox| sandbox.state().ready)
-        .map(|sandbox| sandbox.id.clone())
-        .collect();
+    let mut live = HashSet::new();
+    for sandbox in node.sandboxes() {
+        if sandbox.state().ready {
+            node.network.adopt(&sandbox.id, &sandbox.config);
+            live.insert(sandbox.id.clone());
+        }
+    }
     let network = node.network.reconcile(&live).await;
     if let Err(error) = network {
         log::error!("reconcile the pods' networks with the store: {error}");

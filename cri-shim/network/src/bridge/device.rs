@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use nix::errno::Errno;
 
-use super::pair;
+use super::{DesiredPod, pair};
 use crate::address::Range;
 use crate::config::NetworkConfig;
 use crate::error::NetworkError;
@@ -60,7 +60,7 @@ impl BridgeDevice<'_> {
     pub(super) fn repair(
         &self,
         socket: &mut Socket,
-        pods: &[String],
+        pods: &[DesiredPod],
         addresses: &[IpAddr],
     ) -> Result<Repaired, NetworkError> {
         let found = link::find(socket, self.name)?;
@@ -120,7 +120,12 @@ impl BridgeDevice<'_> {
         Ok(link)
     }
 
-    fn create(&self, socket: &mut Socket, mtu: u32, pods: &[String]) -> Result<Link, NetworkError> {
+    fn create(
+        &self,
+        socket: &mut Socket,
+        mtu: u32,
+        pods: &[DesiredPod],
+    ) -> Result<Link, NetworkError> {
         let gateways: Vec<IpAddr> = self.ranges.iter().map(|one| one.gateway()).collect();
         link::create_bridge(socket, self.name, link::mac_of(&gateways), mtu)?;
         let made = link::find(socket, self.name)?

@@ -8,16 +8,16 @@ use std::path::{Path, PathBuf};
 use nix::errno::Errno;
 use sha2::{Digest, Sha256};
 
+use super::DesiredPod;
 use crate::address::Range;
 use crate::error::NetworkError;
-use crate::link::{self, POD_INTERFACE, VethPair};
+use crate::link::{self, BridgePort, HOST_PREFIX, POD_INTERFACE, VethPair};
 use crate::netlink::{Batch, Socket};
 use crate::{forwarding, namespace};
 
 /// The maximum length of an interface's alias, which is IFALIASZ without the terminating NUL.
 const ALIAS_BYTES: usize = 255;
 
-const HOST_PREFIX: &str = "rr";
 const HOST_HASH_BYTES: usize = 6;
 
 /// Returns the name of the node's end of a pod's veth pair. The name has 14 bytes. The kernel's
@@ -84,19 +84,19 @@ pub(super) fn ensure(
         Err(error) if error.is(Errno::EEXIST) => {}
         result => return result,
     }
-    if link::find(socket, pair.host)?.is_none() {
+    if link::find(socket, pair.port.name)?.is_none() {
         return Err(NetworkError::InterfaceTaken {
             netns: namespace.path.clone(),
         });
     }
     let found = namespace.inside(|socket| link::find(socket, POD_INTERFACE))?;
     if found.and_then(|link| link.mac) == Some(pair.mac) {
-        forwarding::refuse_routers(pair.host)?;
-        return link::join_bridge(socket, pair.host, pair.alias, pair.bridge);
+        forwarding::refuse_routers(pair.port.name)?;
+        return link::join_bridge(socket, pair.port);
     }
     // The pod's end of the existing veth pair is in the pod's previous network namespace, not in
     // `namespace`. For this reason, the pair is created again.
-    link::delete(socket, pair.host)?;
+    link::delete(socket, pair.port.name)?;
     create(socket, pair, inside)
 }
 
@@ -105,19 +105,34 @@ pub(super) fn ensure(
 /// deleted the bridge.
 fn create(socket: &mut Socket, pair: &VethPair, namespace: BorrowedFd) -> Result<(), NetworkError> {
     link::create_veth(socket, pair, namespace)?;
-    forwarding::refuse_routers(pair.host)?;
-    link::set_up_port(socket, pair.host, pair.alias)
+    forwarding::refuse_routers(pair.port.name)?;
+    link::set_up_port(socket, pair.port)
 }
 
 /// Adds the interfaces of `pods` to the new bridge as ports, after the previous bridge was deleted.
 /// `index` is the interface index of the new bridge.
-pub(super) fn rejoin(socket: &mut Socket, bridge: &str, index: u32, pods: &[String]) {
+pub(super) fn rejoin(socket: &mut Socket, bridge: &str, index: u32, pods: &[DesiredPod]) {
     for pod in pods {
-        let host = host_interface(pod);
+        let name = host_interface(&pod.id);
+        let port = BridgePort {
+            name: &name,
+            alias: &alias(bridge, &pod.id),
+            bridge: index,
+            forwarded_groups: forwarded_groups(pod.is_filtered),
+        };
         // Errors are ignored, because a pod may have no veth pair at this time. Another call is
         // then attaching or detaching the pod, or will do so soon.
-        let _ = forwarding::refuse_routers(&host)
-            .and_then(|()| link::join_bridge(socket, &host, &alias(bridge, pod), index));
+        let _ = forwarding::refuse_routers(&name).and_then(|()| link::join_bridge(socket, port));
+    }
+}
+
+/// Returns which frames a pod's bridge port forwards. `is_filtered` is true if the pod can send
+/// packets only from its own addresses. The filter must then get all frames.
+pub(super) fn forwarded_groups(is_filtered: bool) -> u16 {
+    if is_filtered {
+        link::FORWARDED_GROUPS
+    } else {
+        0
     }
 }
 

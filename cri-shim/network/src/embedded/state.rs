@@ -1,20 +1,22 @@
 //! The state of the embedded network. The state consists of the bridge and of the pods' addresses
 //! and host ports. The addresses and host ports are in memory and in the server's store.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::net::IpAddr;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
 use super::pod_lock::{PodLock, PodLocks};
 use crate::address::Addresses;
-use crate::bridge::{Bridge, Desired};
+use crate::bridge::{Bridge, Desired, DesiredPod, Pods, host_interface};
 use crate::config::NetworkConfig;
 use crate::error::NetworkError;
 use crate::host_ports::{self, HostPort, Mapping, PortReservation, PortReservations};
 use crate::link;
+use crate::nftables::{Elements, PodPort};
 use rrun_calls::lock::lock;
 use rrun_calls::wait::blocking;
 use rrun_store::{Change, Store, Table};
@@ -63,6 +65,15 @@ pub(super) struct EmbeddedState {
     /// when a call of this server process locks the pod. `reconcile` removes the networks of the
     /// remaining pods if the pods no longer exist.
     inherited: Mutex<HashSet<String>>,
+    /// The addresses from earlier configurations for which the configuration no longer contains a
+    /// range of the same address family. Running pods still have these addresses.
+    old_addresses: Mutex<HashMap<String, Vec<IpAddr>>>,
+    /// False if every pod can send packets from all addresses.
+    spoof_protection: bool,
+    /// The ids of the pods that can send packets from all addresses.
+    unfiltered: Mutex<HashSet<String>>,
+    /// True if a task watches the nftables tables.
+    pub(super) is_watched: AtomicBool,
     locks: Arc<PodLocks>,
 }
 
@@ -72,11 +83,11 @@ impl EmbeddedState {
         config.validate()?;
         let mut given = Vec::new();
         let mut last = Vec::new();
-        let mut ports = PortReservations::default();
+        let mut reserved = Vec::new();
         for (key, record) in store.load(Table::ADDRESSES)? {
             match record {
                 AddressRecord::Last { last: address } => last.push(address),
-                AddressRecord::Ports { pod, reservation } => ports.remember(&pod, reservation),
+                AddressRecord::Ports { pod, reservation } => reserved.push((pod, reservation)),
                 AddressRecord::Given { pod } => match key.parse::<IpAddr>() {
                     Ok(address) => given.push((address, pod)),
                     Err(_) => return Err(NetworkError::Record { key }),
@@ -84,8 +95,19 @@ impl EmbeddedState {
             }
         }
         let mut inherited: HashSet<String> = given.iter().map(|(_, pod)| pod.clone()).collect();
+        let mut ports = PortReservations::default();
+        for (pod, reservation) in reserved {
+            ports.remember(&pod, reservation, inherited.contains(&pod));
+        }
         inherited.extend(ports.pods().map(str::to_owned));
         let ranges = config.ranges()?;
+        let mut old_addresses: HashMap<String, Vec<IpAddr>> = HashMap::new();
+        for (address, pod) in &given {
+            let mut ranges = ranges.iter();
+            if !ranges.any(|range| range.is_ipv6() == address.is_ipv6()) {
+                old_addresses.entry(pod.clone()).or_default().push(*address);
+            }
+        }
         let mut addresses = Vec::new();
         for range in &ranges {
             let mut last = last.iter();
@@ -95,9 +117,13 @@ impl EmbeddedState {
         Ok(EmbeddedState {
             addresses: Mutex::new(addresses),
             ports: Mutex::new(ports),
+            spoof_protection: config.spoof_protection,
             bridge: Bridge::new(config, ranges),
             store,
             inherited: Mutex::new(inherited),
+            old_addresses: Mutex::new(old_addresses),
+            unfiltered: Mutex::default(),
+            is_watched: AtomicBool::new(false),
             locks: Arc::default(),
         })
     }
@@ -141,29 +167,24 @@ impl EmbeddedState {
         families.first().map(|family| family.range().gateway())
     }
 
-    /// Returns the kernel objects that should exist for the pods.
-    pub(super) fn desired(&self) -> Desired {
-        let mut desired = Desired {
-            pods: Vec::new(),
-            addresses: Vec::new(),
-            mappings: Vec::new(),
-        };
-        let mut by_pod: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
-        for addresses in lock(&self.addresses).iter() {
-            for (pod, address) in addresses.all() {
-                by_pod.entry(pod.to_owned()).or_default().push(address);
-            }
+    /// Allows the pod to send packets from all addresses. This function must be called before the
+    /// pod is connected.
+    pub(super) fn do_not_filter(&self, pod: &str) {
+        lock(&self.unfiltered).insert(pod.to_owned());
+    }
+
+    /// Returns the pod's bridge port, or `None` if the pod can send packets from all addresses.
+    fn port_of(&self, pod: &str, addresses: &[IpAddr]) -> Option<PodPort> {
+        if !self.spoof_protection || lock(&self.unfiltered).contains(pod) {
+            return None;
         }
-        let ports = lock(&self.ports);
-        for (pod, addresses) in by_pod {
-            if let Some(reservation) = ports.of(&pod) {
-                let mappings = host_ports::mappings(&reservation.ports, &addresses);
-                desired.mappings.extend(mappings);
-            }
-            desired.addresses.extend(addresses);
-            desired.pods.push(pod);
-        }
-        desired
+        let mut addresses = addresses.to_vec();
+        addresses.extend(lock(&self.old_addresses).get(pod).into_iter().flatten());
+        Some(PodPort {
+            interface: host_interface(pod),
+            mac: link::mac_of(&addresses),
+            addresses,
+        })
     }
 
     /// Returns whether the pod has addresses or host ports.
@@ -211,7 +232,7 @@ impl EmbeddedState {
         {
             return Err(NetworkError::no_family(*port));
         }
-        let taken = lock(&self.ports).take(pod, reservation);
+        let taken = lock(&self.ports).take(pod, reservation, mapped);
         taken.map_err(|conflict| NetworkError::PortTaken {
             port: conflict.port,
             by: conflict.owner,
@@ -240,7 +261,7 @@ impl EmbeddedState {
         let (state, pod) = (Arc::clone(self), pod.to_owned());
         blocking(format!("pod {pod}: close its host ports"), move || {
             let free = || state.free_ports(&pod);
-            state.bridge.withdraw(&mappings, free, &|| state.desired())
+            state.bridge.withdraw(mappings, free, &*state)
         })
         .await
     }
@@ -285,19 +306,32 @@ impl EmbeddedState {
 
     /// Deletes the entries of `pods` from the store, and then frees the addresses of these pods.
     /// The interfaces of these pods must already be deleted.
-    pub(super) async fn forget(&self, pods: &[String]) -> Result<(), NetworkError> {
+    pub(super) async fn forget(self: &Arc<Self>, pods: Vec<String>) -> Result<(), NetworkError> {
         let mut deletions = Vec::new();
-        for pod in pods {
-            for address in self.addresses_of(pod) {
+        let mut bridge_ports = Vec::new();
+        for pod in &pods {
+            let mut addresses = self.addresses_of(pod);
+            bridge_ports.extend(self.port_of(pod, &addresses));
+            addresses.extend(lock(&self.old_addresses).get(pod).into_iter().flatten());
+            for address in addresses {
                 deletions.push(Change::delete(Table::ADDRESSES, &address.to_string()));
             }
             deletions.push(Change::delete(Table::ADDRESSES, &ports_key(pod)));
         }
         self.store.commit(deletions).await?;
-        for pod in pods {
-            self.free_addresses(pod);
-        }
-        Ok(())
+        let state = Arc::clone(self);
+        let what = format!("remove the bridge ports of the pods {}", pods.join(", "));
+        blocking(what, move || {
+            let free = || {
+                for pod in &pods {
+                    state.free_addresses(pod);
+                    lock(&state.old_addresses).remove(pod);
+                    lock(&state.unfiltered).remove(pod);
+                }
+            };
+            state.bridge.retire(bridge_ports, free, &*state)
+        })
+        .await
     }
 
     /// Creates the pod's interface with its addresses and host ports. If `committed` is false, the
@@ -312,11 +346,10 @@ impl EmbeddedState {
         committed: bool,
     ) -> Result<link::Mac, NetworkError> {
         let mac = link::mac_of(addresses);
+        let port = self.port_of(pod, addresses);
         let (state, name) = (Arc::clone(self), pod.to_owned());
         let created = blocking(format!("pod {pod}: create its interface"), move || {
-            state
-                .bridge
-                .connect(&name, mac, &netns, &|| state.desired())
+            state.bridge.connect(&name, mac, port, &netns, &*state)
         });
         let (created, committed) = tokio::join!(created, async {
             if committed {
@@ -333,10 +366,48 @@ impl EmbeddedState {
             if mappings.is_empty() {
                 Ok(())
             } else {
-                state.bridge.publish(&mappings, &|| state.desired())
+                state.bridge.publish(mappings, &*state)
             }
         })
         .await?;
         Ok(mac)
+    }
+}
+
+impl Pods for EmbeddedState {
+    fn desired(&self) -> Desired {
+        let mut desired = Desired {
+            pods: Vec::new(),
+            addresses: Vec::new(),
+            elements: Elements::default(),
+        };
+        let mut by_pod: BTreeMap<String, Vec<IpAddr>> = BTreeMap::new();
+        for addresses in lock(&self.addresses).iter() {
+            for (pod, address) in addresses.all() {
+                by_pod.entry(pod.to_owned()).or_default().push(address);
+            }
+        }
+        let ports = lock(&self.ports);
+        let Elements {
+            mappings,
+            ports: bridge_ports,
+        } = &mut desired.elements;
+        for (pod, addresses) in by_pod {
+            if let Some(reservation) = ports.of(&pod) {
+                mappings.extend(host_ports::mappings(&reservation.ports, &addresses));
+            }
+            let port = self.port_of(&pod, &addresses);
+            desired.pods.push(DesiredPod {
+                id: pod,
+                is_filtered: port.is_some(),
+            });
+            bridge_ports.extend(port);
+            desired.addresses.extend(addresses);
+        }
+        desired
+    }
+
+    fn has_port_on_loopback4(&self) -> bool {
+        lock(&self.ports).is_any_on_loopback4()
     }
 }

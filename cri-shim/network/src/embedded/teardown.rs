@@ -108,5 +108,5 @@ async fn remove(state: &Arc<EmbeddedState>, pods: Vec<String>) -> Result<(), Net
     let (on_thread, doomed) = (Arc::clone(state), pods.clone());
     let what = format!("delete the interfaces of the pods {}", pods.join(", "));
     blocking(what, move || on_thread.bridge().disconnect(&doomed)).await?;
-    state.forget(&pods).await
+    state.forget(pods).await
 }

@@ -2,16 +2,16 @@
 //! expression loads a value into registers, compares the value of a register, or acts on the
 //! packet. `nft --debug=netlink list ruleset` shows the expressions of all rules.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
+use super::sets::Set;
 use crate::address::Range;
-use crate::host_ports::Mapping;
 use crate::netlink::Body;
 
 const NFPROTO_IPV4: u8 = 2;
 const NFPROTO_IPV6: u8 = 10;
 
-pub(super) const NFTA_LIST_ELEM: u16 = 1;
+pub(super) const LIST_ELEMENT: u16 = 1;
 const NFTA_EXPR_NAME: u16 = 1;
 const NFTA_EXPR_DATA: u16 = 2;
 const NFTA_DATA_VALUE: u16 = 1;
@@ -19,11 +19,13 @@ const NFTA_DATA_VERDICT: u16 = 2;
 const NFTA_VERDICT_CODE: u16 = 1;
 const NFTA_VERDICT_CHAIN: u16 = 2;
 const NF_DROP: i32 = 0;
+const NF_ACCEPT: i32 = 1;
 const NFT_JUMP: i32 = -3;
 const NFT_RETURN: i32 = -5;
 
 const NFTA_META_DREG: u16 = 1;
 const NFTA_META_KEY: u16 = 2;
+const NFT_META_PROTOCOL: u32 = 1;
 const NFT_META_IIFNAME: u32 = 6;
 const NFT_META_OIFNAME: u32 = 7;
 const NFT_META_NFPROTO: u32 = 15;
@@ -33,6 +35,7 @@ const NFTA_PAYLOAD_DREG: u16 = 1;
 const NFTA_PAYLOAD_BASE: u16 = 2;
 const NFTA_PAYLOAD_OFFSET: u16 = 3;
 const NFTA_PAYLOAD_LEN: u16 = 4;
+const NFT_PAYLOAD_LL_HEADER: u32 = 0;
 const NFT_PAYLOAD_NETWORK_HEADER: u32 = 1;
 const NFT_PAYLOAD_TRANSPORT_HEADER: u32 = 2;
 
@@ -88,25 +91,68 @@ const NFT_REG32_00: u32 = 8;
 /// The register into which a lookup writes its result.
 const LOOKUP_RESULT: u32 = NFT_REG32_00 + 8;
 
+/// The register after the registers that contain the name of an interface.
+const AFTER_INTERFACE: u32 = NFT_REG32_00 + INTERFACE_NAME_BYTES / 4;
+/// The register after the registers that contain the name of an interface and a hardware address.
+const AFTER_HARDWARE_ADDRESS: u32 = AFTER_INTERFACE + 2;
+
+/// The network 127.0.0.0/8 and its mask.
+const LOOPBACK4: (IpAddr, IpAddr) = (
+    IpAddr::V4(Ipv4Addr::new(127, 0, 0, 0)),
+    IpAddr::V4(Ipv4Addr::new(255, 0, 0, 0)),
+);
 /// The address ::1 and a mask with all bits set.
 const LOOPBACK6: (Ipv6Addr, Ipv6Addr) = (Ipv6Addr::LOCALHOST, Ipv6Addr::from_bits(u128::MAX));
 
 /// The length of an interface name in an expression, IFNAMSIZ. Shorter names are padded with zero
 /// bytes, because nf_tables also compares the padding.
-const INTERFACE_NAME_BYTES: usize = 16;
+pub(super) const INTERFACE_NAME_BYTES: u32 = 16;
 
 /// The numbers that identify data types in nft(8). The type of a concatenated key contains one of
 /// these 6-bit numbers for each part of the key.
 const IPV4_ADDR: u32 = 7;
 const IPV6_ADDR: u32 = 8;
-const INET_PROTO: u32 = 12;
-const INET_SERVICE: u32 = 13;
+pub(super) const ETHER_ADDR: u32 = 9;
+pub(super) const INET_PROTO: u32 = 12;
+pub(super) const INET_SERVICE: u32 = 13;
+pub(super) const IFNAME: u32 = 41;
 
-/// The type of a map's keys or data. The kernel uses only the type's length in bytes. The program
-/// nft(8) also uses the type's number.
-pub(super) struct NftType {
-    pub number: u32,
-    pub bytes: u32,
+/// A field of a packet.
+#[derive(Clone, Copy)]
+pub(super) struct Payload {
+    /// The header that contains the field.
+    base: u32,
+    offset: u32,
+    bytes: u32,
+}
+
+impl Payload {
+    pub(super) const fn link(offset: u32, bytes: u32) -> Payload {
+        let base = NFT_PAYLOAD_LL_HEADER;
+        Payload {
+            base,
+            offset,
+            bytes,
+        }
+    }
+
+    pub(super) const fn network(offset: u32, bytes: u32) -> Payload {
+        let base = NFT_PAYLOAD_NETWORK_HEADER;
+        Payload {
+            base,
+            offset,
+            bytes,
+        }
+    }
+
+    pub(super) const fn transport(offset: u32, bytes: u32) -> Payload {
+        let base = NFT_PAYLOAD_TRANSPORT_HEADER;
+        Payload {
+            base,
+            offset,
+            bytes,
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -123,25 +169,8 @@ impl IpFamily {
         }
     }
 
-    pub(super) fn has(self, mapping: &Mapping) -> bool {
-        self == IpFamily::of(mapping.address)
-    }
-
-    /// Returns the name of the map that contains the host ports of this address family.
-    pub(super) fn map(self) -> &'static str {
-        match self {
-            IpFamily::V4 => "host_ports4",
-            IpFamily::V6 => "host_ports6",
-        }
-    }
-
-    /// Returns a number for the map of this address family. The transaction that creates the map
-    /// refers to the map by this number.
-    pub(super) fn id(self) -> u32 {
-        match self {
-            IpFamily::V4 => 1,
-            IpFamily::V6 => 2,
-        }
+    pub(super) fn has(self, address: IpAddr) -> bool {
+        self == IpFamily::of(address)
     }
 
     fn number(self) -> u8 {
@@ -151,53 +180,39 @@ impl IpFamily {
         }
     }
 
-    fn address_bytes(self) -> u32 {
+    pub(super) fn address_bytes(self) -> u32 {
         match self {
             IpFamily::V4 => 4,
             IpFamily::V6 => 16,
         }
     }
 
-    /// Returns the offsets of the source address and the destination address in the IP header.
-    fn offsets(self) -> (u32, u32) {
+    /// Returns the number of the data type for addresses of this family.
+    pub(super) fn address_type(self) -> u32 {
         match self {
-            IpFamily::V4 => (12, 16),
-            IpFamily::V6 => (8, 24),
+            IpFamily::V4 => IPV4_ADDR,
+            IpFamily::V6 => IPV6_ADDR,
         }
     }
 
-    /// Returns the types of the keys and of the data in the map of this address family. Each part
-    /// of a key or of the data is padded to a multiple of four bytes.
-    pub(super) fn types(self) -> (NftType, NftType) {
-        let address = match self {
-            IpFamily::V4 => IPV4_ADDR,
-            IpFamily::V6 => IPV6_ADDR,
+    pub(super) fn source_field(self) -> Payload {
+        let offset = match self {
+            IpFamily::V4 => 12,
+            IpFamily::V6 => 8,
         };
-        let data = NftType {
-            number: address << 6 | INET_SERVICE,
-            bytes: self.address_bytes() + 4,
+        Payload::network(offset, self.address_bytes())
+    }
+
+    fn destination_field(self) -> Payload {
+        let offset = match self {
+            IpFamily::V4 => 16,
+            IpFamily::V6 => 24,
         };
-        let key = NftType {
-            number: INET_PROTO << 12 | data.number,
-            bytes: 4 + data.bytes,
-        };
-        (key, data)
+        Payload::network(offset, self.address_bytes())
     }
 }
 
-/// Returns the key and the data of the map element for `mapping`.
-pub(super) fn element(mapping: &Mapping) -> (Vec<u8>, Vec<u8>) {
-    let mut key = vec![mapping.protocol.number(), 0, 0, 0];
-    key.extend(octets(mapping.address));
-    key.extend(mapping.port.to_be_bytes());
-    key.extend([0, 0]);
-    let mut data = octets(mapping.to.ip());
-    data.extend(mapping.to.port().to_be_bytes());
-    data.extend([0, 0]);
-    (key, data)
-}
-
-fn octets(address: IpAddr) -> Vec<u8> {
+pub(super) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(address) => address.octets().into(),
         IpAddr::V6(address) => address.octets().into(),
@@ -218,21 +233,43 @@ pub(super) struct Rule(Vec<(&'static str, Expression)>);
 impl Rule {
     pub(super) fn write(&self, list: &mut Body) {
         for (name, data) in &self.0 {
-            list.nest(NFTA_LIST_ELEM, |element| {
+            list.nest(LIST_ELEMENT, |element| {
                 element.string(NFTA_EXPR_NAME, name);
                 element.nest(NFTA_EXPR_DATA, data);
             });
         }
     }
 
-    /// Creates a rule that drops packets from pods to 127.0.0.0/8 of the node.
-    pub(super) fn guard(bridge: &str) -> Rule {
-        let bridge = interface(bridge);
+    /// Creates a rule that accepts packets from the loopback.
+    pub(super) fn accept_loopback() -> Rule {
         Rule::default()
-            .interface(NFT_META_IIFNAME, NFT_CMP_EQ, bridge)
-            .family(IpFamily::V4)
-            .destination(NFT_CMP_EQ, [127, 0, 0, 0].into(), [255, 0, 0, 0].into())
-            .verdict(NF_DROP, None)
+            .interface(NFT_META_IIFNAME, NFT_CMP_EQ, interface("lo"))
+            .accept()
+    }
+
+    /// Creates a rule that drops packets to addresses in `range` from other interfaces than the
+    /// bridge.
+    pub(super) fn hide(bridge: &str, range: Range) -> Rule {
+        Rule::default()
+            .interface(NFT_META_IIFNAME, NFT_CMP_NEQ, interface(bridge))
+            .family(IpFamily::of(range.network()))
+            .destination(NFT_CMP_EQ, range.network(), range.mask())
+            .drop_packet()
+    }
+
+    /// Creates a rule that drops packets from pods to 127.0.0.0/8 of the node. If `sources` is true,
+    /// the rule drops packets with a source address in 127.0.0.0/8 instead.
+    pub(super) fn guard(bridge: &str, sources: bool) -> Rule {
+        let rule = Rule::default()
+            .interface(NFT_META_IIFNAME, NFT_CMP_EQ, interface(bridge))
+            .family(IpFamily::V4);
+        let (network, mask) = LOOPBACK4;
+        let rule = if sources {
+            rule.source(network, mask)
+        } else {
+            rule.destination(NFT_CMP_EQ, network, mask)
+        };
+        rule.drop_packet()
     }
 
     /// Creates a rule that passes packets for any address of the node to the chain `chain`.
@@ -245,6 +282,16 @@ impl Rule {
             })
             .compare(NFT_CMP_EQ, u32::from(libc::RTN_LOCAL).to_ne_bytes())
             .verdict(NFT_JUMP, Some(chain))
+    }
+
+    /// Creates a rule that ends the chain for packets to 127.0.0.0/8. The addresses of these packets
+    /// are then not translated.
+    pub(super) fn not_for_loopback4() -> Rule {
+        let (network, mask) = LOOPBACK4;
+        Rule::default()
+            .family(IpFamily::V4)
+            .destination(NFT_CMP_EQ, network, mask)
+            .verdict(NFT_RETURN, None)
     }
 
     /// Creates a rule that ends the chain for packets to ::1. The addresses of these packets are
@@ -319,7 +366,7 @@ impl Rule {
     /// can then reply to these packets.
     pub(super) fn masquerade_loopback(bridge: &str, family: IpFamily) -> Rule {
         let (network, mask): (IpAddr, IpAddr) = match family {
-            IpFamily::V4 => ([127, 0, 0, 0].into(), [255, 0, 0, 0].into()),
+            IpFamily::V4 => LOOPBACK4,
             IpFamily::V6 => (LOOPBACK6.0.into(), LOOPBACK6.1.into()),
         };
         Rule::default()
@@ -349,19 +396,61 @@ impl Rule {
     /// address instead of the destination address. If the map has no entry for the packet, the
     /// kernel continues with the next rule.
     fn look_up_host_port(self, family: IpFamily, of_any: bool) -> Rule {
-        let bytes = family.address_bytes();
-        let port = NFT_REG32_00 + 1 + bytes / 4;
+        let port = NFT_REG32_00 + 1 + family.address_bytes() / 4;
         let rule = self.meta(NFT_META_L4PROTO, NFT_REG32_00);
-        let (_, destination) = family.offsets();
-        let network = NFT_PAYLOAD_NETWORK_HEADER;
         let rule = if of_any {
             rule.any_address(family)
         } else {
-            rule.payload(network, destination, bytes, NFT_REG32_00 + 1)
+            rule.payload(family.destination_field(), NFT_REG32_00 + 1)
         };
         // The destination port is at the same offset in the headers of TCP, UDP and SCTP.
-        rule.payload(NFT_PAYLOAD_TRANSPORT_HEADER, 2, 2, port)
-            .look_up(family)
+        rule.payload(Payload::transport(2, 2), port)
+            .look_up(Set::HostPorts(family), Some(LOOKUP_RESULT))
+    }
+
+    /// Adds expressions that compare the type of the packet's network protocol.
+    pub(super) fn protocol(self, ethertype: u16) -> Rule {
+        self.meta(NFT_META_PROTOCOL, NFT_REG32_00)
+            .compare(NFT_CMP_EQ, ethertype.to_be_bytes())
+    }
+
+    /// Adds expressions that compare the number of the packet's transport protocol.
+    pub(super) fn l4_protocol(self, number: u8) -> Rule {
+        self.meta(NFT_META_L4PROTO, NFT_REG32_00)
+            .compare(NFT_CMP_EQ, [number])
+    }
+
+    /// Adds expressions that compare a field of the packet with `value`.
+    pub(super) fn field(self, field: Payload, value: &[u8]) -> Rule {
+        self.payload(field, NFT_REG32_00).compare(NFT_CMP_EQ, value)
+    }
+
+    /// Adds expressions that check whether the name of the incoming interface does not begin with
+    /// `prefix`.
+    pub(super) fn interface_has_other_prefix(self, prefix: &str) -> Rule {
+        self.interface(NFT_META_IIFNAME, NFT_CMP_NEQ, prefix.as_bytes().to_vec())
+    }
+
+    /// Adds expressions that look up the incoming interface in `set`.
+    pub(super) fn look_up_interface(self, set: Set) -> Rule {
+        self.meta(NFT_META_IIFNAME, NFT_REG32_00).look_up(set, None)
+    }
+
+    /// Adds expressions that look up the incoming interface, a hardware address and an IP address in
+    /// `set`. The packet contains the two addresses in the fields `hardware` and `address`.
+    pub(super) fn look_up_source(self, set: Set, hardware: Payload, address: Payload) -> Rule {
+        self.meta(NFT_META_IIFNAME, NFT_REG32_00)
+            .payload(hardware, AFTER_INTERFACE)
+            .payload(address, AFTER_HARDWARE_ADDRESS)
+            .look_up(set, None)
+    }
+
+    pub(super) fn accept(self) -> Rule {
+        self.verdict(NF_ACCEPT, None)
+    }
+
+    pub(super) fn drop_packet(self) -> Rule {
+        self.verdict(NF_DROP, None)
     }
 
     fn add(mut self, name: &'static str, data: impl Fn(&mut Body) + 'static) -> Rule {
@@ -376,12 +465,12 @@ impl Rule {
         })
     }
 
-    fn payload(self, base: u32, offset: u32, bytes: u32, register: u32) -> Rule {
+    fn payload(self, field: Payload, register: u32) -> Rule {
         self.add("payload", move |data| {
             data.be32(NFTA_PAYLOAD_DREG, register);
-            data.be32(NFTA_PAYLOAD_BASE, base);
-            data.be32(NFTA_PAYLOAD_OFFSET, offset);
-            data.be32(NFTA_PAYLOAD_LEN, bytes);
+            data.be32(NFTA_PAYLOAD_BASE, field.base);
+            data.be32(NFTA_PAYLOAD_OFFSET, field.offset);
+            data.be32(NFTA_PAYLOAD_LEN, field.bytes);
         })
     }
 
@@ -433,23 +522,17 @@ impl Rule {
     }
 
     fn source(self, network: IpAddr, mask: IpAddr) -> Rule {
-        let family = IpFamily::of(network);
-        let (offset, _) = family.offsets();
-        self.masked_address(family, offset, mask)
+        let field = IpFamily::of(network).source_field();
+        self.payload(field, NFT_REG32_00)
+            .mask(octets(mask))
             .compare(NFT_CMP_EQ, octets(network))
     }
 
     fn destination(self, operator: u32, network: IpAddr, mask: IpAddr) -> Rule {
-        let family = IpFamily::of(network);
-        let (_, offset) = family.offsets();
-        self.masked_address(family, offset, mask)
-            .compare(operator, octets(network))
-    }
-
-    fn masked_address(self, family: IpFamily, offset: u32, mask: IpAddr) -> Rule {
-        let base = NFT_PAYLOAD_NETWORK_HEADER;
-        self.payload(base, offset, family.address_bytes(), NFT_REG32_00)
+        let field = IpFamily::of(network).destination_field();
+        self.payload(field, NFT_REG32_00)
             .mask(octets(mask))
+            .compare(operator, octets(network))
     }
 
     /// Adds an expression that loads the unspecified address (0.0.0.0 or ::). In the keys of the
@@ -462,13 +545,16 @@ impl Rule {
         })
     }
 
-    /// Adds an expression that reads a key from the first registers and looks it up in the map of
-    /// `family`. If the map does not contain the key, the kernel continues with the next rule.
-    fn look_up(self, family: IpFamily) -> Rule {
+    /// Adds an expression that reads a key from the first registers and looks it up in `set`. If the
+    /// set does not contain the key, the kernel continues with the next rule. If `set` is a map, the
+    /// expression writes the data of the element to the register `result`.
+    fn look_up(self, set: Set, result: Option<u32>) -> Rule {
         self.add("lookup", move |data| {
-            data.string(NFTA_LOOKUP_SET, family.map());
+            data.string(NFTA_LOOKUP_SET, set.name());
             data.be32(NFTA_LOOKUP_SREG, NFT_REG32_00);
-            data.be32(NFTA_LOOKUP_DREG, LOOKUP_RESULT);
+            if let Some(register) = result {
+                data.be32(NFTA_LOOKUP_DREG, register);
+            }
         })
     }
 
@@ -496,8 +582,9 @@ impl Rule {
     }
 }
 
-fn interface(name: &str) -> Vec<u8> {
+/// Returns the name of an interface with its padding.
+pub(super) fn interface(name: &str) -> Vec<u8> {
     let mut padded = name.as_bytes().to_vec();
-    padded.resize(INTERFACE_NAME_BYTES, 0);
+    padded.resize(INTERFACE_NAME_BYTES as usize, 0);
     padded
 }

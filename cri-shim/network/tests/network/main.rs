@@ -3,6 +3,7 @@
 //! change the host's network.
 
 mod crash;
+mod many_ports;
 mod node;
 mod traffic;
 
@@ -19,6 +20,9 @@ fn main() {
     if crash::is_child() {
         crash::child();
     }
+    if many_ports::is_child() {
+        many_ports::child();
+    }
     let arguments = Arguments::from_args();
     let obstacle = node::leave_the_host().err();
     if let Some(obstacle) = &obstacle {
@@ -31,15 +35,12 @@ fn main() {
         .collect();
     let has_nft = program("nft", &["--version"]).is_ok();
     if !has_nft {
-        eprintln!("SKIPPED the test of the nftables rules: nft(8) is not installed");
+        eprintln!("SKIPPED the tests of the nftables rules: nft(8) is not installed");
     }
-    trials.push(
-        Trial::test(
-            "nft_lists_the_rules_of_rrun_and_other_tables_are_not_changed",
-            || Node::run(nft_lists_the_rules_of_rrun_and_other_tables_are_not_changed),
-        )
-        .with_ignored_flag(obstacle.is_some() || !has_nft),
-    );
+    for (name, test) in TESTS_WITH_NFT {
+        let trial = Trial::test(*name, || Node::run(*test));
+        trials.push(trial.with_ignored_flag(obstacle.is_some() || !has_nft));
+    }
     libtest_mimic::run(&arguments, trials).exit();
 }
 
@@ -130,6 +131,22 @@ const TESTS: &[(&str, Test)] = &[
     (
         "reconcile_removes_everything_after_a_crash_at_any_time",
         crash::reconcile_removes_everything_after_a_crash_at_any_time,
+    ),
+];
+
+/// The tests that need the program nft(8).
+const TESTS_WITH_NFT: &[(&str, Test)] = &[
+    (
+        "nft_lists_the_rules_of_rrun_and_other_tables_are_not_changed",
+        nft_lists_the_rules_of_rrun_and_other_tables_are_not_changed,
+    ),
+    (
+        "thousands_of_host_ports_survive_a_restart_and_a_flush",
+        many_ports::thousands_of_host_ports_survive_a_restart_and_a_flush,
+    ),
+    (
+        "host_ports_do_not_need_a_large_send_buffer",
+        many_ports::host_ports_do_not_need_a_large_send_buffer,
     ),
 ];
 
