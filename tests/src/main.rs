@@ -118,6 +118,8 @@ suites! {
         routers,
         crowds,
         advisories,
+        spoofing,
+        guards,
     ],
     // Tests of the CRI server with kubelet.
     kubelet: [

@@ -4,16 +4,16 @@
 
 use std::fs;
 use std::net::IpAddr;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
-use nix::sched::{CloneFlags, setns, unshare};
 use serde_json::{Value, json};
 
 use crate::support::inside::traffic::advertise;
-use crate::support::machine::{Result, command, wait_for};
+use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
+use crate::support::network_view::{in_a_new_network, ip, new_network, set, sysctl, within};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
-use crate::support::pod_network::addresses;
+use crate::support::pod_network::{addresses, allow_spoofing};
 use crate::{ensure, ensure_eq, test};
 
 const IPV6: Need = Need::File("/proc/sys/net/ipv6/conf/all/accept_ra");
@@ -66,50 +66,12 @@ pub(crate) const TESTS: &[Test] = &[
 /// An address for which the pods have no route except the default route.
 const ELSEWHERE: &str = "203.0.113.9";
 
-/// Runs a test on a thread in a new network namespace, in which the forwarding of packets is still
-/// off. The programs that the test starts inherit this namespace.
-fn in_a_new_network(test: impl FnOnce() -> Result + Send) -> Result {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            unshare(CloneFlags::CLONE_NEWNET)?;
-            ip("link set lo up")?;
-            test()
-        });
-        thread.join().map_err(|_| "the test panicked")?
-    })
-}
-
-fn ip(arguments: &str) -> Result<String> {
-    let output = command("ip", arguments.split(' ')).ok()?;
-    Ok(output.text().to_owned())
-}
-
-/// Returns the value of the sysctl `net/NAME` in the calling thread's network namespace.
-fn sysctl(name: &str) -> Result<String> {
-    let path = format!("/proc/sys/net/{name}");
-    let value =
-        fs::read_to_string(&path).map_err(|error| format!("cannot read {path}: {error}"))?;
-    Ok(value.trim_end().to_owned())
-}
-
-fn set(name: &str, value: &str) -> Result {
-    let path = format!("/proc/sys/net/{name}");
-    fs::write(&path, value)
-        .map_err(|error| format!("cannot write {value} to {path}: {error}").into())
-}
-
 /// The network at the other end of the node's uplinks.
 struct Beyond(OwnedFd);
 
 impl Beyond {
     fn new() -> Result<Self> {
-        std::thread::scope(|scope| {
-            let thread = scope.spawn(|| {
-                unshare(CloneFlags::CLONE_NEWNET)?;
-                Ok(Beyond(fs::File::open("/proc/thread-self/ns/net")?.into()))
-            });
-            thread.join().map_err(|_| "the thread panicked")?
-        })
+        new_network().map(Beyond)
     }
 
     fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
@@ -136,16 +98,6 @@ impl Beyond {
     fn advertises(&self, name: &str, prefix: &str) -> Result {
         self.inside(|| Ok(advertise(&format!("far-{name}"), prefix.parse()?)?))
     }
-}
-
-fn within<T: Send>(namespace: BorrowedFd, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
-    std::thread::scope(|scope| {
-        let thread = scope.spawn(|| {
-            setns(namespace, CloneFlags::CLONE_NEWNET)?;
-            work()
-        });
-        thread.join().map_err(|_| "the thread panicked")?
-    })
 }
 
 /// Returns the IPv6 default routes through an interface of the calling thread's network namespace.
@@ -377,6 +329,8 @@ fn advertisements_are_ignored_if_pods_have_no_ipv6() -> Result {
 fn redirects_of_a_pod_are_ignored_by_other_pods() -> Result {
     in_a_new_network(|| {
         on_a_node(|node| {
+            // The redirect has a forged source address.
+            allow_spoofing(node)?;
             // By default, the kernel accepts redirects only in a network namespace without
             // forwarding. Therefore, the pods disable forwarding. Writing 0 to ip_forward also sets
             // accept_redirects to 1. rrun-cri must set accept_redirects to 0.

@@ -84,3 +84,16 @@ pub(crate) fn addresses(node: &Node, pod_id: &str) -> Result<Vec<String>> {
     }
     Ok(all)
 }
+
+/// Restarts the server with a configuration in which pods can send packets from all addresses.
+pub(crate) fn allow_spoofing(node: &mut Node) -> Result {
+    configure(node, "spoof_protection = false\n")
+}
+
+/// Restarts the server with `text` as the table `[network]` of the configuration.
+pub(crate) fn configure(node: &mut Node, text: &str) -> Result {
+    let file = node.join("config.d/network.toml");
+    std::fs::write(file, format!("[network]\n{text}"))?;
+    node.terminate_server()?;
+    node.start_server()
+}

