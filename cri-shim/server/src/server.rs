@@ -66,7 +66,12 @@ pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
         .enable_all()
         .build()
         .during(|| "start the async runtime".to_owned())?;
-    runtime.block_on(serve(source, config))
+    let served = runtime.block_on(serve(source, config));
+    // Work that blocks, such as the deletion of a writable layer or the count of its files, can take
+    // minutes. The server does not wait for its end. The next start of the server repeats the work
+    // or removes its remains.
+    runtime.shutdown_timeout(CALLS_GRACE);
+    served
 }
 
 async fn serve(source: ConfigSource, config: Config) -> Result<()> {
