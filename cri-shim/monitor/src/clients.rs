@@ -16,8 +16,8 @@ use rrun_kernel::errno::describe;
 use rrun_protocol::Reply;
 
 /// The maximum number of simultaneous clients. Further clients wait in the backlog of the listening
-/// socket. Other requests than [`MAX_SESSIONS`] execs and attachments end soon, so a client with
-/// such a request, for example to stop a container, does not have to wait.
+/// socket. The limit is higher than [`MAX_SESSIONS`]. Requests that stop or remove a container
+/// therefore do not wait until an exec or an attachment ends.
 const MAX_CLIENTS: usize = MAX_SESSIONS + 64;
 
 /// The maximum number of execs and attachments at the same time. They can last as long as the pod.

@@ -153,9 +153,12 @@ async fn end_monitor(node: &Node, sandbox: &Sandbox) -> Result<()> {
     match ended {
         Ok(()) | Err(MonitorError::Gone { .. }) => {}
         Err(error) => {
-            log::error!("{}: {error}; the server kills the monitor", sandbox.name());
+            let name = sandbox.name();
+            log::error!("{name}: {error}; the server kills the monitor");
             let (known, dir) = (sandbox.state().monitor, node.sandbox_dir(&sandbox.id));
-            blocking("kill a monitor", move || kill_monitor(known, &dir)).await;
+            if !blocking("kill a monitor", move || kill_monitor(known, &dir)).await {
+                log::error!("{name}: the server found no process of the monitor");
+            }
         }
     }
     sandbox.state().monitor = 0;
@@ -186,13 +189,14 @@ async fn shut_down(monitor: &MonitorClient) -> Result<(), MonitorError> {
 }
 
 /// Kills the unresponsive monitor of the pod with this directory. `known` is the monitor's process
-/// id, or 0 if the server was restarted before the monitor reported its process id. This call
-/// blocks.
-fn kill_monitor(known: i32, dir: &Path) {
+/// id, or 0 if the monitor has not reported its process id to this server. Returns whether a monitor
+/// was killed. This call blocks.
+fn kill_monitor(known: i32, dir: &Path) -> bool {
     let candidates = match known {
-        0 => processes(),
+        0 => processes_in_own_cgroup(),
         known => vec![known],
     };
+    let mut killed = false;
     for pid in candidates {
         let Some(process) = rustix::process::Pid::from_raw(pid) else {
             continue;
@@ -205,16 +209,27 @@ fn kill_monitor(known: i32, dir: &Path) {
         // process with the same process id.
         let arguments = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
         if is_monitor_of(&arguments, dir) {
-            let _ = rustix::process::pidfd_send_signal(&pidfd, rustix::process::Signal::KILL);
+            let kill = rustix::process::Signal::KILL;
+            killed |= rustix::process::pidfd_send_signal(&pidfd, kill).is_ok();
         }
     }
+    killed
 }
 
-/// Returns the ids of all processes.
-fn processes() -> Vec<i32> {
+/// Returns the ids of the processes in the cgroup of this server, in which monitors run, too.
+/// Containers do not run in this cgroup. A container can make a read of its command line hang, so
+/// the server must not read the command lines of all processes.
+fn processes_in_own_cgroup() -> Vec<i32> {
+    // The kernel's files: opening them by path is safe.
+    let cgroup = |process: &Path| std::fs::read(process.join("cgroup")).ok();
+    let Some(own) = cgroup(Path::new("/proc/self")) else {
+        return Vec::new();
+    };
     let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
-        .filter_map(|entry| entry.file_name().to_str()?.parse().ok())
+        .filter_map(|entry| Some((entry.path(), entry.file_name().to_str()?.parse().ok()?)))
+        .filter(|(process, _)| cgroup(process).as_ref() == Some(&own))
+        .map(|(_, pid)| pid)
         .collect()
 }
 
