@@ -12,6 +12,7 @@ pub mod errno;
 pub mod heap;
 pub mod id;
 pub mod mount_setattr;
+pub mod own_cgroup;
 pub mod procfs;
 pub mod readonly_exec;
 pub mod regular_file;

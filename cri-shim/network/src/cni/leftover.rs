@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::process::{PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use rrun_calls::wait::blocking;
+use rrun_kernel::own_cgroup;
 
 /// The time for which this module waits for the exit of killed processes.
 const KILL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -45,12 +46,11 @@ pub(super) async fn end(container: &str) {
     .await;
 }
 
-/// Kills all processes whose environment contains `variable`. Returns the id of one of the killed
+/// Kills all processes in the server's cgroup whose environment contains `variable`. Returns the id of one of the killed
 /// processes, or `None` if no process was killed.
 fn kill_all(variable: &str) -> Option<i32> {
     let mut found = None;
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    for pid in entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok()) {
+    for pid in own_cgroup::processes() {
         let Some(process) = rustix::process::Pid::from_raw(pid) else {
             continue;
         };

@@ -14,6 +14,7 @@ use crate::container::{self, Container};
 use crate::node::Node;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::{blocking, slow};
+use rrun_kernel::own_cgroup;
 use rrun_monitor_client::{MonitorClient, MonitorError};
 use rrun_network::namespace as netns;
 use rrun_network::{DetachOutcome, RetryBy};
@@ -193,7 +194,7 @@ async fn shut_down(monitor: &MonitorClient) -> Result<(), MonitorError> {
 /// was killed. This call blocks.
 fn kill_monitor(known: i32, dir: &Path) -> bool {
     let candidates = match known {
-        0 => processes_in_own_cgroup(),
+        0 => own_cgroup::processes(),
         known => vec![known],
     };
     let mut killed = false;
@@ -214,23 +215,6 @@ fn kill_monitor(known: i32, dir: &Path) -> bool {
         }
     }
     killed
-}
-
-/// Returns the ids of the processes in the cgroup of this server, in which monitors run, too.
-/// Containers do not run in this cgroup. A container can make a read of its command line hang, so
-/// the server must not read the command lines of all processes.
-fn processes_in_own_cgroup() -> Vec<i32> {
-    // The kernel's files: opening them by path is safe.
-    let cgroup = |process: &Path| std::fs::read(process.join("cgroup")).ok();
-    let Some(own) = cgroup(Path::new("/proc/self")) else {
-        return Vec::new();
-    };
-    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| Some((entry.path(), entry.file_name().to_str()?.parse().ok()?)))
-        .filter(|(process, _)| cgroup(process).as_ref() == Some(&own))
-        .map(|(_, pid)| pid)
-        .collect()
 }
 
 /// Returns whether a command line in the format of proc_pid_cmdline(5) contains `--dir` and the
