@@ -15,6 +15,7 @@ pub(crate) mod cni_recorder;
 pub(crate) mod counted_lines;
 pub(crate) mod critest;
 pub(crate) mod disk;
+pub(crate) mod errnos;
 pub(crate) mod fields;
 pub(crate) mod frames;
 pub(crate) mod images;
