@@ -62,7 +62,8 @@ fn serve_agent(state: &State, report: &Report) -> Result<()> {
         agent.serve(report, &process, state.pid, shown)
     });
     if served.is_err() {
-        report.answer(false);
+        // If this answer fails, the first error is the cause.
+        let _ = report.answer(false);
     }
     served
 }

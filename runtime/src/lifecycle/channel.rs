@@ -7,12 +7,12 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
 use crate::error::{Context, Error, Result, refuse};
 use crate::seccomp::Report;
-use crate::sys::unix_socket::{receive_descriptor, send_descriptor};
+use crate::sys::unix_socket::{receive_last, receive_pending, send_descriptor};
 
 /// The maximum size of a message on the channel, in bytes.
 const MESSAGE_BYTES: usize = 16 << 10;
@@ -77,7 +77,7 @@ impl AsFd for Channel {
 
 impl Channel {
     fn send(&self, message: &[u8]) -> Result<()> {
-        rustix::net::send(&self.fd, message, SendFlags::NOSIGNAL)
+        retry_on_intr(|| rustix::net::send(&self.fd, message, SendFlags::NOSIGNAL))
             .doing(|| "send a message to the parent process")?;
         Ok(())
     }
@@ -139,20 +139,32 @@ impl Channel {
         let _ = self.send(&message);
     }
 
-    /// Sends the parent's answer to a request from the child.
+    /// Sends the parent's answer to a request from the child. If the child is dead, this function
+    /// does not fail, because the child's last message contains the reason of its death.
     pub(crate) fn answer(&self) -> Result<()> {
-        rustix::net::send(&self.fd, &[CONTINUE], SendFlags::NOSIGNAL)
-            .doing(|| "answer the request of the container's process")?;
-        Ok(())
+        match retry_on_intr(|| rustix::net::send(&self.fd, &[CONTINUE], SendFlags::NOSIGNAL)) {
+            Err(Errno::PIPE | Errno::CONNRESET) => Ok(()),
+            sent => sent
+                .map(drop)
+                .doing(|| "answer the request of the container's process"),
+        }
+    }
+
+    /// Returns the child's error, if the child has already sent it.
+    pub(crate) fn pending_failure(&self) -> Option<Error> {
+        let mut buffer = vec![0u8; MESSAGE_BYTES];
+        let (length, _) = receive_pending(self.fd.as_fd(), &mut buffer)?;
+        match buffer.get(..length)? {
+            [FAILED, sentence @ ..] => Some(Error::new(String::from_utf8_lossy(sentence))),
+            _ => None,
+        }
     }
 
     /// Receives the next message from the child.
     pub(crate) fn receive(&self) -> Result<ChildMessage> {
         let mut buffer = vec![0u8; MESSAGE_BYTES];
-        let (length, descriptor) = match receive_descriptor(self.fd.as_fd(), &mut buffer) {
-            Err(Errno::CONNRESET) => return Ok(ChildMessage::Closed),
-            result => result.doing(|| "wait for a message from the container's process")?,
-        };
+        let (length, descriptor) = receive_last(self.fd.as_fd(), &mut buffer)
+            .doing(|| "wait for a message from the container's process")?;
         let message = buffer.get(..length).unwrap_or_default();
         Ok(match (message, descriptor) {
             ([], _) => ChildMessage::Closed,

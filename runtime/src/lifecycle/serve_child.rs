@@ -43,7 +43,10 @@ pub(crate) fn serve_child(
     agent: Option<Agent<'_>>,
     mut task: Task<'_>,
 ) -> Result<Option<OwnedFd>> {
-    serve(channel, pidfd, agent, &mut task).map_err(|error| explain_death(error, pidfd))
+    serve(channel, pidfd, agent, &mut task).map_err(|error| {
+        // If the child failed at the same time, its own error is the cause.
+        explain_death(channel.pending_failure().unwrap_or(error), pidfd)
+    })
 }
 
 fn serve(

@@ -9,8 +9,9 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::time::Duration;
 
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, acceptfrom_with, bind, connect,
     recv, send, socket_with,
@@ -19,13 +20,15 @@ use rustix::net::{
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{ContainerDir, START_SOCKET, START_SOCKET_PENDING};
 use crate::seccomp::Report;
-use crate::sys::unix_socket::{receive_descriptor, send_descriptor};
+use crate::sys::unix_socket::{receive_last, receive_pending, send_descriptor};
 use rrun_kernel::unix_socket::at_address;
 
 const START: &[u8] = b"G";
 const STARTING: u8 = b'L';
 const FAILED: u8 = b'F';
 const FILTERED: u8 = b'S';
+/// The time that the first process waits before it tries again to accept a connection.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(10);
 /// The maximum size of a message between `start` and the first process, in bytes.
 const MESSAGE_BYTES: usize = 16 << 10;
 
@@ -68,12 +71,16 @@ pub(crate) fn publish(dir: &ContainerDir) -> Result<()> {
 /// Returns whether a process waits at the start socket in the container's directory `directory`.
 /// This function connects to the socket and disconnects immediately. The waiting process ignores a
 /// client that disconnects before it requests the start.
-pub(crate) fn is_waiting(directory: &Path) -> bool {
-    let Ok(socket) = socket(SocketFlags::NONBLOCK) else {
-        return true;
-    };
-    let connected = at_address(directory, START_SOCKET, |address| connect(&socket, address));
-    !matches!(connected, Err(Errno::CONNREFUSED | Errno::NOENT))
+pub(crate) fn is_waiting(directory: &Path) -> Result<bool> {
+    let socket = socket(SocketFlags::NONBLOCK)?;
+    match at_address(directory, START_SOCKET, |address| connect(&socket, address)) {
+        // EAGAIN means that several clients are waiting for the process.
+        Ok(()) | Err(Errno::AGAIN) => Ok(true),
+        Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
+        Err(errno) => {
+            Err(errno).doing(|| format!("connect to {}", directory.join(START_SOCKET).display()))
+        }
+    }
 }
 
 /// Waits until a `start` command connects and requests the start, and returns the connection to
@@ -83,16 +90,49 @@ pub(crate) fn accept(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
         let connection = match acceptfrom_with(socket, SocketFlags::CLOEXEC) {
             Ok((connection, _)) => connection,
             Err(Errno::INTR | Errno::CONNABORTED) => continue,
+            // The host is short of memory or of open files. No process can report this error to the
+            // user, so the process tries again.
+            Err(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM) => {
+                std::thread::sleep(ACCEPT_PAUSE);
+                continue;
+            }
             Err(errno) => return Err(errno).doing(|| "wait until `rrun start` connects"),
         };
-        let mut word = [0u8; 1];
-        let request = recv(&connection, &mut word, RecvFlags::empty());
-        // Ignore a `start` command that disconnected before it requested the start.
-        if matches!(request, Ok((_, 1))) && word == *START {
-            let _ = send(&connection, &[STARTING], SendFlags::NOSIGNAL);
-            return Ok(connection);
+        match answer(connection.as_fd()) {
+            Ok(true) => return Ok(connection),
+            Ok(false) => {}
+            Err(error) => send_error(connection.as_fd(), &error),
         }
     }
+}
+
+/// Reads and answers the request of a `start` command. Returns false if the command disconnected
+/// before it requested the start, or before it received the answer.
+fn answer(connection: BorrowedFd<'_>) -> Result<bool> {
+    let mut word = [0u8; 1];
+    let request = match retry_on_intr(|| recv(connection, &mut word, RecvFlags::empty())) {
+        Err(Errno::CONNRESET) => return Ok(false),
+        request => request.doing(|| "read the request of `rrun start`")?,
+    };
+    if request.1 != 1 || word != *START {
+        return Ok(false);
+    }
+    match send_message(connection, &[STARTING]) {
+        Err(Errno::PIPE | Errno::CONNRESET) => Ok(false),
+        sent => sent
+            .map(|()| true)
+            .doing(|| "answer the request of `rrun start`"),
+    }
+}
+
+fn send_message(connection: impl AsFd, message: &[u8]) -> std::result::Result<(), Errno> {
+    retry_on_intr(|| send(&connection, message, SendFlags::NOSIGNAL)).map(drop)
+}
+
+/// Returns the error in a message that [`send_error`] sent.
+fn failure(message: &[u8]) -> Option<Error> {
+    let sentence = message.strip_prefix(&[FAILED])?;
+    Some(Error::new(String::from_utf8_lossy(sentence)))
 }
 
 /// Reports to `start` why the program could not be executed. The container's first process calls
@@ -100,7 +140,7 @@ pub(crate) fn accept(socket: BorrowedFd<'_>) -> Result<OwnedFd> {
 pub(crate) fn send_error(connection: BorrowedFd<'_>, error: &Error) {
     let mut message = vec![FAILED];
     message.extend(error.to_string().bytes().take(MESSAGE_BYTES - 1));
-    let _ = send(connection, &message, SendFlags::NOSIGNAL);
+    let _ = send_message(connection, &message);
 }
 
 /// Sends the shared page to `start`. After the container's first process has loaded its seccomp
@@ -120,50 +160,66 @@ pub(crate) fn start(
     id: &str,
     serve_agent: impl Fn(&Report) -> Result<()>,
 ) -> Result<()> {
-    let not_created = || {
-        Error::new(format!(
-            "cannot start container {id}: it is not in state created"
-        ))
-    };
-    let socket = socket(SocketFlags::empty())?;
     let path = directory.join(START_SOCKET);
-    match at_address(directory, START_SOCKET, |address| connect(&socket, address)) {
-        Ok(()) => {}
-        Err(Errno::NOENT) => return Err(not_created()),
-        Err(Errno::CONNREFUSED) => {
-            // The first process is dead, or it has accepted another `start` command that died
-            // before it removed the socket.
-            let _ = rustix::fs::unlink(&path);
-            return Err(not_created());
-        }
-        Err(errno) => return Err(errno).doing(|| format!("connect to {}", path.display())),
-    }
-    send(&socket, START, SendFlags::NOSIGNAL).map_err(|_| not_created())?;
+    let socket = request_start(directory, &path, id)?;
     let mut buffer = vec![0u8; MESSAGE_BYTES];
     let mut accepted = false;
     let mut report = None;
     loop {
-        let (length, descriptor) = match receive_descriptor(socket.as_fd(), &mut buffer) {
-            // The first process closed the connection before it had read the request.
-            Err(Errno::CONNRESET) => (0, None),
-            received => {
-                received.doing(|| "wait for a message from the container's first process")?
-            }
-        };
+        let (length, descriptor) = receive_last(socket.as_fd(), &mut buffer)
+            .doing(|| "wait for a message from the container's first process")?;
         match (buffer.get(..length).unwrap_or_default(), descriptor) {
             ([STARTING], _) if !accepted => {
                 accepted = true;
                 let _ = rustix::fs::unlink(&path);
             }
-            ([FILTERED], Some(page)) => serve_agent(report.insert(Report::new(page)))?,
-            ([FAILED, sentence @ ..], _) => {
-                return Err(Error::new(String::from_utf8_lossy(sentence)));
+            ([FILTERED], Some(page)) => {
+                if let Err(error) = serve_agent(report.insert(Report::new(page))) {
+                    // If the first process failed at the same time, its own error is the cause.
+                    let pending = receive_pending(socket.as_fd(), &mut buffer);
+                    let message = pending.and_then(|(length, _)| buffer.get(..length));
+                    return Err(message.and_then(failure).unwrap_or(error));
+                }
+            }
+            (message @ [FAILED, ..], _) => {
+                return Err(failure(message).unwrap_or_else(|| not_created(id)));
             }
             // The first process closed the connection. If the first process had accepted the
             // request, it has executed the program, or has left an error in the shared page.
             ([], _) if accepted => return report.as_ref().map_or(Ok(()), Report::verdict),
-            ([], _) => return Err(not_created()),
+            ([], _) => return Err(not_created(id)),
             _ => refuse!("the container's first process sent an unknown message"),
         }
     }
+}
+
+/// Connects to the start socket at `path`, and requests the start.
+fn request_start(directory: &Path, path: &Path, id: &str) -> Result<OwnedFd> {
+    let socket = socket(SocketFlags::empty())?;
+    let connected = at_address(directory, START_SOCKET, |address| {
+        retry_on_intr(|| connect(&socket, address))
+    });
+    match connected {
+        Ok(()) => {}
+        Err(Errno::NOENT) => return Err(not_created(id)),
+        Err(Errno::CONNREFUSED) => {
+            // The first process is dead, or it has accepted another `start` command that died
+            // before it removed the socket.
+            let _ = rustix::fs::unlink(path);
+            return Err(not_created(id));
+        }
+        Err(errno) => return Err(errno).doing(|| format!("connect to {}", path.display())),
+    }
+    match send_message(&socket, START) {
+        // The first process has closed the connection. Its last message can contain the reason.
+        Err(Errno::PIPE | Errno::CONNRESET) => {}
+        sent => sent.doing(|| format!("request the start of container {id}"))?,
+    }
+    Ok(socket)
+}
+
+fn not_created(id: &str) -> Error {
+    Error::new(format!(
+        "cannot start container {id}: it is not in state created"
+    ))
 }

@@ -171,7 +171,7 @@ impl State {
             // Possibly, a `start` command was killed after the first process had accepted its
             // request. The start socket then remains in the container's directory, although the
             // container runs.
-            Status::Created if !crate::lifecycle::start_socket::is_waiting(directory) => {
+            Status::Created if !crate::lifecycle::start_socket::is_waiting(directory)? => {
                 Ok(if self.is_alive()? {
                     Status::Running
                 } else {

@@ -83,13 +83,13 @@ impl Agent<'_> {
         pid: i32,
         state: OciState<'_>,
     ) -> Result<()> {
-        let Some(number) = report.await_listener(process) else {
+        let Some(number) = report.await_listener(process)? else {
             // The process failed before it loaded the filter, and reports the reason itself.
             return Ok(());
         };
         let sent = self.send_listener(process.as_fd(), pid, number, state);
-        report.answer(sent.is_ok());
-        sent
+        let answered = report.answer(sent.is_ok());
+        sent.and(answered)
     }
 
     /// Copies the listener from the process that loaded its filter, and sends the copy to the

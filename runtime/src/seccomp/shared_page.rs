@@ -156,6 +156,8 @@ impl Reporter {
     }
 }
 
+const READ_PAGE: &str = "read the report of the process in the shared memory";
+
 /// The shared page in the rrun process outside the container. This process reads and writes the
 /// page through the page's file.
 pub(crate) struct Report {
@@ -167,37 +169,44 @@ impl Report {
         Report { file: page.into() }
     }
 
-    fn word(&self, offset: usize) -> Option<u32> {
+    /// Returns a number in the page, or `None` if the number is 0.
+    fn word(&self, offset: usize) -> Result<Option<u32>> {
         let mut word = [0; size_of::<u32>()];
-        self.file.read_exact_at(&mut word, offset as u64).ok()?;
-        Some(u32::from_ne_bytes(word)).filter(|word| *word != 0)
+        self.file
+            .read_exact_at(&mut word, offset as u64)
+            .doing(|| READ_PAGE)?;
+        Ok(Some(u32::from_ne_bytes(word)).filter(|word| *word != 0))
     }
 
     /// Waits until the process has loaded its filter, and returns the number of the listener's
     /// descriptor in that process. Returns `None` if the process died or failed before it loaded
     /// the filter.
-    pub(crate) fn await_listener(&self, pidfd: &OwnedFd) -> Option<i32> {
+    pub(crate) fn await_listener(&self, pidfd: &OwnedFd) -> Result<Option<i32>> {
         loop {
             let mut process = [PollFd::new(pidfd, PollFlags::IN)];
             let dead =
                 poll(&mut process, Some(&LISTENER_CHECK_INTERVAL)).is_ok_and(|dead| dead > 0);
-            if let Some(number) = self.word(offset_of!(PageContent, listener)) {
-                return Some(number as i32);
+            if let Some(number) = self.word(offset_of!(PageContent, listener))? {
+                return Ok(Some(number as i32));
             }
-            if dead || self.word(offset_of!(PageContent, failure)).is_some() {
-                return None;
+            if dead || self.word(offset_of!(PageContent, failure))?.is_some() {
+                return Ok(None);
             }
         }
     }
 
     /// Answers the process. If the agent has received the listener, `taken` is true, and the
     /// process continues. If `taken` is false, the process ends itself.
-    pub(crate) fn answer(&self, taken: bool) {
+    ///
+    /// # Errors
+    /// Fails if rrun cannot write the answer. The process then ends itself after it has read
+    /// `answer` [`ANSWER_CHECKS`] times.
+    pub(crate) fn answer(&self, taken: bool) -> Result<()> {
         let word = if taken { TAKEN } else { REFUSED };
-        // If this write fails, the process stops waiting after it has read `answer`
-        // [`ANSWER_CHECKS`] times.
         let offset = offset_of!(PageContent, answer) as u64;
-        let _ = self.file.write_all_at(&word.to_ne_bytes(), offset);
+        self.file
+            .write_all_at(&word.to_ne_bytes(), offset)
+            .doing(|| "answer the process in the shared memory")
     }
 
     /// Reads the result that the process reported. The caller must first wait until the process has
@@ -206,12 +215,12 @@ impl Report {
     /// # Errors
     /// Fails if a hook failed after the filter was loaded, or if the program could not be executed.
     pub(crate) fn verdict(&self) -> Result<()> {
-        let Some(errno) = self.word(offset_of!(PageContent, failure)) else {
+        let Some(errno) = self.word(offset_of!(PageContent, failure))? else {
             return Ok(());
         };
         let mut text = [0; TEXT_BYTES];
         let offset = offset_of!(PageContent, text) as u64;
-        let length = self.file.read_at(&mut text, offset).unwrap_or(0);
+        let length = self.file.read_at(&mut text, offset).doing(|| READ_PAGE)?;
         let text = text
             .get(..length)
             .and_then(|it| it.split(|byte| *byte == 0).next());

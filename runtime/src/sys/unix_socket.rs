@@ -5,7 +5,8 @@ use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
@@ -28,7 +29,7 @@ pub(crate) fn connect(what: &str, path: &str) -> Result<OwnedFd> {
     )
     .doing(doing)?;
     let address = SocketAddrUnix::new(path).doing(doing)?;
-    rustix::net::connect(&socket, &address).doing(doing)?;
+    retry_on_intr(|| rustix::net::connect(&socket, &address)).doing(doing)?;
     Ok(socket)
 }
 
@@ -60,6 +61,35 @@ pub(crate) fn receive_descriptor(
     Ok((received.bytes, descriptor))
 }
 
+/// Receives a message like [`receive_descriptor`]. Returns an empty message if the peer has closed
+/// the connection.
+///
+/// If the peer closes the connection although it has not read every message, the kernel reports
+/// ECONNRESET before it delivers the peer's last messages. So this function tries again.
+pub(crate) fn receive_last(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> std::result::Result<(usize, Option<OwnedFd>), Errno> {
+    for _ in 0..2 {
+        match receive_descriptor(socket, buffer) {
+            Err(Errno::CONNRESET) => {}
+            received => return received,
+        }
+    }
+    Ok((0, None))
+}
+
+/// Receives a message like [`receive_last`], but without waiting. Returns `None` if no message has
+/// arrived.
+pub(crate) fn receive_pending(
+    socket: BorrowedFd<'_>,
+    buffer: &mut [u8],
+) -> Option<(usize, Option<OwnedFd>)> {
+    let mut watched = [PollFd::from_borrowed_fd(socket, PollFlags::IN)];
+    let ready = poll(&mut watched, Some(&Timespec::default())).is_ok_and(|count| count > 0);
+    ready.then(|| receive_last(socket, buffer).ok())?
+}
+
 /// Sends a descriptor together with `bytes` over a unix socket.
 pub(crate) fn send_descriptor(
     socket: BorrowedFd<'_>,
@@ -72,11 +102,13 @@ pub(crate) fn send_descriptor(
     if !ancillary.push(SendAncillaryMessage::ScmRights(&descriptors)) {
         return Err(Errno::NOBUFS);
     }
-    sendmsg(
-        socket,
-        &[IoSlice::new(bytes)],
-        &mut ancillary,
-        SendFlags::NOSIGNAL,
-    )?;
-    Ok(())
+    retry_on_intr(|| {
+        sendmsg(
+            socket,
+            &[IoSlice::new(bytes)],
+            &mut ancillary,
+            SendFlags::NOSIGNAL,
+        )
+    })
+    .map(drop)
 }
