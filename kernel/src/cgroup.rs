@@ -52,20 +52,35 @@ fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
 }
 
 /// Returns the paths of the cgroup and of all cgroups below it. Each parent precedes its children.
-pub fn tree(cgroup: &Path) -> Vec<PathBuf> {
+///
+/// # Errors
+/// The error contains the path of the cgroup that could not be read, and the errno.
+pub fn tree(cgroup: &Path) -> Result<Vec<PathBuf>, (PathBuf, Errno)> {
     let mut found = vec![cgroup.to_owned()];
     let mut next = 0;
     while let Some(directory) = found.get(next).cloned() {
         next += 1;
-        let entries = std::fs::read_dir(&directory).into_iter().flatten();
-        found.extend(
-            entries
-                .flatten()
-                .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
-                .map(|entry| entry.path()),
-        );
+        match children(&directory) {
+            Ok(children) => found.extend(children),
+            Err(error) => match Errno::from_io_error(&error).unwrap_or(Errno::IO) {
+                // The cgroup has been removed.
+                Errno::NOENT | Errno::NODEV => {}
+                errno => return Err((directory, errno)),
+            },
+        }
     }
-    found
+    Ok(found)
+}
+
+fn children(cgroup: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut children = Vec::new();
+    for entry in std::fs::read_dir(cgroup)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            children.push(entry.path());
+        }
+    }
+    Ok(children)
 }
 
 /// Removes the cgroup and all cgroups below it. These cgroups must not contain any processes.
@@ -82,7 +97,7 @@ pub fn remove_tree(cgroup: &Path) -> Result<(), (PathBuf, Errno)> {
         Err(_) => {}
     }
     let mut failed = None;
-    for directory in tree(cgroup).into_iter().rev() {
+    for directory in tree(cgroup)?.into_iter().rev() {
         match rustix::fs::rmdir(&directory) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(errno) => failed = failed.or(Some((directory, errno))),

@@ -34,6 +34,8 @@ pub(crate) enum Kind {
     General,
     /// No container with the given id exists in the --root directory.
     NoSuchContainer,
+    /// rrun has no permission to create cgroups, or the host does not use cgroup v2.
+    NoCgroups,
 }
 
 /// A sentence for the user, and the kind of the error.

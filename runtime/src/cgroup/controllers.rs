@@ -2,13 +2,14 @@
 //! enables them.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use oci_spec::runtime::LinuxResources;
 use rrun_kernel::cgroup;
 
 use super::directory::{MOUNT_POINT, read};
-use crate::error::{Error, Result, refuse};
+use crate::error::{Context, Error, Result, refuse};
 
 /// The controllers that rrun enables even without limits. `events` and other commands read
 /// statistics from the files of these controllers.
@@ -170,6 +171,15 @@ pub(super) fn has_unlimited(resources: &LinuxResources) -> bool {
             .any(|(key, value)| is_unlimited(key, value))
 }
 
+/// Returns the content of a cgroup file that lists controllers. The content is empty if the cgroup
+/// does not exist.
+pub(super) fn listed(path: &Path, file: &str) -> Result<String> {
+    match read(path, file) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+        text => text.doing(|| format!("read {file} of cgroup {}", path.display())),
+    }
+}
+
 /// Enables the controllers for the cgroup at `path`. A controller must be enabled in every ancestor
 /// of the cgroup. rrun starts at the root of the hierarchy, and enables the controllers in one
 /// ancestor after the other.
@@ -177,19 +187,19 @@ pub(super) fn has_unlimited(resources: &LinuxResources) -> bool {
 /// Usually the controllers are enabled already, because other containers have the same parent
 /// cgroup.
 pub(super) fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
-    let missing_in = |path: &Path, file: &str| -> Vec<&(String, String)> {
-        let present = read(path, file).unwrap_or_default();
-        needed
+    let missing_in = |path: &Path, file: &str| -> Result<Vec<&(String, String)>> {
+        let present = listed(path, file)?;
+        let missing = needed
             .iter()
-            .filter(|(controller, _)| !present.split(' ').any(|name| name == controller))
-            .collect()
+            .filter(|(controller, _)| !present.split(' ').any(|name| name == controller));
+        Ok(missing.collect())
     };
-    let present = read(path, "cgroup.controllers").unwrap_or_default();
+    let present = listed(path, "cgroup.controllers")?;
     let has = |name: &str| present.split(' ').any(|controller| controller == name);
     if COUNTED_CONTROLLERS.into_iter().all(has) && needed.iter().all(|(name, _)| has(name)) {
         return Ok(());
     }
-    let offered = read(Path::new(MOUNT_POINT), "cgroup.controllers").unwrap_or_default();
+    let offered = listed(Path::new(MOUNT_POINT), "cgroup.controllers")?;
     let offers = |name: &str| offered.split(' ').any(|controller| controller == name);
     if needed.is_empty() && !COUNTED_CONTROLLERS.into_iter().any(offers) {
         return Ok(());
@@ -197,13 +207,13 @@ pub(super) fn enable(path: &Path, needed: &[(String, String)]) -> Result<()> {
     let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(Path::new(""));
     let mut ancestor = Path::new(MOUNT_POINT).to_owned();
     for component in relative.components() {
-        if let Some((controller, field)) = missing_in(&ancestor, "cgroup.controllers").first() {
+        if let Some((controller, field)) = missing_in(&ancestor, "cgroup.controllers")?.first() {
             refuse!(
                 "{field}: needs the {controller} controller, which the cgroup {} does not have",
                 ancestor.display()
             );
         }
-        let missing = missing_in(&ancestor, "cgroup.subtree_control");
+        let missing = missing_in(&ancestor, "cgroup.subtree_control")?;
         enable_counted(&ancestor);
         if !missing.is_empty() {
             let line: Vec<String> = missing.iter().map(|(name, _)| format!("+{name}")).collect();

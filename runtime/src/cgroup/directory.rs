@@ -10,7 +10,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 
-use crate::error::{Context, Error, Result, refuse};
+use crate::error::{Context, Error, Kind, Reason as _, Result, refuse};
 use crate::log;
 use crate::sys::path::cleaned;
 
@@ -39,23 +39,35 @@ impl Directory {
     /// Creates the cgroup, or opens the cgroup if it already exists and is empty.
     ///
     /// # Errors
-    /// Fails if this host does not use cgroup v2. Also fails if an existing cgroup is frozen or
+    /// Fails if this host does not use cgroup v2, or if rrun has no permission to create the cgroup.
+    /// The kind of these errors is [`Kind::NoCgroups`]. Also fails if an existing cgroup is frozen or
     /// contains processes.
     pub(super) fn create(path: &Path) -> Result<Directory> {
-        let doing = || format!("create cgroup {}", path.display());
         let existed = match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
             Ok(()) => false,
             Err(Errno::EXIST) => true,
             Err(Errno::NOENT) => {
                 check_unified()?;
-                std::fs::create_dir_all(path).doing(doing)?;
+                std::fs::create_dir_all(path).map_err(|error| {
+                    let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
+                    not_created(path, errno)
+                })?;
                 false
             }
             Err(errno) => {
                 check_unified()?;
-                return Err(errno).doing(doing);
+                return Err(not_created(path, errno));
             }
         };
+        let created = Directory::open_checked(path, existed);
+        if created.is_err() && !existed {
+            let _ = rustix::fs::rmdir(path);
+        }
+        created
+    }
+
+    fn open_checked(path: &Path, existed: bool) -> Result<Directory> {
+        let doing = || creating(path);
         let fd = rustix::fs::open(
             path,
             OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
@@ -67,9 +79,6 @@ impl Directory {
             fd,
         };
         if !rrun_kernel::cgroup::is_cgroup(&cgroup.fd).doing(doing)? {
-            if !existed {
-                let _ = rustix::fs::rmdir(path);
-            }
             refuse!(
                 "{}: rrun needs cgroup v2, and {MOUNT_POINT} is not a cgroup2 mount",
                 doing()
@@ -88,7 +97,7 @@ impl Directory {
         if rrun_kernel::cgroup::keyed(&events, "populated") == Some(1) {
             refuse!("create cgroup {path}: it already exists and contains processes");
         }
-        if is_frozen(&self.path) {
+        if is_frozen(&self.path)? {
             refuse!("create cgroup {path}: it already exists and is frozen");
         }
         Ok(())
@@ -108,6 +117,18 @@ impl AsFd for Directory {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+fn not_created(path: &Path, errno: Errno) -> Error {
+    let error = Error::new(errno.reason()).while_doing(creating(path));
+    match errno {
+        Errno::ACCESS | Errno::PERM | Errno::ROFS => error.with_kind(Kind::NoCgroups),
+        _ => error,
+    }
+}
+
+fn creating(path: &Path) -> String {
+    format!("create cgroup {}", path.display())
 }
 
 /// Returns the content of a cgroup's file, without the final newline.
@@ -134,8 +155,13 @@ fn write(directory: impl AsFd, file: &str, value: &str) -> std::result::Result<(
 
 /// Checks that cgroup v2 is mounted, because rrun cannot work without cgroup v2.
 pub(super) fn check_unified() -> Result<()> {
-    if !rrun_kernel::cgroup::is_mounted().unwrap_or(false) {
-        refuse!("rrun needs cgroup v2, and {MOUNT_POINT} is not a cgroup2 mount");
+    let mounted = match rrun_kernel::cgroup::is_mounted() {
+        Err(Errno::NOENT) => false,
+        mounted => mounted.doing(|| format!("check that {MOUNT_POINT} is a cgroup2 mount"))?,
+    };
+    if !mounted {
+        let sentence = format!("rrun needs cgroup v2, and {MOUNT_POINT} is not a cgroup2 mount");
+        return Err(Error::new(sentence).with_kind(Kind::NoCgroups));
     }
     Ok(())
 }
@@ -150,16 +176,21 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     .doing(|| format!("open cgroup {}", path.display()))
 }
 
-pub(crate) fn is_frozen(path: &Path) -> bool {
+/// Returns whether the cgroup is frozen. A cgroup that does not exist is not frozen.
+pub(crate) fn is_frozen(path: &Path) -> Result<bool> {
     let mut state = [0u8; 1];
-    rustix::fs::open(
+    let read = rustix::fs::open(
         path.join("cgroup.freeze"),
         OFlags::RDONLY | OFlags::CLOEXEC,
         Mode::empty(),
     )
-    .and_then(|file| rustix::io::read(&file, &mut state))
-    .is_ok()
-        && state == *b"1"
+    .and_then(|file| rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut state)));
+    match read {
+        Ok(_) => Ok(state == *b"1"),
+        // ENODEV means that the cgroup was removed after its file was opened.
+        Err(Errno::NOENT | Errno::NODEV) => Ok(false),
+        Err(errno) => Err(errno).doing(|| format!("read cgroup.freeze of {}", path.display())),
+    }
 }
 
 /// Freezes or thaws all processes of a cgroup, and waits until the kernel has frozen or thawed all
@@ -189,7 +220,12 @@ pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
 /// Returns the ids of all processes in a cgroup and in the cgroups below it.
 pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
     let mut pids = Vec::new();
-    for directory in rrun_kernel::cgroup::tree(path) {
+    let tree = rrun_kernel::cgroup::tree(path);
+    let tree = tree.map_err(|(directory, errno)| {
+        let doing = format!("list the cgroups below {}", directory.display());
+        Error::new(errno.reason()).while_doing(doing)
+    })?;
+    for directory in tree {
         match read(&directory, "cgroup.procs") {
             Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
             // EOPNOTSUPP means that the cgroup is threaded. The kernel lists the processes of a

@@ -26,6 +26,7 @@ use rustix::io::Errno;
 
 use crate::error::{Context, Result};
 use crate::log;
+use crate::sys::files::exists;
 use directory::{Directory, EMPTY_TIMEOUT, check_unified, wait_for_event};
 use systemd::{Placeholder, Scope};
 
@@ -251,7 +252,7 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         // A missing cgroup is not an error. The container of an unprivileged caller does not always
         // have a cgroup.
-        Err(_) if !path.exists() => return Ok(()),
+        Err(_) if !exists(path)? => return Ok(()),
         // rmdir(2) failed because the cgroup still contains processes or child cgroups.
         Err(_) => kill_all(path)?,
     }

@@ -8,21 +8,22 @@ use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::LinuxResources;
 use rustix::io::Errno;
 
-use super::controllers::{enable, has_unlimited, is_unlimited, needed};
+use super::controllers::{enable, has_unlimited, is_unlimited, listed, needed};
 use super::directory::{Directory, MOUNT_POINT, read};
 use crate::error::{Context as _, Error, Result, refuse};
+use rrun_kernel::errno;
 
 /// Removes "unlimited" values for controllers that the cgroup lacks. A resource without a
 /// controller is always unlimited. Podman, docker and ctr always send some "unlimited" values.
 ///
 /// The caller must call [`enable`] first. After [`enable`], a controller can be missing only if all
 /// its values are "unlimited".
-fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxResources {
+fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> Result<LinuxResources> {
     let mut resources = resources.clone();
     if !has_unlimited(&resources) {
-        return resources;
+        return Ok(resources);
     }
-    let present = read(cgroup.path(), "cgroup.controllers").unwrap_or_default();
+    let present = listed(cgroup.path(), "cgroup.controllers")?;
     let lacks = |name: &str| !present.split(' ').any(|controller| controller == name);
     if lacks("memory")
         && let Some(memory) = resources.memory_mut()
@@ -49,7 +50,7 @@ fn without_unlimited(cgroup: &Directory, resources: &LinuxResources) -> LinuxRes
             !(is_unlimited(key, value) && lacks(controller))
         });
     }
-    resources
+    Ok(resources)
 }
 
 /// Sets the limits of an existing cgroup.
@@ -59,7 +60,7 @@ pub(super) fn apply(cgroup: &Directory, resources: &LinuxResources) -> Result<()
     if needed.is_empty() && !has_unlimited(resources) {
         return Ok(());
     }
-    let resources = &without_unlimited(cgroup, resources);
+    let resources = &without_unlimited(cgroup, resources)?;
     let cpu = resources.cpu().as_ref();
     if let Some(idle) = cpu.and_then(|cpu| cpu.idle()) {
         set(cgroup, "cpu.idle", "cpu.idle", &idle.to_string())?;
@@ -104,8 +105,9 @@ fn apply_by_libcgroups(cgroup: &Directory, resources: &LinuxResources) -> Result
     let path = cgroup.path();
     let failed = |error: &dyn std::fmt::Display| {
         Error::new(format!(
-            "set the limits of cgroup {}: {error}",
-            path.display()
+            "set the limits of cgroup {}: {}",
+            path.display(),
+            with_errno_name(&error.to_string())
         ))
     };
     let relative = path.strip_prefix(MOUNT_POINT).unwrap_or(path);
@@ -118,6 +120,21 @@ fn apply_by_libcgroups(cgroup: &Directory, resources: &LinuxResources) -> Result
             freezer_state: None,
         })
         .map_err(|error| failed(&error))
+}
+
+/// Replaces the number of an errno in an error of libcgroups, such as `(os error 28)`, by its name.
+fn with_errno_name(sentence: &str) -> String {
+    let sentence = sentence.trim_start_matches("io error: ");
+    let number = sentence
+        .rsplit_once("(os error ")
+        .and_then(|(_, rest)| rest.split(')').next()?.parse().ok());
+    number.map_or_else(
+        || sentence.to_owned(),
+        |number| {
+            let error = std::io::Error::from_raw_os_error(number);
+            sentence.replace(&error.to_string(), &errno::text(number))
+        },
+    )
 }
 
 fn apply_io_weight(cgroup: &Directory, resources: &LinuxResources) -> Result<()> {

@@ -1,12 +1,14 @@
 //! The resource usage of a cgroup's processes, in the JSON format of `runc events`. Times are in
 //! nanoseconds and sizes in bytes. The value "unlimited" is written as the largest 64-bit number.
 
+use std::cell::Cell;
 use std::path::Path;
 
+use rustix::io::Errno;
 use serde_json::{Map, Value, json};
 
 use super::directory::{open, read};
-use crate::error::Result;
+use crate::error::{Error, Reason as _, Result};
 
 /// Returns the resource usage that the cgroup's controllers report. The values from a missing
 /// controller are zero or absent.
@@ -14,17 +16,56 @@ pub(crate) fn stats(path: &Path) -> Result<Value> {
     // `open` returns an error if the cgroup does not exist. The functions below return no error for
     // missing files.
     open(path)?;
-    Ok(json!({
-        "cpu": cpu(path),
+    let files = Files {
+        path,
+        failed: Cell::new(None),
+    };
+    let stats = json!({
+        "cpu": cpu(&files),
         "cpuset": {},
-        "memory": memory(path),
-        "pids": pids(path),
-        "blkio": io(path),
-        "hugetlb": hugetlb(path),
-        "rdma": rdma(path),
+        "memory": memory(&files),
+        "pids": pids(&files),
+        "blkio": io(&files),
+        "hugetlb": hugetlb(&files),
+        "rdma": rdma(&files),
         "intel_rdt": {},
         "network_interfaces": null,
-    }))
+    });
+    files.failed.take().map_or(Ok(stats), Err)
+}
+
+/// The files of a cgroup.
+struct Files<'a> {
+    path: &'a Path,
+    /// The error of the last file that exists but could not be read.
+    failed: Cell<Option<Error>>,
+}
+
+impl Files<'_> {
+    /// Returns the content of a file. Returns `None` if the file cannot be read.
+    fn read(&self, name: &str) -> Option<String> {
+        self.note(name, read(self.path, name))
+    }
+
+    /// Records the error of a file, unless the file does not exist.
+    fn note<T>(&self, name: &str, read: std::io::Result<T>) -> Option<T> {
+        match read {
+            Ok(value) => Some(value),
+            Err(error) => {
+                // EOPNOTSUPP means that the kernel does not collect these values.
+                let missing = matches!(
+                    Errno::from_io_error(&error),
+                    Some(Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP)
+                );
+                if !missing {
+                    let doing = format!("read {name} of cgroup {}", self.path.display());
+                    let error = Error::new(error.reason()).while_doing(doing);
+                    self.failed.set(Some(error));
+                }
+                None
+            }
+        }
+    }
 }
 
 fn number(text: &str) -> u64 {
@@ -34,13 +75,16 @@ fn number(text: &str) -> u64 {
     }
 }
 
-fn file(path: &Path, name: &str) -> Option<u64> {
-    read(path, name).ok().map(|text| number(&text))
+fn file(files: &Files<'_>, name: &str) -> Option<u64> {
+    files.read(name).map(|text| number(&text))
 }
 
 /// Reads a cgroup file that consists of lines such as `anon 4096`.
-fn table(path: &Path, name: &str) -> Map<String, Value> {
-    let text = read(path, name).unwrap_or_default();
+fn table(files: &Files<'_>, name: &str) -> Map<String, Value> {
+    entries(&files.read(name).unwrap_or_default())
+}
+
+fn entries(text: &str) -> Map<String, Value> {
     text.lines()
         .filter_map(|line| line.split_once(' '))
         .map(|(key, value)| (key.to_owned(), json!(number(value))))
@@ -53,13 +97,14 @@ fn count(table: &Map<String, Value>, key: &str) -> u64 {
 
 /// Returns the number of processes in the cgroup that the kernel killed for lack of memory.
 pub(crate) fn oom_kills(path: &Path) -> u64 {
-    count(&table(path, "memory.events"), "oom_kill")
+    let text = read(path, "memory.events").unwrap_or_default();
+    count(&entries(&text), "oom_kill")
 }
 
 /// Returns the pressure stall information (PSI) from a cgroup file, or `null` if the file does not
 /// exist.
-fn pressure(path: &Path, name: &str) -> Value {
-    let Ok(text) = read(path, name) else {
+fn pressure(files: &Files<'_>, name: &str) -> Value {
+    let Some(text) = files.read(name) else {
         return Value::Null;
     };
     let mut all = Map::new();
@@ -87,8 +132,8 @@ fn with_pressure(mut value: Value, pressure: Value) -> Value {
     value
 }
 
-fn cpu(path: &Path) -> Value {
-    let stat = table(path, "cpu.stat");
+fn cpu(files: &Files<'_>) -> Value {
+    let stat = table(files, "cpu.stat");
     let nanoseconds = |key| count(&stat, key).saturating_mul(1000);
     let stats = json!({
         "usage": {
@@ -102,26 +147,26 @@ fn cpu(path: &Path) -> Value {
             "throttledTime": nanoseconds("throttled_usec"),
         },
     });
-    with_pressure(stats, pressure(path, "cpu.pressure"))
+    with_pressure(stats, pressure(files, "cpu.pressure"))
 }
 
-fn memory(path: &Path) -> Value {
-    let stat = table(path, "memory.stat");
-    let used = file(path, "memory.current").unwrap_or(0);
-    let limit = file(path, "memory.max").unwrap_or(0);
-    let failed = count(&table(path, "memory.events"), "max");
+fn memory(files: &Files<'_>) -> Value {
+    let stat = table(files, "memory.stat");
+    let used = file(files, "memory.current").unwrap_or(0);
+    let limit = file(files, "memory.max").unwrap_or(0);
+    let failed = count(&table(files, "memory.events"), "max");
     // In runc's format, as in cgroup v1, the swap values are the sum of memory and swap.
     let swap = json!({
-        "limit": file(path, "memory.swap.max").map_or(0, |swap| swap.saturating_add(limit)),
-        "usage": file(path, "memory.swap.current").map_or(0, |swap| swap.saturating_add(used)),
-        "failcnt": count(&table(path, "memory.swap.events"), "fail"),
+        "limit": file(files, "memory.swap.max").map_or(0, |swap| swap.saturating_add(limit)),
+        "usage": file(files, "memory.swap.current").map_or(0, |swap| swap.saturating_add(used)),
+        "failcnt": count(&table(files, "memory.swap.events"), "fail"),
     });
     let stats = json!({
         "cache": count(&stat, "file"),
         "usage": {
             "limit": limit,
             "usage": used,
-            "max": file(path, "memory.peak").unwrap_or(0),
+            "max": file(files, "memory.peak").unwrap_or(0),
             "failcnt": failed,
         },
         "swap": swap,
@@ -129,19 +174,23 @@ fn memory(path: &Path) -> Value {
         "kernelTCP": { "limit": 0, "usage": count(&stat, "sock"), "failcnt": 0 },
         "raw": stat,
     });
-    with_pressure(stats, pressure(path, "memory.pressure"))
+    with_pressure(stats, pressure(files, "memory.pressure"))
 }
 
-fn pids(path: &Path) -> Value {
+fn pids(files: &Files<'_>) -> Value {
     // Without the pids controller, `current` and `limit` are zero. As with runc, `limit` is also
     // zero if the number of processes is unlimited.
-    let pids = libcgroups::stats::pid_stats(path).unwrap_or_default();
-    json!({ "current": pids.current, "limit": pids.limit })
+    let number = |name| {
+        file(files, name)
+            .filter(|number| *number != u64::MAX)
+            .unwrap_or(0)
+    };
+    json!({ "current": number("pids.current"), "limit": number("pids.max") })
 }
 
 /// Reads io.stat, which has lines such as `8:0 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=5 dios=6`.
-fn io(path: &Path) -> Value {
-    let text = read(path, "io.stat").unwrap_or_default();
+fn io(files: &Files<'_>) -> Value {
+    let text = files.read("io.stat").unwrap_or_default();
     let (mut bytes, mut operations) = (Vec::new(), Vec::new());
     for line in text.lines() {
         let mut words = line.split(' ');
@@ -172,21 +221,27 @@ fn io(path: &Path) -> Value {
             stats.insert(name.to_owned(), Value::Array(list));
         }
     }
-    with_pressure(Value::Object(stats), pressure(path, "io.pressure"))
+    with_pressure(Value::Object(stats), pressure(files, "io.pressure"))
 }
 
 /// Returns the usage of huge pages, with an entry for each page size such as `2MB`.
-fn hugetlb(path: &Path) -> Value {
+fn hugetlb(files: &Files<'_>) -> Value {
     let mut stats = Map::new();
-    for entry in std::fs::read_dir(path).into_iter().flatten().flatten() {
+    let listed =
+        std::fs::read_dir(files.path).and_then(Iterator::collect::<std::io::Result<Vec<_>>>);
+    for entry in files
+        .note("the list of files", listed)
+        .into_iter()
+        .flatten()
+    {
         let name = entry.file_name();
         let size = name
             .to_str()
             .and_then(|name| name.strip_prefix("hugetlb.")?.strip_suffix(".current"))
             .filter(|size| !size.contains('.'));
         if let Some(size) = size {
-            let events = table(path, &format!("hugetlb.{size}.events"));
-            let usage = file(path, &format!("hugetlb.{size}.current")).unwrap_or(0);
+            let events = table(files, &format!("hugetlb.{size}.events"));
+            let usage = file(files, &format!("hugetlb.{size}.current")).unwrap_or(0);
             stats.insert(
                 size.to_owned(),
                 json!({ "usage": usage, "failcnt": count(&events, "max") }),
@@ -197,10 +252,10 @@ fn hugetlb(path: &Path) -> Value {
 }
 
 /// Reads rdma.current and rdma.max, which have lines such as `mlx4_0 hca_handle=2 hca_object=2000`.
-fn rdma(path: &Path) -> Value {
+fn rdma(files: &Files<'_>) -> Value {
     let mut stats = Map::new();
     for name in ["current", "max"] {
-        let text = read(path, &format!("rdma.{name}")).unwrap_or_default();
+        let text = files.read(&format!("rdma.{name}")).unwrap_or_default();
         let entries: Vec<Value> = text
             .lines()
             .filter_map(|line| line.split_once(' '))

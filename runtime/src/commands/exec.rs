@@ -101,7 +101,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
     let Some(init) = state.open_process()? else {
         return Err(not_running(Status::Stopped));
     };
-    if crate::cgroup::is_frozen(&state.cgroup) && !arguments.is_set("ignore-paused") {
+    if crate::cgroup::is_frozen(&state.cgroup)? && !arguments.is_set("ignore-paused") {
         refuse!("cannot exec in a paused container (use --ignore-paused to override)");
     }
     let process = process(arguments, words, &state)?;

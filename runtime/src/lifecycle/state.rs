@@ -10,7 +10,6 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Hooks;
-use rustix::fs::Access;
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
@@ -22,7 +21,7 @@ use crate::lifecycle::container_dir::{
 };
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::seccomp::Filter;
-use crate::sys::files::{read_own, write_replacing};
+use crate::sys::files::{exists, read_own, write_replacing};
 use crate::sys::procfs::process_stat;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -191,16 +190,16 @@ impl State {
         if !self.is_alive()? {
             return Ok(Status::Stopped);
         }
-        if crate::cgroup::is_frozen(&self.cgroup) {
+        if crate::cgroup::is_frozen(&self.cgroup)? {
             return Ok(Status::Paused);
         }
-        if rustix::fs::access(directory.join(START_SOCKET), Access::EXISTS).is_ok() {
+        if exists(&directory.join(START_SOCKET))? {
             return Ok(Status::Created);
         }
-        match rustix::fs::access(directory.join(START_SOCKET_PENDING), Access::EXISTS) {
-            Ok(()) => Ok(Status::Creating),
-            Err(_) => Ok(Status::Running),
+        if exists(&directory.join(START_SOCKET_PENDING))? {
+            return Ok(Status::Creating);
         }
+        Ok(Status::Running)
     }
 
     pub(crate) fn oci_state<'a>(&'a self, status: Status) -> OciState<'a> {

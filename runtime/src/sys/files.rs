@@ -1,11 +1,11 @@
 //! Functions that read files up to a size limit, and that replace files atomically.
 
 use std::io::Read as _;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, Mode, OFlags};
-use rustix::io::Errno;
+use rustix::fs::{Access, AtFlags, Mode, OFlags};
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Context, Result, refuse};
 use rrun_kernel::regular_file;
@@ -16,6 +16,16 @@ const FILE_BYTES_MAX: u64 = 16 << 20;
 /// The size limit for files that rrun writes. A container's state contains a large part of its
 /// config.json. So the state can be a little larger than the largest config.json.
 const OWN_FILE_BYTES_MAX: u64 = 2 * FILE_BYTES_MAX;
+
+/// Returns whether a file exists at `path`. Unlike [`Path::exists`], this function fails if the
+/// kernel reports another error than a missing file.
+pub(crate) fn exists(path: &Path) -> Result<bool> {
+    match rustix::fs::access(path, Access::EXISTS) {
+        Ok(()) => Ok(true),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
+        Err(errno) => Err(errno).doing(|| format!("check whether {} exists", path.display())),
+    }
+}
 
 /// Reads a file in rrun's own directory.
 pub(crate) fn read_own(path: &Path) -> Result<Vec<u8>> {
@@ -79,12 +89,28 @@ pub(crate) fn write_replacing(
         created => created,
     }
     .doing(doing)?;
-    let mut rest = content;
+    let written = write_all(&file, content)
+        .and_then(|()| rustix::fs::renameat(&directory, new, &directory, path));
+    if written.is_err() {
+        let _ = rustix::fs::unlinkat(&directory, new, AtFlags::empty());
+    }
+    written.doing(doing)
+}
+
+fn write_all(file: &OwnedFd, mut rest: &[u8]) -> std::result::Result<(), Errno> {
     while !rest.is_empty() {
-        let written = rustix::io::write(&file, rest).doing(doing)?;
+        let written = retry_on_intr(|| rustix::io::write(file, rest))?;
         rest = rest.get(written..).unwrap_or_default();
     }
-    rustix::fs::renameat(&directory, new, &directory, path).doing(doing)
+    Ok(())
+}
+
+/// Removes a file that [`write_pid_file`] has written, because the process no longer exists.
+pub(crate) fn remove_pid_file(path: &Path) -> Result<()> {
+    match rustix::fs::unlink(path) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        removed => removed.doing(|| format!("remove {}", path.display())),
+    }
 }
 
 /// Writes a process id to the file that rrun's caller requested (`--pid-file`), without a newline,
