@@ -35,7 +35,7 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         refuse!("container with id {id} is not running");
     };
     if arguments.is_set("stats") {
-        print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+        print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?))?;
         return Ok(0);
     }
     // The kernel wakes a process that polls memory.events when the file changes. Without the memory
@@ -69,25 +69,25 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             let _ = rustix::io::pread(file, &mut [0u8; 512], 0);
         }
         for _ in killed..now {
-            print_event(id, "oom", None);
+            print_event(id, "oom", None)?;
         }
         killed = killed.max(now);
         if exited {
             return Ok(0);
         }
         if Instant::now() >= next {
-            print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?));
+            print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?))?;
             next += interval;
         }
     }
 }
 
 /// Prints an event as one line.
-fn print_event(id: &str, kind: &str, data: Option<Value>) {
+fn print_event(id: &str, kind: &str, data: Option<Value>) -> Result<()> {
     // The JSON fields are in runc's order, because users grep for the beginning of the line.
     let (kind, id) = (Value::from(kind), Value::from(id));
     let data = data.map_or_else(String::new, |data| format!(",\"data\":{data}"));
-    print(&format!("{{\"type\":{kind},\"id\":{id}{data}}}\n"));
+    print(&format!("{{\"type\":{kind},\"id\":{id}{data}}}\n"))
 }
 
 /// Parses a duration in Go's format, such as `5s`, `1m30s` or `500ms`.

@@ -64,7 +64,7 @@ fn features(_globals: &Globals, arguments: &Arguments) -> Result<u8> {
     });
     let text = serde_json::to_string_pretty(&features)
         .map_err(|error| Error::new(format!("print the features: {error}")))?;
-    print(&format!("{text}\n"));
+    print(&format!("{text}\n"))?;
     Ok(0)
 }
 

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use crate::arguments::{Arguments, Flag, switch, value};
-use crate::error::Result;
+use crate::error::{Context, Result};
 use crate::process::descriptors::Descriptors;
 use crate::sys::unix_socket;
 
@@ -75,11 +75,15 @@ pub(crate) const PIDFD_SOCKET: Flag = value(
     "unix socket that receives a descriptor of the process (pidfd)",
 );
 
-/// Writes text to standard output. Errors are ignored, because the reader can have closed the pipe.
-pub(crate) fn print(text: &str) {
+/// Writes text to standard output. If the reader of a pipe has closed the pipe, this function does
+/// not report an error.
+pub(crate) fn print(text: &str) -> Result<()> {
     use std::io::Write as _;
     let mut out = std::io::stdout().lock();
-    let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => written.doing(|| "write to standard output"),
+    }
 }
 
 /// Returns the bundle that --bundle names, or the working directory.

@@ -3,9 +3,10 @@ use std::io::ErrorKind;
 use crate::arguments::{Arguments, switch, value};
 use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::container_dir::{directory, validate_id};
+use crate::lifecycle::container_dir::{STATE_FILE, directory, validate_id};
 use crate::lifecycle::state::{State, Status};
 use crate::log;
+use crate::sys::files::exists;
 
 pub(crate) const COMMAND: Command = Command {
     name: "list",
@@ -29,7 +30,7 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let containers = containers(globals)?;
     if arguments.is_set("quiet") {
         for (state, _) in &containers {
-            print(&format!("{}\n", state.id));
+            print(&format!("{}\n", state.id))?;
         }
         return Ok(0);
     }
@@ -45,9 +46,9 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
                 serde_json::to_string(&shown)
                     .map_err(|error| Error::new(format!("print the list of containers: {error}")))?
             };
-            print(&format!("{text}\n"));
+            print(&format!("{text}\n"))?;
         }
-        "table" => print(&table(&containers)),
+        "table" => print(&table(&containers))?,
         other => refuse!("invalid format {other:?}: expected table or json"),
     }
     Ok(0)
@@ -65,14 +66,23 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
         }
         Err(error) => return Err(error).doing(|| format!("read --root {}", root.display())),
     };
-    let mut ids: Vec<String> = entries
-        .flatten()
-        .filter_map(|entry| entry.file_name().into_string().ok())
-        .filter(|name| validate_id(name).is_ok())
+    let mut ids = Vec::new();
+    for entry in entries {
+        let entry = entry.doing(|| format!("read --root {}", root.display()))?;
+        let Ok(name) = entry.file_name().into_string() else {
+            continue;
+        };
         // The CRI server also stores its state in the default root directory, so some entries are
         // not containers.
-        .filter(|name| root.join(name).join("state.json").exists())
-        .collect();
+        if validate_id(&name).is_err() {
+            continue;
+        }
+        match exists(&root.join(&name).join(STATE_FILE)) {
+            Ok(true) => ids.push(name),
+            Ok(false) => {}
+            Err(error) => log::warning(&error.to_string()),
+        }
+    }
     ids.sort_unstable();
     let mut containers = Vec::new();
     for id in ids {

@@ -127,21 +127,21 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
     let flags = Arguments::read(&mut words, GLOBAL_FLAGS, true)?;
     open_log(&flags)?;
     if flags.is_set("version") {
-        print(&version());
+        print(&version())?;
         return Ok(0);
     }
     let Some((name, rest)) = flags.positional.split_first() else {
-        print(&help());
+        print(&help())?;
         return Ok(0);
     };
     if flags.is_set("help") {
-        print(&help());
+        print(&help())?;
         return Ok(0);
     }
     let (name, is_help) = match (name.as_str(), rest.first()) {
         ("help" | "h", Some(command)) if !command.starts_with('-') => (command, true),
         ("help" | "h", _) => {
-            print(&help());
+            print(&help())?;
             return Ok(0);
         }
         _ => (name, false),
@@ -156,7 +156,7 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
         return Ok(NO_SUCH_COMMAND);
     };
     if is_help || requests_help(command, rest) {
-        print(&command_help(command));
+        print(&command_help(command))?;
         return Ok(0);
     }
     let globals = globals(&flags, inherited)?;

@@ -1,4 +1,9 @@
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
+use std::process::Stdio;
+
+use rustix::fs::MemfdFlags;
 
 use crate::arguments::{Arguments, value};
 use crate::cgroup;
@@ -26,9 +31,9 @@ fn ps(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             // Print `null` if the container has no processes, as runc does.
             let text = serde_json::to_string(&Some(&pids).filter(|pids| !pids.is_empty()))
                 .map_err(|error| Error::new(format!("print the processes: {error}")))?;
-            print(&format!("{text}\n"));
+            print(&format!("{text}\n"))?;
         }
-        "table" => print(&table(&pids, options)?),
+        "table" => print(&table(&pids, options)?)?,
         other => refuse!("invalid format {other:?}: expected table or json"),
     }
     Ok(0)
@@ -42,11 +47,30 @@ fn table(pids: &[i32], options: &[String]) -> Result<String> {
     } else {
         command.args(options);
     }
-    let output = command.output().doing(|| "run ps")?;
-    if !output.status.success() {
-        refuse!("run ps: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let doing = || "run ps";
+    // ps writes its errors to a file in memory, so that rrun can first read all of the output.
+    let errors = rustix::fs::memfd_create("ps", MemfdFlags::CLOEXEC).doing(doing)?;
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(errors.try_clone().doing(doing)?)
+        .spawn()
+        .doing(doing)?;
+    let mut output = Vec::new();
+    let read = child
+        .stdout
+        .take()
+        .map_or(Ok(0), |mut pipe| pipe.read_to_end(&mut output));
+    let status = child.wait().doing(doing)?;
+    read.doing(doing)?;
+    if !status.success() {
+        let mut text = String::new();
+        let mut errors = File::from(errors);
+        errors.rewind().doing(doing)?;
+        errors.read_to_string(&mut text).doing(doing)?;
+        refuse!("run ps: {}", text.trim());
     }
-    let text = String::from_utf8_lossy(&output.stdout);
+    let text = String::from_utf8_lossy(&output);
     let pids = pids.iter().copied().collect();
     filtered(&text, &pids).ok_or_else(|| Error::new("run ps: the output of ps has no PID column"))
 }

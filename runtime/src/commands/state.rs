@@ -20,6 +20,6 @@ fn state(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let mut text = serde_json::to_string_pretty(&state.oci_state(status))
         .map_err(|error| Error::new(format!("print the state of container {id}: {error}")))?;
     text.push('\n');
-    print(&text);
+    print(&text)?;
     Ok(0)
 }

@@ -192,6 +192,7 @@ impl Foreground {
         let mut input_open = true;
         let mut buffer = vec![0u8; RELAY_BYTES];
         let mut status = None;
+        let mut lost = Ok(());
         loop {
             let Some(ready) = self.await_relay(pidfd, &master, input_open, status.is_some())?
             else {
@@ -199,7 +200,7 @@ impl Foreground {
             };
             self.pass_on_notification();
             if let (Some(status), Ready { any: false, .. }) = (status, &ready) {
-                return Ok(status);
+                return lost.map(|()| status);
             }
             if ready.signals {
                 self.forward_with_size(pidfd, &master);
@@ -210,11 +211,9 @@ impl Foreground {
             if status.is_none() {
                 status = status_if_exited(pidfd)?;
             }
-            if ready.master && !relay_output(&master, &mut buffer) {
-                return match status {
-                    Some(status) => Ok(status),
-                    None => self.wait(pidfd),
-                };
+            if ready.master && !relay_output(&master, &mut buffer, &mut lost)? {
+                let status = status.map_or_else(|| self.wait(pidfd), Ok)?;
+                return lost.map(|()| status);
             }
         }
     }
@@ -290,6 +289,7 @@ fn relay_input(master: &OwnedFd, buffer: &mut [u8]) -> bool {
             let _ = write_all(master, buffer.get(..length).unwrap_or_default());
             true
         }
+        Err(Errno::INTR) => true,
         // rrun's standard input is at end of file. Write Ctrl-D (byte 4) to the container's
         // terminal, so that the container's process also reads end of file.
         Ok(_) => {
@@ -301,15 +301,25 @@ fn relay_input(master: &OwnedFd, buffer: &mut [u8]) -> bool {
 }
 
 /// Copies available output of the container's terminal to rrun's standard output. Returns false at
-/// the end of the output.
-fn relay_output(master: &OwnedFd, buffer: &mut [u8]) -> bool {
+/// the end of the output. If rrun cannot write to its standard output, this function stores the
+/// error in `lost`. The function then discards the output, so that the container does not hang.
+fn relay_output(master: &OwnedFd, buffer: &mut [u8], lost: &mut Result<()>) -> Result<bool> {
     match rustix::io::read(master, &mut *buffer) {
         Ok(length) if length > 0 => {
             let output = buffer.get(..length).unwrap_or_default();
-            let _ = write_all(rustix::stdio::stdout(), output);
-            true
+            match write_all(rustix::stdio::stdout(), output) {
+                // The reader of rrun's standard output has closed the pipe.
+                Err(Errno::PIPE) => {}
+                Err(errno) if lost.is_ok() => {
+                    *lost = Err(errno).doing(|| "write the container's output to standard output");
+                }
+                _ => {}
+            }
+            Ok(true)
         }
+        Err(Errno::INTR | Errno::AGAIN) => Ok(true),
         // EIO means that all processes have closed the terminal's slave side.
-        _ => false,
+        Ok(_) | Err(Errno::IO) => Ok(false),
+        Err(errno) => Err(errno).doing(|| "read the output of the container's terminal"),
     }
 }
