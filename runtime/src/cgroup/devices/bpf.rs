@@ -30,6 +30,9 @@ const NAME: [u8; 16] = *b"rrun_devices\0\0\0\0";
 /// The maximum number of programs that the kernel allows on one cgroup (BPF_CGROUP_MAX_PROGS).
 const PROGRAMS_MAX: usize = 64;
 
+/// The maximum number of attempts to load a program. libbpf makes the same number of attempts.
+const LOAD_ATTEMPTS: usize = 5;
+
 /// The part of `union bpf_attr` that rrun uses for BPF_PROG_LOAD.
 #[repr(C)]
 struct LoadAttributes {
@@ -109,7 +112,20 @@ fn bpf_fd<A>(command: libc::c_int, attributes: &mut A) -> BpfResult<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Loads a device program. The kernel's verifier fails with EAGAIN if a signal arrives during the
+/// check of the program, so this function repeats the call.
 pub(crate) fn load(code: &[BpfInsn]) -> BpfResult<OwnedFd> {
+    let mut loaded = try_load(code);
+    for _ in 1..LOAD_ATTEMPTS {
+        if !matches!(loaded, Err(Errno::AGAIN)) {
+            break;
+        }
+        loaded = try_load(code);
+    }
+    loaded
+}
+
+fn try_load(code: &[BpfInsn]) -> BpfResult<OwnedFd> {
     bpf_fd(
         BPF_PROG_LOAD,
         &mut LoadAttributes {
