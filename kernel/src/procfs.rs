@@ -78,6 +78,15 @@ impl Procfs {
         self.open_below(path, OFlags::WRONLY | OFlags::NOFOLLOW)
     }
 
+    /// Reads a short file at `path`, which is relative to /proc. Returns at most the first 512 bytes.
+    pub fn read(&self, path: &str) -> Result<Vec<u8>, Errno> {
+        let file = self.open_below(path, OFlags::RDONLY | OFlags::NOFOLLOW)?;
+        let mut text = vec![0; 512];
+        let length = rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut *text))?;
+        text.truncate(length);
+        Ok(text)
+    }
+
     /// Reopens the file to which this thread's descriptor `number` refers, with the access mode in
     /// `flags`. `reopen_descriptor` opens exactly that file, even if the file's path now leads to
     /// another file.

@@ -24,7 +24,7 @@ use crate::seccomp::Filter;
 use crate::sys::files::read_file;
 use crate::sys::path::cleaned;
 use rrun_kernel::regular_file;
-use rustix::fs::OFlags;
+use rustix::fs::{FileType, OFlags};
 
 /// The checked content of config.json, in the form in which rrun uses it.
 pub(crate) struct Config {
@@ -303,7 +303,8 @@ fn rootfs(bundle: &Path, root: &spec::Root) -> Result<PathBuf> {
     let rootfs = rootfs
         .canonicalize()
         .doing(|| format!("root.path {}", rootfs.display()))?;
-    if !rootfs.is_dir() {
+    let stat = rustix::fs::stat(&rootfs).doing(|| format!("root.path {}", rootfs.display()))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::Directory {
         refuse!("root.path: {} is not a directory", rootfs.display());
     }
     // Like runc, rrun refuses symbolic links in root.path. A user with write access to such a link
@@ -349,7 +350,7 @@ fn mount_label(linux: &Linux) -> Result<Option<String>> {
         if label.contains(['\0', '\n']) {
             refuse!("linux.mountLabel: {label:?} is not a valid SELinux label");
         }
-        if !lsm::has_selinux() {
+        if !lsm::has_selinux()? {
             refuse!(
                 "linux.mountLabel: {label} cannot be used, because SELinux is not enabled in this kernel"
             );

@@ -14,14 +14,14 @@ use rustix::fs::Mode;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
 
 use crate::config::{Config, hooks};
-use crate::error::{Context, Result};
+use crate::error::{Context, Error, Result};
 use crate::lifecycle::channel::Channel;
 use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join_keyring};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::rootfs::Rootfs;
 use crate::mounts::tree::{self, attach_root, clone_root};
-use crate::mounts::{HostMounts, Mount, OwnCgroup, devices, protection};
+use crate::mounts::{HostMounts, Isolation, Mount, devices, protection};
 use crate::namespaces::{self, OpenNamespace, become_root_of_user_namespace, sysctl};
 use crate::process::Process;
 use crate::process::descriptors::Descriptors;
@@ -77,6 +77,9 @@ impl Init<'_> {
         syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
         rustix::process::setsid().doing(|| "become a session leader")?;
         rustix::process::umask(Mode::empty());
+        // This function logs a warning if it fails. Later, standard error can be the container's
+        // terminal.
+        leave_callers_cpus();
         let labels = self.enter_container()?;
 
         if self.new_keyring {
@@ -86,7 +89,6 @@ impl Init<'_> {
         if !config.namespaces.own(Type::User) {
             process.apply_limits(0)?;
         }
-        leave_callers_cpus();
         if self.start_socket.is_some() {
             terminate_at_signals()?;
         }
@@ -244,9 +246,10 @@ impl Init<'_> {
         let config = self.config;
         // A mount of type `cgroup` must show only the container's own cgroup. If the container does
         // not have a cgroup namespace, rrun needs the cgroup's path for this mount.
-        let cgroup = OwnCgroup {
-            path: &self.state.cgroup,
-            has_namespace: config.namespaces.own(Type::Cgroup),
+        let isolation = Isolation {
+            cgroup: &self.state.cgroup,
+            has_cgroup_namespace: config.namespaces.own(Type::Cgroup),
+            has_new_ipc_namespace: config.namespaces.is_new(Type::Ipc),
         };
 
         // If the container's root is shared, later mounts below a bind mount must still propagate
@@ -287,7 +290,7 @@ impl Init<'_> {
                 .mounts
                 .get_mut(index)
                 .and_then(Option::take);
-            mount.mount(&mut rootfs, prepared, &cgroup)?;
+            mount.mount(&mut rootfs, prepared, &isolation)?;
         }
         if config.fills_dev() {
             devices::make(&rootfs, &config.devices, new_user)?;
@@ -311,7 +314,7 @@ impl Init<'_> {
         if config.hooks != Hooks::default() {
             // Before the root changes, use the host's /proc to read the id that this process has on
             // the host.
-            self.host_pid = own_pid_on_host();
+            self.host_pid = Some(own_pid_on_host()?);
         }
         #[allow(deprecated)] // prestart is deprecated, but callers still use it
         let before = [config.hooks.prestart(), config.hooks.create_runtime()];
@@ -417,9 +420,11 @@ fn terminate_at_signals() -> Result<()> {
 }
 
 /// Returns the process id under which the host's /proc lists this process.
-fn own_pid_on_host() -> Option<i32> {
-    let link = rustix::fs::readlink("/proc/self", Vec::new()).ok()?;
-    link.to_str().ok()?.parse().ok()
+fn own_pid_on_host() -> Result<i32> {
+    let doing = || "read the id of this process on the host (/proc/self)";
+    let link = rustix::fs::readlink("/proc/self", Vec::new()).doing(doing)?;
+    let number = link.to_str().ok().and_then(|text| text.parse().ok());
+    number.ok_or_else(|| Error::new(doing()))
 }
 
 /// Gives the container's first process its own session keyring. The container must not see the keys

@@ -6,7 +6,7 @@ use std::path::Path;
 use rustix::fs::{FileType, OFlags};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
-use super::entry::{Mount, OwnCgroup};
+use super::entry::{Isolation, Mount};
 use super::tree::{clone_tree, make_slave, move_mount};
 use super::{options, remount, tmpcopyup};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
@@ -38,7 +38,7 @@ impl Mount {
         &self,
         rootfs: &mut Rootfs,
         opened: Option<OwnedFd>,
-        cgroup: &OwnCgroup<'_>,
+        isolation: &Isolation<'_>,
     ) -> Result<()> {
         if self.options.remount {
             return remount::remount(self, rootfs)
@@ -46,7 +46,7 @@ impl Mount {
         }
         let mount = match opened {
             Some(mount) => mount,
-            None => self.make_detached(Some(cgroup), false, None)?,
+            None => self.make_detached(Some(isolation), false, None)?,
         };
         self.attach(rootfs, mount)
     }
@@ -56,16 +56,18 @@ impl Mount {
     /// the mount maps user and group ids like this user namespace.
     pub(super) fn make_detached(
         &self,
-        cgroup: Option<&OwnCgroup<'_>>,
+        isolation: Option<&Isolation<'_>>,
         cut_off: bool,
         ids: Option<&OwnedFd>,
     ) -> Result<OwnedFd> {
-        let mount = match (self.is_bind(), cgroup) {
+        let mount = match (self.is_bind(), isolation) {
             (true, _) => self.clone_source(&self.source),
-            (false, Some(cgroup)) if self.typ == "cgroup2" && !cgroup.has_namespace => {
-                self.bind_instead(cgroup.path, false)
+            (false, Some(isolation))
+                if self.typ == "cgroup2" && !isolation.has_cgroup_namespace =>
+            {
+                self.bind_instead(isolation.cgroup, false)
             }
-            (false, _) => self.new_file_system(cgroup),
+            (false, _) => self.new_file_system(isolation),
         }
         .map_err(|error| error.while_doing(self.sentence()))?;
         if cut_off && self.is_bind() {
@@ -126,8 +128,12 @@ impl Mount {
                 _ => MountTarget::File,
             };
             // A directory that does not exist yet has no contents or mode to inherit.
-            let exists = !inherits || rootfs.open(&self.destination, OFlags::PATH).is_ok();
-            inherits &= exists;
+            if inherits {
+                inherits = match rootfs.open(&self.destination, OFlags::PATH) {
+                    Err(Errno::NOENT | Errno::NOTDIR) => false,
+                    found => found.doing(|| "open the destination").map(|_| true)?,
+                };
+            }
             let target = if self.is_new_dev() {
                 rootfs.record_dev(&stat);
                 rootfs.make_dev()?

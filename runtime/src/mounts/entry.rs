@@ -10,12 +10,15 @@ use crate::mounts::options::{Bind, MountOptions};
 use crate::namespaces::idmap::IdMaps;
 use crate::sys::path::cleaned;
 
-/// The container's own cgroup, for mounts of the type cgroup2.
-pub(crate) struct OwnCgroup<'a> {
-    pub(crate) path: &'a Path,
+/// The properties of the container that determine which of the kernel's file systems it can mount.
+pub(crate) struct Isolation<'a> {
+    /// The path of the container's own cgroup.
+    pub(crate) cgroup: &'a Path,
     /// True if the container has a cgroup namespace. Without a cgroup namespace, rrun mounts only
     /// the container's own cgroup instead of the whole hierarchy.
-    pub(crate) has_namespace: bool,
+    pub(crate) has_cgroup_namespace: bool,
+    /// True if the container has a new IPC namespace.
+    pub(crate) has_new_ipc_namespace: bool,
 }
 
 /// A checked entry of `mounts`.

@@ -10,10 +10,11 @@ use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, UnmountFlags, mount, unmount,
 };
 
-use super::entry::{Mount, OwnCgroup};
+use super::entry::{Isolation, Mount};
 use super::tree::{clone_descriptor, clone_tree};
 use crate::error::{Context, Error, Reason as _, Result};
 use crate::mounts::options::{self, Parameter, joined, needs_mount_call};
+use crate::namespaces::in_initial_user_namespace;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// The temporary mount point for a mount that only mount(2) can create. The directory /proc always
@@ -30,7 +31,7 @@ struct MountRefusal {
 impl Mount {
     /// Creates a detached mount of the file system. If the kernel refuses this mount, returns a
     /// bind mount of the host's own directory instead, for example of /sys for a sysfs.
-    pub(super) fn new_file_system(&self, cgroup: Option<&OwnCgroup<'_>>) -> Result<OwnedFd> {
+    pub(super) fn new_file_system(&self, isolation: Option<&Isolation<'_>>) -> Result<OwnedFd> {
         let made = if needs_mount_call(&self.options.data) {
             self.with_mount_call()
         } else {
@@ -40,8 +41,11 @@ impl Mount {
             Ok(mount) => return Ok(mount),
             Err(refused) => refused,
         };
-        match self.host_substitute(refused.errno, cgroup) {
-            Some((path, recursive)) => self.bind_instead(path, recursive),
+        match self.host_substitute(refused.errno, isolation) {
+            Some((path, recursive)) => self.bind_instead(path, recursive).map_err(|error| {
+                let refused = refused.error;
+                Error::new(format!("{refused}, and rrun also failed to {error}"))
+            }),
             None => Err(self.explained(refused)),
         }
     }
@@ -51,17 +55,25 @@ impl Mount {
     /// or cgroup2 if the user namespace does not own the corresponding namespace (network, IPC or
     /// cgroup). In this case, runc bind-mounts the host's directory of a cgroup2, and crun
     /// bind-mounts the host's directory of a sysfs or mqueue.
+    ///
+    /// The host's directories show the container more than a new mount. So this function returns
+    /// them only for these reasons. Outside a user namespace, and for the mqueue of a new IPC
+    /// namespace, the kernel refused the mount for another reason.
     fn host_substitute<'a>(
         &self,
         errno: Errno,
-        cgroup: Option<&OwnCgroup<'a>>,
+        isolation: Option<&Isolation<'a>>,
     ) -> Option<(&'a Path, bool)> {
-        match (&*self.typ, errno) {
-            ("sysfs", Errno::PERM) => Some((Path::new("/sys"), true)),
-            ("mqueue", Errno::PERM) => Some((Path::new("/dev/mqueue"), false)),
-            ("cgroup2", Errno::PERM | Errno::BUSY) => Some((cgroup?.path, false)),
-            _ => None,
-        }
+        let isolation = isolation?;
+        let host = match (&*self.typ, errno) {
+            ("sysfs", Errno::PERM) => (Path::new("/sys"), true),
+            ("mqueue", Errno::PERM) if !isolation.has_new_ipc_namespace => {
+                (Path::new("/dev/mqueue"), false)
+            }
+            ("cgroup2", Errno::PERM | Errno::BUSY) => (isolation.cgroup, false),
+            _ => return None,
+        };
+        (!in_initial_user_namespace()).then_some(host)
     }
 
     pub(super) fn bind_instead(&self, path: &Path, recursive: bool) -> Result<OwnedFd> {

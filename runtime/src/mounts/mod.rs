@@ -18,5 +18,5 @@ pub(crate) mod rootfs;
 mod tmpcopyup;
 pub(crate) mod tree;
 
-pub(crate) use entry::{Mount, OwnCgroup};
+pub(crate) use entry::{Isolation, Mount};
 pub(crate) use host_mounts::{HostMounts, MountSources};

@@ -110,8 +110,7 @@ fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     let sealed = SealFlags::SEAL | SealFlags::SHRINK | SealFlags::GROW | SealFlags::WRITE;
     let is_sealed = rustix::fs::fcntl_get_seals(&file).is_ok_and(|seals| seals.contains(sealed));
     let stat = rustix::fs::fstat(&file).doing(|| format!("check {OWN_EXECUTABLE}"))?;
-    let own = stat.st_uid == rustix::process::geteuid().as_raw()
-        || rustix::fs::accessat(CWD, OWN_EXECUTABLE, Access::WRITE_OK, AtFlags::EACCESS).is_ok();
+    let own = stat.st_uid == rustix::process::geteuid().as_raw() || is_writable()?;
     if is_sealed || !own {
         return set_dumpable(false);
     }
@@ -125,6 +124,15 @@ fn protect_unprivileged(words: &[&'static CStr]) -> Result<()> {
     rustix::fs::fcntl_add_seals(&copy, sealed).doing(doing)?;
     let errno = execveat(copy.as_fd(), words);
     Err::<(), Errno>(errno).doing(doing)
+}
+
+/// Returns whether this process has permission to write to rrun's executable file.
+fn is_writable() -> Result<bool> {
+    match rustix::fs::accessat(CWD, OWN_EXECUTABLE, Access::WRITE_OK, AtFlags::EACCESS) {
+        Ok(()) | Err(Errno::TXTBSY) => Ok(true),
+        Err(Errno::ROFS | Errno::ACCESS | Errno::PERM) => Ok(false),
+        Err(errno) => Err(errno).doing(|| format!("check {OWN_EXECUTABLE}")),
+    }
 }
 
 const EXECUTE_AGAIN: &str = "execute rrun from a read-only file system, to protect rrun's executable file against the container";

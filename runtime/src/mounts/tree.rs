@@ -94,12 +94,15 @@ pub(crate) fn unmount_host_proc_and_sys() -> Result<()> {
         };
         // rrun first makes the mount a slave, because the unmount would otherwise propagate to the
         // host. /proc/self/mountinfo also lists the mounts of the container. No path leads to the
-        // container's mounts yet, so mount_change fails for them, and rrun skips them.
+        // container's mounts yet, so mount_change fails for them with EINVAL or ENOENT, and rrun
+        // skips them.
         let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-        if rustix::mount::mount_change(point, slave).is_ok() {
-            rustix::mount::unmount(point, UnmountFlags::DETACH)
-                .doing(|| format!("unmount {point} from the old root (--no-pivot)"))?;
+        let doing = || format!("unmount {point} from the old root (--no-pivot)");
+        match rustix::mount::mount_change(point, slave) {
+            Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => continue,
+            changed => changed.doing(doing)?,
         }
+        rustix::mount::unmount(point, UnmountFlags::DETACH).doing(doing)?;
     }
     Ok(())
 }

@@ -191,6 +191,14 @@ impl OpenNamespace {
     }
 }
 
+/// Returns whether this process is in the initial user namespace of the kernel. If /proc cannot be
+/// read, returns true.
+pub(crate) fn in_initial_user_namespace() -> bool {
+    /// The inode number of the initial user namespace, `PROC_USER_INIT_INO` in linux/proc_ns.h.
+    const INITIAL_INODE: u64 = 0xefff_fffd;
+    rustix::fs::stat("/proc/self/ns/user").map_or(true, |stat| stat.st_ino == INITIAL_INODE)
+}
+
 /// Creates a cgroup namespace and enters it.
 pub(crate) fn unshare_cgroup() -> std::result::Result<(), Errno> {
     unshare(UnshareFlags::NEWCGROUP)

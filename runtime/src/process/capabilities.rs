@@ -24,6 +24,10 @@ pub(crate) struct CapabilityMasks {
 
 const SYS_ADMIN: u64 = 1 << 21;
 
+/// The number of the last capability of Linux 5.15, CAP_CHECKPOINT_RESTORE. Later kernels can have
+/// more capabilities.
+const LAST: usize = 40;
+
 /// Returns the bit mask of the capabilities with the given names. This function ignores and logs an
 /// unknown name, as the specification requires (config.md, capabilities).
 pub(crate) fn mask<'a>(names: impl IntoIterator<Item = &'a str>) -> u64 {
@@ -110,7 +114,6 @@ impl CapabilityMasks {
     /// configuration's bounding set. Dropping a capability needs CAP_SETPCAP, so the process must
     /// call this function before it gives up its capabilities.
     pub(crate) fn drop_bounding(&self) -> Result<()> {
-        // EINVAL means that the number is greater than the number of this kernel's last capability.
         for number in 0..64 {
             if self.bounding & (1 << number) != 0 {
                 continue;
@@ -118,7 +121,8 @@ impl CapabilityMasks {
             match remove_capability_from_bounding_set(CapabilitySet::from_bits_retain(1 << number))
             {
                 Ok(()) => {}
-                Err(rustix::io::Errno::INVAL) => break,
+                // The kernel has no capability with this number.
+                Err(rustix::io::Errno::INVAL) if number > LAST => break,
                 Err(errno) => {
                     return Err(errno)
                         .doing(|| format!("drop {} from the bounding set", name(number)));

@@ -1,6 +1,7 @@
 //! The labels of a process for the kernel's security modules (LSMs): its AppArmor profile and its
 //! SELinux label. See proc_pid_attr(5) and Documentation/userspace-api/lsm.rst in the kernel tree.
 
+use std::io::ErrorKind;
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
@@ -42,13 +43,19 @@ fn non_empty(text: Option<&String>) -> Option<String> {
 }
 
 /// Returns whether AppArmor is enabled in the kernel.
-fn has_apparmor() -> bool {
-    std::fs::read(APPARMOR_ENABLED).is_ok_and(|text| text.first() == Some(&b'Y'))
+fn has_apparmor() -> Result<bool> {
+    match std::fs::read(APPARMOR_ENABLED) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(false),
+        text => Ok(text.doing(|| format!("read {APPARMOR_ENABLED}"))?.first() == Some(&b'Y')),
+    }
 }
 
 /// Returns whether SELinux is enabled in the kernel.
-pub(crate) fn has_selinux() -> bool {
-    rustix::fs::statfs(SELINUX_MOUNT).is_ok_and(|fs| fs.f_type as u64 == SELINUX_MAGIC)
+pub(crate) fn has_selinux() -> Result<bool> {
+    match rustix::fs::statfs(SELINUX_MOUNT) {
+        Err(Errno::NOENT) => Ok(false),
+        fs => Ok(fs.doing(|| format!("stat {SELINUX_MOUNT}"))?.f_type as u64 == SELINUX_MAGIC),
+    }
 }
 
 impl Labels {
@@ -68,7 +75,7 @@ impl Labels {
                     "process.apparmorProfile: {profile:?} is not a valid name of an AppArmor profile"
                 );
             }
-            if !has_apparmor() {
+            if !has_apparmor()? {
                 refuse!(
                     "process.apparmorProfile: {profile} cannot be used, because AppArmor is not enabled in this kernel"
                 );
@@ -78,7 +85,7 @@ impl Labels {
             if label.contains(['\0', '\n']) {
                 refuse!("process.selinuxLabel: {label:?} is not a valid SELinux label");
             }
-            if !has_selinux() {
+            if !has_selinux()? {
                 refuse!(
                     "process.selinuxLabel: {label} cannot be used, because SELinux is not enabled in this kernel"
                 );

@@ -14,6 +14,7 @@ use std::ffi::CString;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
+use rustix::io::Errno;
 
 use crate::config::spec::{self, ProcessSpec};
 use crate::error::{Context, Error, Result, refuse};
@@ -25,7 +26,7 @@ use crate::process::personality::Personality;
 use crate::process::scheduling::Scheduling;
 use crate::sys::dumpable::set_dumpable;
 use crate::sys::syscalls;
-use rrun_kernel::procfs::Procfs;
+use rrun_kernel::procfs::{Procfs, ProcfsError};
 use rrun_kernel::{errno, id};
 
 /// The directories in which rrun searches for a program if the environment has no PATH.
@@ -193,9 +194,9 @@ impl Process {
         self.capabilities.drop_bounding()?;
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         match rustix::thread::set_thread_groups(&groups) {
-            // EPERM means that the user namespace forbids setgroups(2). rrun ignores this error if
+            // The user namespace can forbid setgroups(2). rrun ignores the error in this case, if
             // the configuration requests no additional groups.
-            Err(rustix::io::Errno::PERM) if groups.is_empty() => {}
+            Err(Errno::PERM) if groups.is_empty() && setgroups_is_denied()? => {}
             result => {
                 result.doing(|| format!("set process.user.additionalGids to {:?}", self.groups))?
             }
@@ -234,7 +235,7 @@ impl Process {
             .iter()
             .find_map(|var| var.to_str().ok()?.strip_prefix("PATH="))
             .unwrap_or(DEFAULT_PATH);
-        let mut refused = None;
+        let mut failed = None;
         for directory in path.split(':') {
             // An empty element of PATH means the working directory.
             let directory = if directory.is_empty() { "." } else { directory };
@@ -243,12 +244,14 @@ impl Process {
             };
             match executable(&candidate) {
                 Ok(()) => return Ok(candidate),
-                Err(rustix::io::Errno::ACCESS) => refused = Some(candidate),
-                Err(_) => {}
+                Err(
+                    Errno::NOENT | Errno::NOTDIR | Errno::ISDIR | Errno::LOOP | Errno::NAMETOOLONG,
+                ) => {}
+                Err(errno) => failed = Some((candidate, errno)),
             }
         }
-        Err(match refused {
-            Some(found) => no_program(&found.to_string_lossy(), rustix::io::Errno::ACCESS),
+        Err(match failed {
+            Some((found, errno)) => no_program(&found.to_string_lossy(), errno),
             None => Error::new(format!(
                 "exec: \"{shown}\": executable file not found in $PATH ({path})"
             )),
@@ -297,6 +300,17 @@ fn check_user(user: &spec::User) -> Result<()> {
     Ok(())
 }
 
+/// Returns whether the user namespace of this process forbids setgroups(2). See
+/// user_namespaces(7). If the container has no /proc, the function returns false.
+fn setgroups_is_denied() -> Result<bool> {
+    let procfs = match Procfs::open() {
+        Err(ProcfsError::Foreign | ProcfsError::Kernel(Errno::NOENT)) => return Ok(false),
+        procfs => procfs?,
+    };
+    let text = procfs.read("self/setgroups");
+    Ok(text.doing(|| "read /proc/self/setgroups")?.trim_ascii_end() == b"deny")
+}
+
 fn args(spec: &ProcessSpec) -> Result<Vec<CString>> {
     let args = spec
         .args
@@ -315,8 +329,7 @@ fn args(spec: &ProcessSpec) -> Result<Vec<CString>> {
 
 /// Returns the error for a program that cannot be executed. The error consists of runc's text and
 /// the name of the errno.
-fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
-    use rustix::io::Errno;
+fn no_program(path: &str, errno: Errno) -> Error {
     Error::new(match errno {
         Errno::NOENT => {
             format!("exec: \"{path}\": stat {path}: no such file or directory (ENOENT)")
@@ -330,8 +343,7 @@ fn no_program(path: &str, errno: rustix::io::Errno) -> Error {
 
 /// Returns the error for an execve(2) that failed although [`Process::find_program`] found the
 /// program.
-pub(crate) fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool) -> Error {
-    use rustix::io::Errno;
+pub(crate) fn not_executed(path: &str, errno: Errno, filtered: bool) -> Error {
     match errno {
         Errno::NOENT => Error::new(format!(
             "exec: \"{path}\": no such file or directory (ENOENT): perhaps the interpreter that the program names is missing in the container"
@@ -345,8 +357,7 @@ pub(crate) fn not_executed(path: &str, errno: rustix::io::Errno, filtered: bool)
 
 /// Checks whether the calling process has permission to execute the file at `path`. A later
 /// execve(2) can still fail for other reasons.
-fn executable(path: &CString) -> std::result::Result<(), rustix::io::Errno> {
-    use rustix::io::Errno;
+fn executable(path: &CString) -> std::result::Result<(), Errno> {
     let stat = rustix::fs::stat(path)?;
     match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
         rustix::fs::FileType::RegularFile => {}

@@ -2,7 +2,7 @@
 //! `process.execCPUAffinity` specify. See sched_setattr(2), ioprio_set(2) and sched_setaffinity(2).
 
 use crate::config::spec;
-use crate::error::{Context, Error, Result, refuse};
+use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::log;
 use crate::sys::number_list::NumberSet;
 use crate::sys::syscalls::{self, SchedAttr};
@@ -130,7 +130,8 @@ impl Scheduling {
 pub(crate) fn leave_callers_cpus() {
     if let Err(errno) = syscalls::sched_setaffinity(&NumberSet::ALL) {
         log::warning(&format!(
-            "the container's process keeps the CPU affinity of rrun's caller, because sched_setaffinity failed: {errno}"
+            "the container's process keeps the CPU affinity of rrun's caller, because sched_setaffinity failed: {}",
+            errno.reason()
         ));
     }
 }

@@ -135,8 +135,12 @@ fn flags(profile: &SeccompProfile, listens: bool) -> Result<u32> {
             }
         }
     }
-    if !syscalls::has_seccomp_flags(flags) {
-        if !syscalls::has_seccomp_flags(0) {
+    let has = |flags| {
+        syscalls::has_seccomp_flags(flags)
+            .doing(|| "linux.seccomp: check which flags the kernel supports (seccomp)")
+    };
+    if !has(flags)? {
+        if !has(0)? {
             refuse!("linux.seccomp: this kernel does not support seccomp filters");
         }
         for name in profile.flags.iter().flatten() {
@@ -157,7 +161,7 @@ pub(crate) fn supports(flag: &str) -> bool {
         } else {
             0
         };
-        *name == flag && syscalls::has_seccomp_flags(flag_bit | with)
+        *name == flag && syscalls::has_seccomp_flags(flag_bit | with).unwrap_or(false)
     })
 }
 

@@ -350,7 +350,7 @@ pub(crate) fn set_controlling_terminal(terminal: BorrowedFd<'_>) -> Result<(), E
 ///
 /// This function passes a null pointer in place of a filter to seccomp(2). The kernel checks the
 /// flags first, so it returns EFAULT for the pointer only if the flags are valid.
-pub(crate) fn has_seccomp_flags(flags: u32) -> bool {
+pub(crate) fn has_seccomp_flags(flags: u32) -> Result<bool, Errno> {
     // SAFETY: the kernel does not read a filter from the null pointer, and returns EFAULT.
     let returned = unsafe {
         libc::syscall(
@@ -360,7 +360,12 @@ pub(crate) fn has_seccomp_flags(flags: u32) -> bool {
             std::ptr::null::<libc::sock_fprog>(),
         )
     };
-    returned < 0 && last_errno() == Errno::FAULT
+    match last_errno() {
+        _ if returned >= 0 => Ok(false),
+        Errno::FAULT => Ok(true),
+        Errno::INVAL | Errno::NOSYS => Ok(false),
+        errno => Err(errno),
+    }
 }
 
 /// `struct sock_filter` of linux/filter.h.
