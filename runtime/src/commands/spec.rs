@@ -50,7 +50,11 @@ fn write_new(path: &Path, content: &[u8]) -> Result<()> {
         Err(Errno::EXIST) => refuse!("{} already exists; remove it first", path.display()),
         result => result.doing(doing)?,
     };
-    std::io::Write::write_all(&mut std::fs::File::from(file), content).doing(doing)
+    let written = std::io::Write::write_all(&mut std::fs::File::from(file), content);
+    if written.is_err() {
+        let _ = rustix::fs::unlink(path);
+    }
+    written.doing(doing)
 }
 
 /// Returns a configuration that suits most containers: all namespaces except a user namespace, the

@@ -127,16 +127,19 @@ impl<'a> HookInput<'a> {
     /// Writes as many bytes of the state as fit into the pipe. Returns `None` if no bytes remain,
     /// or if the hook has closed its standard input. A closed standard input is not an error,
     /// because a hook need not read the state.
-    fn write_more(mut self) -> Option<Self> {
+    fn write_more(mut self) -> Result<Option<Self>> {
         while !self.rest.is_empty() {
             match self.pipe.write(self.rest) {
-                Ok(length) => self.rest = self.rest.get(length..)?,
+                Ok(length) => self.rest = self.rest.get(length..).unwrap_or_default(),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == ErrorKind::WouldBlock => return Some(self),
-                Err(_) => return None,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(Some(self)),
+                Err(error) if error.kind() == ErrorKind::BrokenPipe => return Ok(None),
+                Err(error) => {
+                    return Err(error).doing(|| "write the container's state to the hook");
+                }
             }
         }
-        None
+        Ok(None)
     }
 }
 
@@ -262,41 +265,16 @@ fn run_one(hook: &Hook, state: &str, place: HookPlace<'_>) -> Result<()> {
     // copy of the output pipe's write end, rrun never reads end of file from this pipe.
     drop(command);
     let input = child.stdin.take().map(|pipe| HookInput::new(pipe, state));
-    if let Some(pid) = Pid::from_raw(child.id() as i32) {
-        let pidfd = pidfd_open(pid, PidfdFlags::empty()).doing(|| "open a pidfd for the hook")?;
-        if let Err(error) = await_hook(hook, &pidfd, container, input, &mut output) {
-            let kill = |child: &mut Child| {
-                let _ = child.kill();
-                let _ = child.wait();
-            };
-            match error {
-                HookWaitError::TimedOut(timeout) => {
-                    kill(&mut child);
-                    refuse!(
-                        "the hook did not exit within {} s, so rrun killed it",
-                        timeout.as_secs()
-                    );
-                }
-                HookWaitError::ContainerDied => {
-                    kill(&mut child);
-                    refuse!("the container's first process died while the hook was running");
-                }
-                HookWaitError::Failed(errno) => return Err(errno).doing(|| "wait for the hook"),
-            }
-        }
+    if let Err(error) = await_hook(hook, &child, container, input, &mut output) {
+        let _ = child.kill();
+        let _ = child.wait();
+        return Err(error);
     }
     let status = child.wait().doing(|| "read the exit status of the hook")?;
     if !status.success() {
         refuse!("the hook failed with {status}{}", output.text());
     }
     Ok(())
-}
-
-/// The reason why rrun stops waiting for a hook that has not exited.
-enum HookWaitError {
-    TimedOut(Duration),
-    ContainerDied,
-    Failed(Errno),
 }
 
 fn timeout(hook: &Hook) -> Duration {
@@ -308,22 +286,29 @@ fn timeout(hook: &Hook) -> Duration {
 }
 
 /// Waits until a hook has exited. While this function waits, it writes to the hook's standard input
-/// and reads the hook's output.
+/// and reads the hook's output. If the function fails, the hook can still be running.
 fn await_hook(
     hook: &Hook,
-    pidfd: &OwnedFd,
+    child: &Child,
     container: Option<&OwnedFd>,
     mut input: Option<HookInput<'_>>,
     output: &mut HookOutput,
-) -> std::result::Result<(), HookWaitError> {
+) -> Result<()> {
+    let Some(pid) = Pid::from_raw(child.id() as i32) else {
+        return Ok(());
+    };
+    let pidfd = &pidfd_open(pid, PidfdFlags::empty()).doing(|| "open a pidfd for the hook")?;
     let timeout = timeout(hook);
     let deadline = Instant::now() + timeout;
     let mut warned = false;
     loop {
-        input = input.and_then(HookInput::write_more);
+        input = input.map(HookInput::write_more).transpose()?.flatten();
         let left = deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
-            return Err(HookWaitError::TimedOut(timeout));
+            refuse!(
+                "the hook did not exit within {} s, so rrun killed it",
+                timeout.as_secs()
+            );
         }
         let wait = left.min(HOOK_WARNING_DELAY);
         let wait = Timespec {
@@ -348,13 +333,15 @@ fn await_hook(
             }
             Ok(0) | Err(Errno::INTR) => {}
             Ok(_) if ready(0) => return Ok(()),
-            Ok(_) if container.is_some() && ready(1) => return Err(HookWaitError::ContainerDied),
+            Ok(_) if container.is_some() && ready(1) => {
+                refuse!("the container's first process died while the hook was running");
+            }
             // The pipe to the hook's standard input has free space, or the pipe with the hook's
             // output contains data.
             Ok(_) => {
                 output.read_some();
             }
-            Err(errno) => return Err(HookWaitError::Failed(errno)),
+            Err(errno) => return Err(errno).doing(|| "wait for the hook"),
         }
     }
 }

@@ -70,10 +70,15 @@ impl ContainerDir {
             // Between mkdir and flock, another rrun process can remove the new directory. That
             // process cannot distinguish the new directory from a directory that a killed rrun
             // process left behind.
-            match ContainerDir::lock(&directory, || {})? {
-                Lock::Acquired(dir) => return Ok(dir),
-                Lock::Missing => {}
-                Lock::Busy => break,
+            match ContainerDir::lock(&directory, || {}) {
+                Ok(Lock::Acquired(dir)) => return Ok(dir),
+                Ok(Lock::Missing) => {}
+                Ok(Lock::Busy) => break,
+                Err(error) => {
+                    // The directory is still empty, so rmdir(2) removes it.
+                    let _ = rustix::fs::rmdir(&directory);
+                    return Err(error);
+                }
             }
         }
         refuse!("another process is removing container {id}")
@@ -147,15 +152,16 @@ impl ContainerDir {
     }
 
     /// Removes the directory and all files that rrun wrote into the directory, so that the
-    /// container's id is free again.
+    /// container's id is free again. The state file is the last file that this function removes. So
+    /// if the removal of another file fails, the container can be deleted again.
     pub(crate) fn remove(&self) -> Result<()> {
         let linked = self.is_linked()?;
         for name in [
-            STATE_FILE,
             START_SOCKET,
             START_SOCKET_PENDING,
             STATE_FILE_NEW,
             CGROUP_LINK,
+            STATE_FILE,
         ] {
             match rustix::fs::unlinkat(&self.fd, name, AtFlags::empty()) {
                 Ok(()) | Err(Errno::NOENT) => {}

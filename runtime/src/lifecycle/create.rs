@@ -14,11 +14,11 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
-use rustix::process::{Pid, PidfdFlags, WaitId, WaitIdOptions, pidfd_open, waitid};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::cgroup::{self, Cgroup, CgroupLocation};
 use crate::config::{Config, hooks};
-use crate::error::{Context, Error, Result, refuse};
+use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::lifecycle::channel::{self, Channel, ChildMessage};
 use crate::lifecycle::container_dir::ContainerDir;
 use crate::lifecycle::init::Init;
@@ -33,9 +33,9 @@ use crate::namespaces::{OpenNamespace, flag, unshare_time};
 use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::Agent;
-use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
+use crate::sys::child::{NeverReturn, exit_now, kill_and_reap, reap};
 use crate::sys::clone::{Cloned, clone3};
-use crate::sys::files::write_pid_file;
+use crate::sys::files::{remove_pid_file, write_pid_file};
 use crate::sys::procfs::process_stat;
 use crate::sys::time::rfc3339_nanos;
 
@@ -105,6 +105,8 @@ struct Rollback<'a> {
     resctrl: ResctrlGroups,
     /// The container's hooks, and the JSON state that the poststop hooks receive.
     hooks: Option<(&'a Hooks, String)>,
+    /// The PID file, after rrun has written it.
+    pid_file: Option<&'a Path>,
     disarmed: bool,
 }
 
@@ -141,6 +143,9 @@ impl Drop for Rollback<'_> {
         };
         if let Some(child) = &self.child {
             kill_and_reap(child);
+        }
+        if let Some(path) = self.pid_file {
+            log_failure(remove_pid_file(path));
         }
         if self.has_cgroup {
             log_failure(cgroup::remove(&self.location.path, self.location.unit()));
@@ -185,6 +190,7 @@ impl<'a> Creation<'a> {
                 child: None,
                 resctrl: ResctrlGroups::default(),
                 hooks: None,
+                pid_file: None,
                 disarmed: false,
             },
             request,
@@ -207,7 +213,7 @@ impl<'a> Creation<'a> {
     fn make_cgroup(&mut self) -> Result<()> {
         let (config, rollback) = (self.request.config, &mut self.rollback);
         let mut cgroup = match rollback.location.create(rollback.id, &config.resources) {
-            Err(error) if self.unprivileged && config.can_do_without_cgroup() => {
+            Err(error) if self.unprivileged && can_do_without_cgroup(config, rollback, &error) => {
                 log::debug(|| {
                     format!("rrun creates the container without its own cgroup: {error}")
                 });
@@ -280,7 +286,11 @@ impl<'a> Creation<'a> {
                     cgroup.complete(&config.resources)?;
                 }
                 self.state.pid = pid;
-                self.state.start_time = process_stat(pid)?.map_or(0, |(start_time, _)| start_time);
+                let stat = process_stat(pid)?.ok_or_else(|| {
+                    let sentence = "the host's /proc does not list the container's first process";
+                    Error::new(format!("{sentence} (process id {pid})"))
+                })?;
+                self.state.start_time = stat.0;
                 self.state.save(&self.rollback.dir)?;
                 Ok((self, channel))
             }
@@ -356,11 +366,12 @@ impl<'a> Creation<'a> {
     /// Reports the container to rrun's caller through the PID file and the pidfd socket. If the
     /// container waits for `start`, this function also gives the start socket its final name, so
     /// that `start` can find the socket.
-    fn publish(self, terminal: Option<OwnedFd>) -> Result<Created> {
-        let (request, rollback) = (&self.request, &self.rollback);
-        if let Some(path) = request.pid_file {
+    fn publish(mut self, terminal: Option<OwnedFd>) -> Result<Created> {
+        if let Some(path) = self.request.pid_file {
             write_pid_file(path, self.state.pid)?;
+            self.rollback.pid_file = Some(path);
         }
+        let (request, rollback) = (&self.request, &self.rollback);
         if let Some(socket) = &request.pidfd_socket {
             channel::send_pidfd(socket, rollback.child()?, "standard")?;
         }
@@ -380,6 +391,13 @@ impl<'a> Creation<'a> {
             notify: self.notify,
         })
     }
+}
+
+/// Returns whether rrun creates the container without its own cgroup, although rrun has failed to
+/// create the cgroup with `error`.
+fn can_do_without_cgroup(config: &Config, rollback: &Rollback<'_>, error: &Error) -> bool {
+    let by_systemd = rollback.location.unit().is_some();
+    config.can_do_without_cgroup() && (by_systemd || error.kind() == Kind::NoCgroups)
 }
 
 /// Connects to the seccomp agent, if the seccomp profile specifies one. If the container waits for
@@ -437,9 +455,13 @@ fn clone_from_intermediate(
                     std::mem::forget(guard);
                     return Ok(Cloned::Child);
                 }
-                // A failed send is ignored, because it means that the parent is dead. The first
-                // process itself detects the parent's death.
-                Ok(Cloned::Parent { pid, .. }) => drop(to_parent.cloned(pid)),
+                // If the parent does not receive the process id, it closes its end of the channel to
+                // the first process, which then exits.
+                Ok(Cloned::Parent { pid, .. }) => {
+                    if let Err(error) = to_parent.cloned(pid) {
+                        to_parent.send_error(&error);
+                    }
+                }
                 Err(error) => to_parent.send_error(&error),
             }
             exit_now()
@@ -449,7 +471,7 @@ fn clone_from_intermediate(
     // death of the intermediate process.
     drop(to_parent);
     let answer = from_intermediate.receive();
-    let _ = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED);
+    reap(&pidfd);
     match answer? {
         ChildMessage::Cloned(pid) => {
             let doing = || format!("open process {pid}");

@@ -26,7 +26,7 @@ use crate::process::terminal::Terminal;
 use crate::seccomp::SharedPage;
 use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
-use crate::sys::files::write_pid_file;
+use crate::sys::files::{exists, remove_pid_file, write_pid_file};
 use crate::sys::syscalls;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
@@ -124,10 +124,17 @@ fn publish(request: &ExecRequest<'_>, pid: i32, pidfd: &OwnedFd) -> Result<()> {
     if let Some(path) = request.pid_file {
         write_pid_file(path, pid)?;
     }
-    if let Some(socket) = &request.pidfd_socket {
-        channel::send_pidfd(socket, pidfd, "setns")?;
+    let sent = match &request.pidfd_socket {
+        Some(socket) => channel::send_pidfd(socket, pidfd, "setns"),
+        None => Ok(()),
+    };
+    if sent.is_err()
+        && let Some(path) = request.pid_file
+    {
+        // The caller kills the process. If the removal also fails, the first error is the cause.
+        let _ = remove_pid_file(path);
     }
-    Ok(())
+    sent
 }
 
 /// Creates the process in the cgroup at `path`. If the container has enabled controllers for child
@@ -135,7 +142,7 @@ fn publish(request: &ExecRequest<'_>, pid: i32, pidfd: &OwnedFd) -> Result<()> {
 /// refusal, this function creates the process in the cgroup of the container's first process.
 fn clone_into_cgroup(request: &ExecRequest<'_>, path: &Path, unprivileged: bool) -> Result<Cloned> {
     let doing = |path: &Path| format!("create a process in cgroup {} (clone3)", path.display());
-    if unprivileged && !path.exists() {
+    if unprivileged && !exists(path)? {
         // If rrun's caller is unprivileged, rrun possibly created no cgroup for the container. The
         // new process then stays in rrun's cgroup.
         return clone3(0, None).doing(|| "create a process (clone3)");

@@ -50,6 +50,11 @@ impl Drop for NeverReturn {
 /// Kills a child and waits for its exit status, so that the child does not remain as a zombie.
 pub(crate) fn kill_and_reap(pidfd: &OwnedFd) {
     let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+    reap(pidfd);
+}
+
+/// Waits until a child has exited, and discards its exit status.
+pub(crate) fn reap(pidfd: &OwnedFd) {
     while let Err(Errno::INTR) = waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED) {}
 }
 
