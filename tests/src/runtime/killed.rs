@@ -3,23 +3,16 @@
 //! command has created.
 //!
 //! If RRUN_TEST_FULL is set, the tests try every system call. Without RRUN_TEST_FULL, the tests try
-//! only a sample of the system calls.
+//! only a sample of the system calls, which is different every day.
 
-use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
-use std::time::{Duration, Instant};
 
-use nix::errno::Errno;
-use nix::sys::ptrace::{self, Event, Options};
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::support::bundle::{Bundle, runtime_program};
-use crate::support::machine::{Failed, Result, deadline, full, note, wait_for};
+use crate::support::inject::{Fault, Place, Traced, trace};
+use crate::support::machine::{Dice, Failed, Result, full, note, seed_of_the_day, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -50,25 +43,20 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// The process that the test kills: the command itself, or a child of the command. The test does
-/// not kill a child after it has executed another program.
+/// The process that the test kills: the command itself, or one of its descendants. The test does not
+/// kill a descendant after it has executed another program.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Victim {
     Command,
     Child,
 }
 
-/// The result of a traced command.
-struct Traced {
-    /// The number of system calls that the victim entered.
-    calls: usize,
-    /// The command's exit code, or `None` if the command itself was killed.
-    code: Option<i32>,
-}
+/// The number of system calls at which a test kills the victim, without RRUN_TEST_FULL.
+const SAMPLE: usize = 12;
 
-/// Runs the runtime with the arguments `args`, and kills the victim at the entry of its `at`-th
-/// system call.
-fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<Traced> {
+/// Runs the runtime with the arguments `args`. If `at` is given, kills the process at the entry of
+/// this system call.
+fn kill_at(bundle: &Bundle, args: &[&str], at: Option<Place>) -> Result<Traced> {
     let mut command = Command::new(runtime_program());
     command
         .arg("--root")
@@ -78,117 +66,12 @@ fn kill_at(bundle: &Bundle, args: &[&str], victim: Victim, at: usize) -> Result<
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(File::create(bundle.join("stderr"))?);
-    // A separate thread traces the command. When this thread exits, the kernel detaches it from all
-    // traced processes that still run.
-    let thread = std::thread::spawn(move || traced(command, victim, at));
-    match thread.join() {
-        Ok(outcome) => Ok(outcome.map_err(|error| {
-            format!("cannot trace the runtime with the arguments {args:?}: {error}")
-        })?),
-        Err(_) => Err("the thread that traced the command panicked".into()),
-    }
-}
-
-fn traced(mut command: Command, victim: Victim, at: usize) -> std::result::Result<Traced, String> {
-    // SAFETY: between fork and exec, the closure only makes a system call.
-    unsafe { command.pre_exec(|| Ok(ptrace::traceme()?)) };
-    let child = command.spawn().map_err(|error| error.to_string())?;
-    let main = Pid::from_raw(i32::try_from(child.id()).unwrap_or(-1));
-    let text = |errno: Errno| errno.to_string();
-    waitpid(main, None).map_err(text)?;
-    let options = Options::PTRACE_O_TRACESYSGOOD
-        | Options::PTRACE_O_TRACEFORK
-        | Options::PTRACE_O_TRACEVFORK
-        | Options::PTRACE_O_TRACECLONE
-        | Options::PTRACE_O_TRACEEXEC;
-    ptrace::setoptions(main, options).map_err(text)?;
-    ptrace::syscall(main, None).map_err(text)?;
-
-    let mut outcome = Traced {
-        calls: 0,
-        code: None,
-    };
-    let mut inside: BTreeMap<Pid, bool> = BTreeMap::new();
-    let mut killed = false;
-    let mut ended: Option<Instant> = None;
-    let started = Instant::now();
-    loop {
-        let flags = WaitPidFlag::__WALL | WaitPidFlag::__WNOTHREAD | WaitPidFlag::WNOHANG;
-        let status = match waitpid(None, Some(flags)) {
-            Ok(status) => status,
-            Err(Errno::ECHILD) => return Ok(outcome),
-            Err(errno) => return Err(text(errno)),
-        };
-        match status {
-            WaitStatus::StillAlive => {
-                // After the command has exited, the thread waits five milliseconds for the exit of
-                // the command's child processes.
-                if ended.is_some_and(|ended| ended.elapsed() > Duration::from_millis(5)) {
-                    return Ok(outcome);
-                }
-                if started.elapsed() > deadline() {
-                    let _ = kill(main, Signal::SIGKILL);
-                    return Err(format!(
-                        "the command did not exit before the deadline; the number of system calls that the victim had entered: {}",
-                        outcome.calls
-                    ));
-                }
-                std::thread::sleep(Duration::from_micros(20));
-            }
-            WaitStatus::Exited(pid, code) if pid == main => {
-                outcome.code = Some(code);
-                ended = Some(Instant::now());
-            }
-            WaitStatus::Signaled(pid, ..) if pid == main => ended = Some(Instant::now()),
-            WaitStatus::PtraceSyscall(pid) => {
-                let entry = inside.entry(pid).or_default();
-                *entry = !*entry;
-                let is_victim = (pid == main) == (victim == Victim::Command);
-                if *entry && is_victim && !killed {
-                    outcome.calls += 1;
-                    if outcome.calls == at {
-                        killed = true;
-                        let _ = kill(pid, Signal::SIGKILL);
-                        continue;
-                    }
-                }
-                go_on(pid, None, killed);
-            }
-            // After the execution of another program, a child can no longer be the victim.
-            // Therefore, the thread detaches from the child.
-            WaitStatus::PtraceEvent(pid, _, event)
-                if event == Event::PTRACE_EVENT_EXEC as i32 && pid != main =>
-            {
-                let _ = ptrace::detach(pid, None);
-            }
-            WaitStatus::PtraceEvent(pid, ..) => go_on(pid, None, killed),
-            // ptrace(2) stops a new process with SIGSTOP or SIGTRAP. The tracing thread must not
-            // deliver this signal to the process.
-            WaitStatus::Stopped(pid, Signal::SIGSTOP | Signal::SIGTRAP) => go_on(pid, None, killed),
-            WaitStatus::Stopped(pid, signal) => go_on(pid, Some(signal), killed),
-            _ => {}
-        }
-    }
-}
-
-fn go_on(pid: Pid, signal: Option<Signal>, untraced: bool) {
-    // If another process has already killed this process, ptrace(2) fails. The test ignores this
-    // error.
-    let _ = if untraced {
-        ptrace::detach(pid, signal)
-    } else {
-        ptrace::syscall(pid, signal)
-    };
-}
-
-/// Returns the numbers of the system calls at which the test kills the victim. The victim's first
-/// system call has the number 1.
-fn steps(calls: usize) -> impl Iterator<Item = usize> {
-    // The sample differs between runs, so repeated runs test every system call. The failure message
-    // contains the number of the system call.
-    let step = if full() { 1 } else { (calls / 12).max(1) };
-    let first = std::process::id() as usize % step;
-    (1 + first..=calls).step_by(step)
+    let traced = trace(vec![command], at.map(|at| (at, Fault::Kill)))?;
+    ensure!(
+        !traced.hung,
+        "the runtime with the arguments {args:?} did not exit before the deadline"
+    );
+    Ok(traced)
 }
 
 fn mounts() -> Result<usize> {
@@ -243,7 +126,7 @@ fn each_step(
     bundle.write_config()?;
     let mounts_before = mounts()?;
     before()?;
-    let whole = kill_at(bundle, args, victim, usize::MAX)?;
+    let whole = kill_at(bundle, args, None)?;
     let stderr = fs::read_to_string(bundle.join("stderr"))?;
     ensure_eq!(
         whole.code,
@@ -251,24 +134,28 @@ fn each_step(
         "the exit code of the runtime with the arguments {args:?} if the test kills no process (standard error: {stderr})"
     );
     nothing_is_left(bundle, mounts_before)?;
-    let mut killed = 0;
-    for at in steps(whole.calls) {
+    let is_victim = |process: usize| (process == 0) == (victim == Victim::Command);
+    let calls = whole.calls.into_iter();
+    let calls: Vec<_> = calls.filter(|call| is_victim(call.place.process)).collect();
+    let (all, seed) = (calls.len(), seed_of_the_day());
+    let most = if full() { all } else { SAMPLE };
+    let calls = Dice::from_seed(seed).draw(calls, most);
+    for call in &calls {
         let context = |failed: Failed| {
             let why = failed.message().unwrap_or_default().to_owned();
             format!(
-                "the test ran the runtime with the arguments {args:?} and killed its process ({victim:?}) at system call {at} of {}; the failure: {why}",
-                whole.calls
+                "the test ran the runtime with the arguments {args:?} and killed its process ({victim:?}) at the system call {call}, drawn with RRUN_TEST_SEED={seed}; the failure: {why}"
             )
         };
         before().map_err(context)?;
-        let outcome = kill_at(bundle, args, victim, at).map_err(context)?;
+        let outcome = kill_at(bundle, args, Some(call.place)).map_err(context)?;
         after(&outcome).map_err(context)?;
         nothing_is_left(bundle, mounts_before).map_err(context)?;
-        killed += 1;
     }
     note(format!(
-        "the test killed `{}` {killed} times; the killed process ({victim:?}) makes {} system calls",
-        args[0], whole.calls
+        "the test killed `{}` {} times; the killed process ({victim:?}) makes {all} system calls; RRUN_TEST_SEED={seed}",
+        args[0],
+        calls.len()
     ));
     Ok(())
 }

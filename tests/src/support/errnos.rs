@@ -2,11 +2,6 @@
 //! errors. The errors are from section 2 of the manual pages. The table omits errors that only a
 //! wrong program can cause, such as EBADF and EFAULT.
 
-#![expect(
-    dead_code,
-    reason = "the tests that inject errors follow in later commits"
-)]
-
 use nix::errno::Errno::{
     self, EACCES, EADDRINUSE, EADDRNOTAVAIL, EAGAIN, EBUSY, ECONNABORTED, ECONNREFUSED, ECONNRESET,
     EDQUOT, EEXIST, EINTR, EINVAL, EIO, ELOOP, EMFILE, EMLINK, ENETUNREACH, ENFILE, ENOBUFS,

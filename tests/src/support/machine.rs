@@ -62,6 +62,18 @@ pub(crate) fn rounds(few: u64, many: u64) -> u64 {
     if full() { many } else { few }
 }
 
+/// Returns the seed of the samples that tests draw. The seed is the number of the day since the Unix
+/// epoch, so the samples are different every day, but equal on the same day. The environment
+/// variable RRUN_TEST_SEED overrides the seed.
+pub(crate) fn seed_of_the_day() -> u64 {
+    let given = std::env::var("RRUN_TEST_SEED").ok();
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    let today = || since.map_or(1, |since| since.as_secs() / 86400);
+    given
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or_else(today)
+}
+
 /// A random number generator: xorshift64, seeded from the clock. Failure messages contain the seed.
 pub(crate) struct Dice {
     pub(crate) seed: u64,
@@ -71,10 +83,14 @@ pub(crate) struct Dice {
 impl Dice {
     pub(crate) fn new() -> Self {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        let seed = since.map_or(1, |since| since.subsec_nanos()) | 1;
+        Dice::from_seed(since.map_or(1, |since| since.subsec_nanos()).into())
+    }
+
+    pub(crate) fn from_seed(seed: u64) -> Self {
         Dice {
-            seed: seed.into(),
-            state: u64::from(seed).wrapping_mul(0x9e37_79b9_7f4a_7c15),
+            seed,
+            // The state of the generator must not be 0.
+            state: (seed | 1 << 63).wrapping_mul(0x9e37_79b9_7f4a_7c15),
         }
     }
 
@@ -84,6 +100,16 @@ impl Dice {
         self.state ^= self.state >> 7;
         self.state ^= self.state << 17;
         self.state % end
+    }
+
+    /// Returns at most `most` elements of `all`, which it draws at random.
+    pub(crate) fn draw<T>(&mut self, mut all: Vec<T>, most: usize) -> Vec<T> {
+        for index in (1..all.len()).rev() {
+            let other = self.below(index as u64 + 1) as usize;
+            all.swap(index, other);
+        }
+        all.truncate(most);
+        all
     }
 }
 

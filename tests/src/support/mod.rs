@@ -19,6 +19,7 @@ pub(crate) mod errnos;
 pub(crate) mod fields;
 pub(crate) mod frames;
 pub(crate) mod images;
+pub(crate) mod inject;
 pub(crate) mod inside;
 pub(crate) mod kubelet;
 pub(crate) mod leak_check;
