@@ -57,6 +57,8 @@ suites! {
         numbers,
         long_lists,
         killed,
+        faults,
+        faults_commands,
         races,
         limits,
         effects,

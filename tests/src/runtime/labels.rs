@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::support::bundle::Bundle;
+use crate::support::fault_runs::{Subject, not_created, reported, words};
 use crate::support::machine::{Result, command};
 use crate::support::needs::{APPARMOR, APPARMOR_PROFILES, Need, SELINUX, Test};
 use crate::{ensure, ensure_eq, test};
@@ -20,6 +21,12 @@ pub(crate) const TESTS: &[Test] = &[
         a_process_that_exec_starts_can_have_a_separate_apparmor_profile,
         APPARMOR,
         PARSER
+    ),
+    test!(
+        a_process_never_runs_without_its_apparmor_profile,
+        APPARMOR,
+        PARSER,
+        Need::Rrun
     ),
     test!(an_apparmor_profile_that_is_not_loaded_is_reported, APPARMOR),
     test!(
@@ -109,6 +116,23 @@ fn an_apparmor_profile_confines_the_first_process_and_processes_that_exec_starts
     bundle.exec(&[], &["write", "/data/file", "x"]).exits(1)?;
     bundle.end()?;
     Ok(())
+}
+
+/// In this test, only the system calls that set the label fail.
+fn a_process_never_runs_without_its_apparmor_profile() -> Result {
+    let _profile = Profile::load("rrun-e2e-d")?;
+    let mut bundle = writable(&["report"])?;
+    bundle.set("/process/apparmorProfile", json!("rrun-e2e-d"));
+    Subject {
+        name: "run with an AppArmor profile",
+        commands: vec![words(&["run", bundle.id()])],
+        sample: 30,
+        skips: &|call, _| !(call.object.contains("attr") || call.object.contains("apparmor")),
+        effect: &|| reported(&bundle, 0),
+        failed: &|_| not_created(&bundle),
+        ..Subject::new(&bundle)
+    }
+    .run()
 }
 
 fn a_process_that_exec_starts_can_have_a_separate_apparmor_profile() -> Result {

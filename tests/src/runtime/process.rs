@@ -1,15 +1,15 @@
 //! Tests of the container's process: its user, its privileges, its open files and its terminals.
 
-use std::io::{IoSliceMut, Read, Write};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 
-use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
+use crate::support::terminal::{read_to_end, receive_terminal};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -402,51 +402,6 @@ fn the_umask_is_set() -> Result {
         "the umask of the process"
     );
     Ok(())
-}
-
-/// Accepts a connection from the runtime, and returns the descriptor that the runtime sends. On a
-/// console socket, the descriptor is the terminal's master.
-fn receive_terminal(listener: &UnixListener) -> Result<std::fs::File> {
-    listener.set_nonblocking(true)?;
-    let stream = wait_for(
-        "the runtime to connect to the console socket",
-        || match listener.accept() {
-            Ok((stream, _)) => Ok(Some(stream)),
-            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(None),
-            Err(error) => Err(error.into()),
-        },
-    )?;
-    let mut name = [0u8; 4096];
-    let mut room = nix::cmsg_space!(std::os::fd::RawFd);
-    let mut io = [IoSliceMut::new(&mut name)];
-    let message = recvmsg::<()>(
-        stream.as_raw_fd(),
-        &mut io,
-        Some(&mut room),
-        MsgFlags::MSG_CMSG_CLOEXEC,
-    )
-    .map_err(|errno| format!("cannot receive a message on the console socket: {errno}"))?;
-    for part in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(descriptors) = part
-            && let Some(descriptor) = descriptors.first()
-        {
-            // SAFETY: the kernel has just created this descriptor, and nothing else owns it.
-            return Ok(std::fs::File::from(unsafe {
-                OwnedFd::from_raw_fd(*descriptor)
-            }));
-        }
-    }
-    Err("the console socket received no descriptor".into())
-}
-
-/// Reads from a terminal's master until the terminal is closed (EIO).
-fn read_to_end(mut terminal: std::fs::File) -> String {
-    let mut all = Vec::new();
-    let mut part = [0u8; 4096];
-    while let Ok(length @ 1..) = terminal.read(&mut part) {
-        all.extend_from_slice(part.get(..length).unwrap_or_default());
-    }
-    String::from_utf8_lossy(&all).into_owned()
 }
 
 fn the_console_socket_receives_the_terminal() -> Result {

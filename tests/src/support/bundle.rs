@@ -3,6 +3,7 @@
 //! against runc and crun. If a test fails with these runtimes, the test may expect more than the
 //! OCI runtime specification requires.
 
+use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -251,11 +252,17 @@ impl Bundle {
         )?)
     }
 
+    /// Returns the runtime's global options, which precede every command.
+    pub(crate) fn flags(&self) -> Vec<OsString> {
+        let root = ["--root".into(), self.root().into()];
+        root.into_iter()
+            .chain(self.flags.iter().map(OsString::from))
+            .collect()
+    }
+
     /// Returns a command that calls the runtime with the global options and the arguments `args`.
     pub(crate) fn runtime(&self, args: &[&str]) -> Run {
-        command(&runtime_program(), ["--root"])
-            .arg(self.root())
-            .args(&self.flags)
+        command(&runtime_program(), self.flags())
             .args(args)
             .dir(self.path())
     }

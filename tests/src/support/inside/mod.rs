@@ -149,6 +149,16 @@ fn report() -> Result<(), InsideError> {
         .map(|gid| gid.as_raw())
         .collect();
     let node = name.nodename().to_string_lossy().into_owned();
+    let files: BTreeMap<&str, String> = [
+        "/proc/sys/kernel/shm_rmid_forced",
+        "/proc/sys/net/ipv4/ip_unprivileged_port_start",
+        "/proc/self/timens_offsets",
+        "/proc/self/setgroups",
+        "/sys/class/net/lo/flags",
+    ]
+    .into_iter()
+    .map(|path| (path, text(path)))
+    .collect();
     say(&json!({
         "pid": std::process::id(),
         "parent": nix::unistd::getppid().as_raw(),
@@ -185,8 +195,25 @@ fn report() -> Result<(), InsideError> {
         "keyring": keyring(),
         // If SELinux is enabled, the label ends with a NUL byte, which the report omits.
         "label": text("/proc/self/attr/current").trim_end_matches('\0'),
+        "files": files,
+        "devices": device_nodes(),
     })
     .to_string())
+}
+
+/// Returns the name of each file in /dev, with its mode, its owner and its device number. A symbolic
+/// link has its target instead.
+fn device_nodes() -> BTreeMap<String, String> {
+    let mut all = links("/dev");
+    for entry in fs::read_dir("/dev").into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if let Ok(file) = fs::symlink_metadata(entry.path()) {
+            let (mode, uid, gid) = (file.mode(), file.uid(), file.gid());
+            all.entry(name)
+                .or_insert_with(|| format!("{mode:o} {uid}:{gid} {:#x}", file.rdev()));
+        }
+    }
+    all
 }
 
 /// Returns the I/O class and the I/O priority of this process (ioprio_get(2)).
