@@ -286,11 +286,7 @@ impl<'a> Creation<'a> {
                     cgroup.complete(&config.resources)?;
                 }
                 self.state.pid = pid;
-                let stat = process_stat(pid)?.ok_or_else(|| {
-                    let sentence = "the host's /proc does not list the container's first process";
-                    Error::new(format!("{sentence} (process id {pid})"))
-                })?;
-                self.state.start_time = stat.0;
+                self.state.start_time = start_time(pid)?;
                 self.state.save(&self.rollback.dir)?;
                 Ok((self, channel))
             }
@@ -529,4 +525,14 @@ fn owner() -> String {
         (fields.nth(1)?.parse() == Ok(uid.as_raw())).then(|| name.to_owned())
     });
     name.unwrap_or_else(|| uid.as_raw().to_string())
+}
+
+/// Returns when the container's first process was started, in clock ticks since the boot. See the
+/// field `starttime` in proc_pid_stat(5).
+fn start_time(pid: i32) -> Result<u64> {
+    let (start_time, _) = process_stat(pid)?.ok_or_else(|| {
+        let sentence = "the host's /proc does not list the container's first process";
+        Error::new(format!("{sentence} (process id {pid})"))
+    })?;
+    Ok(start_time)
 }
