@@ -49,7 +49,8 @@ authorization: {mode: AlwaysAllow}
 enableServer: true
 resolvConf: /etc/resolv.conf
 $(unless_configured imageGCHighThresholdPercent 100)
-$(unless_configured evictionHard '{memory.available: 50Mi, nodefs.available: 1%, imagefs.available: 1%}')
+# The thresholds on disks are absolute, because 1 % of a large disk is more than the tests need.
+$(unless_configured evictionHard '{memory.available: 50Mi, nodefs.available: 100Mi, imagefs.available: 100Mi}')
 ${KUBELET_CONFIG-}
 END
     if [[ $(</proc/self/cgroup) == 0::/ ]]; then

@@ -223,7 +223,7 @@ const LEFT_MIB: u64 = 250;
 fn only_the_pod_that_uses_up_the_memory_is_evicted() -> Result {
     on_a_node(|node| {
         let config = format!(
-            "evictionHard: {{memory.available: {AVAILABLE_MIB}Mi, nodefs.available: 1%}}\n\
+            "evictionHard: {{memory.available: {AVAILABLE_MIB}Mi, nodefs.available: 100Mi}}\n\
              evictionPressureTransitionPeriod: 1s\n"
         );
         let cluster = Cluster::configured(node, &config)?;

@@ -73,7 +73,7 @@ fn images(node: &Node) -> Result<Vec<String>> {
 
 fn disk_pressure_makes_kubelet_remove_unused_images_but_no_pod() -> Result {
     let thresholds = format!(
-        "evictionHard: {{memory.available: 1Mi, nodefs.available: 1%, imagefs.available: {FREE_MIB}Mi}}\n\
+        "evictionHard: {{memory.available: 1Mi, nodefs.available: 100Mi, imagefs.available: {FREE_MIB}Mi}}\n\
          evictionPressureTransitionPeriod: 1s\n"
     );
     with_small_disk(&thresholds, |node, kubelet, disk| {
