@@ -95,6 +95,9 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
         ("open" | "openat", ENOENT) if object.starts_with("/sys/fs/cgroup/") => {
             Some("the cgroup or its controller does not exist")
         }
+        ("statfs", ENOENT) if object == "/sys/fs/cgroup" => {
+            Some("no cgroup file system is mounted at its usual place")
+        }
         ("openat", ENOENT) if object.starts_with("/sys/module/") => {
             Some("the kernel does not have the module")
         }
