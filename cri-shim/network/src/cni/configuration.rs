@@ -246,9 +246,10 @@ fn text(file: &Path) -> Result<String, String> {
 fn object(file: &Path, text: &str) -> Result<Map<String, Value>, String> {
     serde_json::from_str(text).map_err(|error| {
         // The display text of a serde_json error ends with the position of the error. In the
-        // returned message, the position is at the beginning, directly after the file's name.
+        // returned message, the position is at the beginning, directly after the file's name. The
+        // display text can contain a long value of the file.
         let sentence = error.to_string();
-        let what = sentence.split(" at line ").next().unwrap_or(&sentence);
+        let what = shown(sentence.split(" at line ").next().unwrap_or(&sentence));
         format!(
             "{}, line {}, column {}: {what}",
             file.display(),
