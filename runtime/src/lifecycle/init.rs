@@ -365,6 +365,13 @@ impl Init<'_> {
     /// Makes mounts read-only and masks paths, as the configuration specifies.
     fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
         let config = self.config;
+        let cwd = &config.process.cwd;
+        if config.root_readonly && cwd != Path::new("/") {
+            // A missing working directory can be created only before the root is read-only. If this
+            // fails, the error is reported later, when the process enters the directory.
+            let mode = Mode::from_raw_mode(0o777 & !config.process.umask.unwrap_or(0o022));
+            let _ = rootfs.make_working_directory(cwd, mode);
+        }
         rootfs.make_read_only()?;
         protection::make_read_only(rootfs, &config.readonly_paths)?;
         protection::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;

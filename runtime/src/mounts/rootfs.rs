@@ -266,7 +266,7 @@ impl Rootfs {
     /// # Errors
     /// Fails if the directory cannot be created, or if the path leads through a magic link in
     /// /proc, such as /proc/PID/cwd.
-    pub(crate) fn make_working_directory(&self, path: &Path) -> Result<PathBuf> {
+    pub(crate) fn make_working_directory(&self, path: &Path, mode: Mode) -> Result<PathBuf> {
         match self.open(path, OFlags::PATH | OFlags::DIRECTORY) {
             Err(Errno::NOENT) => {}
             Ok(_) => return Ok(path.to_owned()),
@@ -280,7 +280,7 @@ impl Rootfs {
             let doing = || format!("make directory {}", Path::new(name).display());
             let next = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
                 Err(Errno::NOENT) => {
-                    match rustix::fs::mkdirat(directory, name, Mode::from_raw_mode(0o777)) {
+                    match rustix::fs::mkdirat(directory, name, mode) {
                         Ok(()) | Err(Errno::EXIST) => {}
                         Err(errno) => return Err(errno).doing(doing),
                     }

@@ -448,7 +448,7 @@ pub(crate) fn make_cwd(cwd: &Path) -> Result<()> {
     )
     .doing(|| "open the container's root")?;
     let made = Rootfs::new(root)
-        .make_working_directory(cwd)
+        .make_working_directory(cwd, Mode::from_raw_mode(0o777))
         .map_err(|error| error.while_doing(format!("create process.cwd {}", cwd.display())))?;
     enter_cwd(&made)
 }

@@ -78,6 +78,22 @@ fn the_working_directory_is_set() -> Result {
         "/made/for/it",
         "the working directory that the runtime created"
     );
+    bundle
+        .set("/root/readonly", json!(true))
+        .set("/process/user/umask", json!(0o077))
+        .set("/process/cwd", json!("/made/again"));
+    let report = bundle.report()?;
+    ensure_eq!(
+        report["cwd"],
+        "/made/again",
+        "the working directory that the runtime created in a read-only root"
+    );
+    let made = std::fs::metadata(bundle.rootfs().join("made/again"))?;
+    ensure_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&made.permissions()) & 0o7777,
+        0o700,
+        "the mode of the created directory"
+    );
     Ok(())
 }
 
