@@ -259,6 +259,7 @@ impl Config {
             rootfs: &self.rootfs,
             mounts: &self.mounts,
             root_is_shared: self.root_is_shared(),
+            root_is_slave: self.root_is_slave(),
             namespaces: &self.namespaces,
             id_maps: &self.id_maps,
         }
@@ -267,6 +268,12 @@ impl Config {
     /// Returns whether new mounts in the container's root propagate to the host.
     pub(crate) fn root_is_shared(&self) -> bool {
         matches!(self.root_propagation, Some((kind, _)) if kind == options::SHARED)
+    }
+
+    /// Returns whether new mounts of the host propagate to the container's root. If config.json
+    /// specifies no propagation, they do not.
+    pub(crate) fn root_is_slave(&self) -> bool {
+        self.root_propagation.is_some()
     }
 
     /// Returns the propagation that the first process sets on the container's root after it has

@@ -276,10 +276,16 @@ impl Init<'_> {
             // process can reach `config.rootfs`. The container's root is allowed to cover the old
             // root, because rrun has already opened the sources of all bind mounts.
             Some(root) => attach_root(root, old_root)?,
-            None if self.no_pivot => attach_root(clone_root(&config.rootfs)?, old_root)?,
+            None if self.no_pivot => attach_root(
+                clone_root(&config.rootfs, config.root_is_slave())?,
+                old_root,
+            )?,
             // Attach the container's root at its own path on the host. If the root were attached on
             // `/`, a recursive bind mount of `/` would include the container's root.
-            None => attach_root(clone_root(&config.rootfs)?, &config.rootfs)?,
+            None => attach_root(
+                clone_root(&config.rootfs, config.root_is_slave())?,
+                &config.rootfs,
+            )?,
         };
         if config.uses_dev_of_rootfs() {
             devices::record_dev(&mut rootfs)?;

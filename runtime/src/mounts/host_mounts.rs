@@ -18,6 +18,8 @@ pub(crate) struct MountSources<'a> {
     /// True if the container's root is a shared mount, so that new mounts below it propagate to the
     /// host.
     pub(crate) root_is_shared: bool,
+    /// True if new mounts of the host propagate to the container's root.
+    pub(crate) root_is_slave: bool,
     pub(crate) namespaces: &'a Namespaces,
     pub(crate) id_maps: &'a IdMaps,
 }
@@ -46,7 +48,7 @@ impl HostMounts {
         }
         if sources.namespaces.own(Type::User) {
             host_mounts.open(sources, Mount::is_bind)?;
-            host_mounts.root = Some(clone_root(sources.rootfs)?);
+            host_mounts.root = Some(clone_root(sources.rootfs, sources.root_is_slave)?);
         } else if sources.mounts.iter().any(Mount::is_idmapped) {
             host_mounts.open(sources, Mount::is_idmapped)?;
         }

@@ -256,6 +256,7 @@ pub(crate) fn is_read_only(attr: &MountAttr) -> bool {
 
 /// The propagation type with which new mounts propagate only from the host to the container.
 pub(crate) const SLAVE: u64 = MS_SLAVE;
+pub(crate) const PRIVATE: u64 = MS_PRIVATE;
 /// The propagation type with which new mounts propagate in both directions, between the host and
 /// the container.
 pub(crate) const SHARED: u64 = MS_SHARED;

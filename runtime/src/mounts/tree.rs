@@ -49,11 +49,20 @@ pub(crate) fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Re
 }
 
 /// Returns a detached mount of the container's root directory at `path`, with all mounts below the
-/// root. Later mounts on this detached mount do not propagate to the host.
-pub(crate) fn clone_root(path: &Path) -> Result<OwnedFd> {
+/// root. Later mounts on this detached mount do not propagate to the host. If `is_slave` is true,
+/// later mounts of the host propagate to the detached mount.
+pub(crate) fn clone_root(path: &Path, is_slave: bool) -> Result<OwnedFd> {
     let sentence = || format!("make root.path {} a separate mount", path.display());
     let root = clone_tree(path, true).doing(sentence)?;
-    make_slave(&root).doing(sentence)?;
+    let attr = MountAttr {
+        propagation: if is_slave {
+            options::SLAVE
+        } else {
+            options::PRIVATE
+        },
+        ..MountAttr::default()
+    };
+    mount_setattr(root.as_fd(), true, &attr).doing(sentence)?;
     Ok(root)
 }
 

@@ -19,6 +19,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_container_can_not_reach_the_hosts_root_directory),
     test!(a_bind_mount_shows_the_files_of_its_source),
     test!(a_bind_mount_of_the_hosts_root_directory_shows_the_hosts_files),
+    test!(
+        a_later_mount_of_the_host_in_the_root_is_not_visible_by_default,
+        Need::Rrun
+    ),
     test!(a_readonly_bind_mount_is_readonly),
     test!(the_runtime_creates_the_file_for_a_bind_mount_of_a_file),
     test!(a_tmpfs_has_the_configured_options),
@@ -157,6 +161,29 @@ fn a_bind_mount_of_the_hosts_root_directory_shows_the_hosts_files() -> Result {
                 root.told()
             );
         }
+    }
+    Ok(())
+}
+
+fn a_later_mount_of_the_host_in_the_root_is_not_visible_by_default() -> Result {
+    for (propagation, visible) in [(None, false), (Some("rslave"), true)] {
+        let mut bundle = Bundle::new(&["sleep", "600"])?;
+        if let Some(propagation) = propagation {
+            bundle.set("/linux/rootfsPropagation", json!(propagation));
+        }
+        bundle.start()?;
+        let tmpfs = Some("tmpfs");
+        let none: Option<&str> = None;
+        let place = bundle.rootfs().join("data");
+        nix::mount::mount(tmpfs, &place, tmpfs, nix::mount::MsFlags::empty(), none)?;
+        let table = fs::read_to_string(format!("/proc/{}/mountinfo", bundle.pid()?))?;
+        nix::mount::umount(&place)?;
+        ensure_eq!(
+            table.contains(" /data "),
+            visible,
+            "whether a container with the propagation {propagation:?} sees the host's mount ({table})"
+        );
+        bundle.end()?;
     }
     Ok(())
 }
