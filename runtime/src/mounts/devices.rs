@@ -47,21 +47,11 @@ const LINKS: [(&str, &str); 4] = [
     ("stderr", "/proc/self/fd/2"),
 ];
 
-/// Returns the devices of a container: the defaults, and the entries of `linux.devices`. If several
-/// devices have the same path, the last one is kept.
+/// Returns the devices of a container: the defaults, and the entries of `linux.devices`, which can
+/// replace defaults. If several entries have the same path, the first one is kept, as with runc and
+/// crun.
 pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
-    let mut devices: Vec<Device> = DEFAULTS
-        .iter()
-        .map(|(path, major, minor)| Device {
-            path: PathBuf::from(path),
-            kind: FileType::CharacterDevice,
-            major: *major,
-            minor: *minor,
-            mode: 0o666,
-            uid: 0,
-            gid: 0,
-        })
-        .collect();
+    let mut devices = Vec::new();
     for (index, device) in spec.iter().enumerate() {
         let kind = match device.typ() {
             LinuxDeviceType::C | LinuxDeviceType::U => FileType::CharacterDevice,
@@ -87,23 +77,23 @@ pub(crate) fn from_spec(spec: &[LinuxDevice]) -> Result<Vec<Device>> {
             kind,
             major,
             minor,
-            mode: device.file_mode().unwrap_or(0o666) & 0o7777,
+            mode: device.file_mode().unwrap_or(0o666) & 0o777,
             uid,
             gid,
         });
     }
-    Ok(keep_last(devices))
-}
-
-fn keep_last(devices: Vec<Device>) -> Vec<Device> {
-    let mut later = BTreeSet::new();
-    let mut kept: Vec<Device> = devices
-        .into_iter()
-        .rev()
-        .filter(|device| later.insert(device.path.clone()))
-        .collect();
-    kept.reverse();
-    kept
+    devices.extend(DEFAULTS.map(|(path, major, minor)| Device {
+        path: PathBuf::from(path),
+        kind: FileType::CharacterDevice,
+        major,
+        minor,
+        mode: 0o666,
+        uid: 0,
+        gid: 0,
+    }));
+    let mut paths = BTreeSet::new();
+    devices.retain(|device| paths.insert(device.path.clone()));
+    Ok(devices)
 }
 
 /// Records the directory /dev of the root file system, if rrun will create device files there.
@@ -226,6 +216,19 @@ mod tests {
             .collect();
         assert_eq!(null.len(), 1);
         assert_eq!(null.first().map(|d| d.mode), Some(0o600));
+    }
+
+    #[test]
+    fn the_first_device_of_a_path_is_kept_without_special_mode_bits() {
+        let spec: Vec<LinuxDevice> = serde_json::from_str(
+            r#"[{"path":"/dev/x","type":"c","major":1,"minor":3,"fileMode":11181},
+                {"path":"/dev/x","type":"p"}]"#,
+        )
+        .unwrap();
+        let devices = from_spec(&spec).unwrap();
+        assert_eq!(devices.len(), DEFAULTS.len() + 1);
+        let first = devices.first().map(|d| (d.kind, d.minor, d.mode));
+        assert_eq!(first, Some((FileType::CharacterDevice, 3, 0o655)));
     }
 
     #[test]
