@@ -19,6 +19,14 @@ pub fn describe(error: &io::Error) -> String {
     error.raw_os_error().map_or_else(|| error.to_string(), text)
 }
 
+/// Returns whether the errno means that this machine lacks a resource or has a broken device. With
+/// any other errno, the cause can be the file itself.
+pub fn is_of_the_machine(raw: i32) -> bool {
+    use Errno::{EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC};
+    let errno = Errno::from_raw(raw);
+    [EDQUOT, EIO, EMFILE, ENFILE, ENOMEM, ENOSPC].contains(&errno)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -42,6 +42,16 @@ impl Unfit {
         }
     }
 
+    /// Returns the errno of the failed system call, if the kernel reported an error.
+    pub fn errno(&self) -> Option<i32> {
+        match self {
+            Unfit::Kernel(errno) | Unfit::Procfs(ProcfsError::Kernel(errno)) => {
+                Some(errno.raw_os_error())
+            }
+            Unfit::Kind(_) | Unfit::Larger(_) | Unfit::Procfs(ProcfsError::Foreign) => None,
+        }
+    }
+
     fn predicate(&self) -> String {
         match self {
             Unfit::Kind(kind) => {

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::io;
 
-use rrun_kernel::errno::describe;
+use rrun_kernel::errno::{describe, is_of_the_machine};
 pub use tonic::Code;
 use tonic::Status;
 
@@ -39,6 +39,17 @@ impl Error {
     /// Creates an error for a request that contradicts itself or lacks a required field.
     pub fn invalid(sentence: impl Into<String>) -> Self {
         Error::new(Code::InvalidArgument, sentence)
+    }
+
+    /// Creates an error for a file that a request, an image or a pod specifies. The request is
+    /// invalid, except if `errno` means that this node lacks a resource or has a broken device. A
+    /// caller repeats a request only after the other codes.
+    pub fn of_file(errno: Option<i32>, sentence: impl Into<String>) -> Self {
+        if errno.is_some_and(is_of_the_machine) {
+            Error::internal(sentence)
+        } else {
+            Error::invalid(sentence)
+        }
     }
 
     pub fn not_found(sentence: impl Into<String>) -> Self {
@@ -127,6 +138,14 @@ mod tests {
         assert!(text.starts_with("run the pod: the name \"é"));
         assert!(text.ends_with("é\" is too long"));
         assert!(text.len() < MAX_SENTENCE_BYTES, "{} bytes", text.len());
+    }
+
+    #[test]
+    fn a_lack_of_descriptors_does_not_make_a_request_invalid() {
+        let code = |errno| Error::of_file(errno, "open the file").code();
+        assert_eq!(code(Some(libc::EMFILE)), Code::Internal);
+        assert_eq!(code(Some(libc::ELOOP)), Code::InvalidArgument);
+        assert_eq!(code(None), Code::InvalidArgument);
     }
 
     #[test]

@@ -4,16 +4,17 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use pathrs::Root;
 use rrun_proto::v1::Mount;
 use rustix::mount::OpenTreeFlags;
 
 use super::idmap;
+use super::in_root::InRoot;
 use crate::node::Node;
 use crate::sandbox::files::private_dir;
 use crate::selinux::label::Label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
+use rrun_kernel::errno::describe;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// The directory in the bundle in which image volumes are mounted.
@@ -185,14 +186,17 @@ fn mount_one(
 /// Returns a detached, read-only mount of the directory `sub_path` of an image. Symbolic links in
 /// `sub_path` can't lead outside the image.
 fn resolve(mounted: &Path, sub_path: &Path) -> Result<OwnedFd> {
-    let failed = |error: pathrs::error::Error| {
-        Error::invalid(format!(
-            "resolve the image_sub_path {:?} in the image: {error}",
-            sub_path.display()
-        ))
-    };
-    let root = Root::open(mounted).map_err(failed)?;
-    let inside = root.resolve(sub_path).map_err(failed)?;
+    let found = InRoot::open(mounted).and_then(|root| root.find(sub_path));
+    let inside = found.map_err(|errno| {
+        Error::of_file(
+            Some(errno.raw_os_error()),
+            format!(
+                "resolve the image_sub_path {:?} in the image: {}",
+                sub_path.display(),
+                describe(&errno.into())
+            ),
+        )
+    })?;
     let stat = rustix::fs::fstat(&inside)
         .during(|| "read the attributes of the directory in the image".to_owned())?;
     if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::Directory {

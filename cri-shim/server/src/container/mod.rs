@@ -21,6 +21,7 @@ pub(crate) mod devices;
 pub(crate) mod fuzz;
 pub(crate) mod idmap;
 pub(crate) mod image_volume;
+mod in_root;
 pub(crate) mod mounts;
 pub(crate) mod propagation;
 pub(crate) mod remove;

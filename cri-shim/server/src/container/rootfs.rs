@@ -7,19 +7,22 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
-use pathrs::Root;
+use pathrs::RootRef;
+use pathrs::error::ErrorKind;
 use rustix::fs::CWD;
+use rustix::io::Errno;
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_flag,
     fsconfig_set_string, fsmount, fsopen, move_mount,
 };
 
 use super::idmap;
+use super::in_root::InRoot;
 use crate::sandbox::files::private_dir;
 use crate::selinux::label::Label;
 use crate::selinux::relabel;
 use rrun_calls::error::{During, Error, Result};
-use rrun_kernel::errno::describe;
+use rrun_kernel::errno::{self, describe};
 
 /// The mount points that every container needs and many images lack.
 const DIRECTORIES: [&str; 4] = ["dev", "etc", "proc", "sys"];
@@ -271,15 +274,26 @@ pub(crate) fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> R
     if inside.is_empty() {
         return Ok(());
     }
-    let failed = |error: pathrs::error::Error| {
-        Error::invalid(format!(
-            "create the working directory {dir:?} in the image: {error}"
-        ))
-    };
-    let root = Root::open(rootfs).map_err(failed)?;
-    if root.resolve(inside).is_ok() {
-        return Ok(());
+    let what = || format!("create the working directory {dir:?} in the image");
+    let root = InRoot::open(rootfs).during(what)?;
+    match root.find(inside) {
+        Ok(_) => return Ok(()),
+        Err(Errno::NOENT) => {}
+        Err(errno) => {
+            let errno_text = describe(&errno.into());
+            let sentence = format!("{}: {errno_text}", what());
+            return Err(Error::of_file(Some(errno.raw_os_error()), sentence));
+        }
     }
+    // The library follows the same rules for each directory of the path.
+    let root = RootRef::from_fd(root.as_fd());
+    let failed = |error: pathrs::error::Error| {
+        let (errno, reason) = match error.kind() {
+            ErrorKind::OsError(Some(errno)) => (Some(errno), errno::text(errno)),
+            _ => (None, error.to_string()),
+        };
+        Error::of_file(errno, format!("{}: {reason}", what()))
+    };
     let mode = std::fs::Permissions::from_mode(0o755);
     let make = || root.mkdir_all(inside, &mode).map(drop).map_err(failed);
     match owner {

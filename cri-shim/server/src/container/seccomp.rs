@@ -151,25 +151,26 @@ impl SeccompProfile {
             }
             SeccompProfile::Localhost(path) => {
                 let read = read(path).map(SeccompFilter::File);
-                read.map(Some).map_err(|reason| {
-                Error::invalid(format!(
+                read.map(Some).map_err(|(errno, reason)| {
+                    Error::of_file(errno, format!(
                     "the container's seccomp profile {} (linux.security_context.seccomp): {reason}",
                     path.display()
                 ))
-            })
+                })
             }
         }
     }
 }
 
-fn read(path: &Path) -> std::result::Result<Value, String> {
+/// Reads and parses a profile. The error contains the reason, and the errno if a system call failed.
+fn read(path: &Path) -> std::result::Result<Value, (Option<i32>, String)> {
     let text = regular_file::open(path, OFlags::RDONLY)
         .and_then(|file| regular_file::read(file, SIZE_LIMIT))
-        .map_err(|unfit| unfit.to_string())?;
+        .map_err(|unfit| (unfit.errno(), unfit.to_string()))?;
     let profile: Value =
-        serde_json::from_slice(&text).map_err(|error| format!("is not JSON: {error}"))?;
+        serde_json::from_slice(&text).map_err(|error| (None, format!("is not JSON: {error}")))?;
     if !profile["defaultAction"].is_string() {
-        return Err("has no defaultAction".to_owned());
+        return Err((None, "has no defaultAction".to_owned()));
     }
     Ok(profile)
 }

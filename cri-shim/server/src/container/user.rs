@@ -4,13 +4,13 @@
 
 use std::path::Path;
 
-use pathrs::{Root, error::ErrorKind};
 use rrun_proto::v1::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
 use rustix::fs::OFlags;
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 
-use rrun_calls::error::{Error, Result};
+use super::in_root::InRoot;
+use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::id::{self, Named};
 use rrun_kernel::regular_file::{self, Unfit};
 
@@ -43,30 +43,20 @@ impl Accounts {
     /// Reads etc/passwd and etc/group in `rootfs`. Symbolic links can't lead outside `rootfs`.
     /// This call blocks.
     pub(crate) fn read(rootfs: &Path) -> Result<Self> {
-        let root = Root::open(rootfs).map_err(|error| {
-            Error::internal(format!("open the image's root file system: {error}"))
-        })?;
+        let root =
+            InRoot::open(rootfs).during(|| "open the image's root file system".to_owned())?;
         let text = |path: &str| {
-            let bytes = match root.resolve(path) {
+            let bytes = match root.find(path) {
                 Ok(found) => regular_file::reopen(found, OFlags::RDONLY)
                     .and_then(|file| regular_file::read(file, MAX_FILE_BYTES)),
-                Err(error) => match error.kind() {
-                    ErrorKind::OsError(Some(libc::ENOENT | libc::ENOTDIR)) => Ok(Vec::new()),
-                    ErrorKind::OsError(Some(errno)) => {
-                        Err(Unfit::Kernel(Errno::from_raw_os_error(errno)))
-                    }
-                    _ => {
-                        return Err(Error::internal(format!(
-                            "resolve {path} in the image: {error}"
-                        )));
-                    }
-                },
+                Err(Errno::NOENT | Errno::NOTDIR) => Ok(Vec::new()),
+                Err(errno) => Err(Unfit::Kernel(errno)),
             };
             let bytes = bytes.map_err(|unfit| {
                 let file = format!("{path} in the image's root file system");
-                Error::invalid(unfit.sentence(&file))
+                Error::of_file(unfit.errno(), unfit.sentence(&file))
             })?;
-            Ok(String::from_utf8_lossy(&bytes).into_owned())
+            Ok::<String, Error>(String::from_utf8_lossy(&bytes).into_owned())
         };
         Ok(Accounts {
             passwd: text("etc/passwd")?,

@@ -9,16 +9,17 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use pathrs::flags::OpenFlags;
-use pathrs::{Root, error::ErrorKind};
 use rrun_proto::v1::Mount;
 use rustix::fs::{Mode, fchmod};
+use rustix::io::Errno;
 
 use self::copy::Copier;
 pub(crate) use self::copy::Limits;
+use super::in_root::InRoot;
 use super::mounts::cleaned;
 use crate::sandbox::files::private_dir;
 use rrun_calls::error::{Code, During, Error, Result};
+use rrun_kernel::errno::describe;
 
 /// The maximum number of volumes that an image can declare.
 const MAX_VOLUMES: usize = 1000;
@@ -100,21 +101,19 @@ impl Volumes<'_> {
 
     /// Opens the directory of a volume in the image. Returns `None` if it does not exist.
     fn directory(&self, place: &Path) -> Result<Option<OwnedFd>> {
-        let failed = |error: pathrs::error::Error| {
-            Error::invalid(format!("open the volume's directory in the image: {error}"))
-        };
-        let root = Root::open(self.rootfs).map_err(failed)?;
+        let root =
+            InRoot::open(self.rootfs).during(|| "open the image's root file system".to_owned())?;
         let inside = place.strip_prefix("/").unwrap_or(place);
-        match root.resolve(inside) {
-            Ok(found) => {
-                // O_DIRECTORY makes this call fail for a device before its driver is called.
-                let open = found.reopen(OpenFlags::O_RDONLY | OpenFlags::O_DIRECTORY);
-                Ok(Some(open.map_err(failed)?.into()))
-            }
-            Err(error) if matches!(error.kind(), ErrorKind::OsError(Some(libc::ENOENT))) => {
-                Ok(None)
-            }
-            Err(error) => Err(failed(error)),
+        match root.open_directory(inside) {
+            Ok(found) => Ok(Some(found)),
+            Err(Errno::NOENT) => Ok(None),
+            Err(errno) => Err(Error::of_file(
+                Some(errno.raw_os_error()),
+                format!(
+                    "open the volume's directory in the image: {}",
+                    describe(&errno.into())
+                ),
+            )),
         }
     }
 
