@@ -3,6 +3,7 @@
 
 use std::sync::OnceLock;
 
+use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit, setrlimit};
 
 /// The limit on open descriptors that this process inherited.
@@ -36,8 +37,9 @@ pub fn share() -> usize {
 /// Gives the process `pid` the descriptor limit that the calling process had before it called
 /// [`raise`]. The CRI server calls this function for each monitor, because containers inherit the
 /// monitor's descriptor limit.
-pub fn restore_for(pid: i32) {
+pub fn restore_for(pid: i32) -> Result<(), Errno> {
     if let (Some(inherited), Some(pid)) = (INHERITED.get(), Pid::from_raw(pid)) {
-        let _ = prlimit(Some(pid), Resource::Nofile, *inherited);
+        prlimit(Some(pid), Resource::Nofile, *inherited)?;
     }
+    Ok(())
 }

@@ -19,6 +19,10 @@ impl From<MonitorError> for Error {
             // The code is not DeadlineExceeded, because kubelet would interpret DeadlineExceeded as
             // the timeout of a probe and restart the container.
             MonitorError::Deadline { .. } => Code::Unavailable,
+            MonitorError::Unreachable { error, .. } if is_out_of_resources(error) => {
+                Code::ResourceExhausted
+            }
+            MonitorError::Unreachable { .. } => Code::Internal,
             MonitorError::Gone { .. } | MonitorError::Protocol { .. } => Code::Internal,
         };
         Error::new(code, error.to_string())

@@ -17,6 +17,7 @@ use tokio::time::{Instant, timeout_at};
 
 pub use spawn::{SpawnError, spawn};
 
+use rrun_kernel::errno::describe;
 use rrun_protocol::wire::{self, WireError};
 use rrun_protocol::{Attach, Create, Event, Exec, Failure, Hello, Reply, Request};
 use socket::connect;
@@ -50,6 +51,13 @@ pub enum MonitorError {
     /// reply.
     #[error("the connection to the monitor at {socket} failed: {reason}")]
     Gone { socket: PathBuf, reason: String },
+    /// A system call of this process failed, for example because the process has no descriptors
+    /// left. The monitor may be alive.
+    #[error("connect to the monitor at {socket}: {}", describe(.error))]
+    Unreachable {
+        socket: PathBuf,
+        error: std::io::Error,
+    },
     /// The monitor replied with an error.
     #[error("{}", .0.message)]
     Failed(Failure),
@@ -120,8 +128,7 @@ impl MonitorClient {
             signal,
             all,
         };
-        self.request_done("kill", &request, RUNTIME_REQUEST_TIMEOUT)
-            .await
+        self.request_twice("kill", &request).await
     }
 
     /// Sends [`Request::Update`]. `resources` is a LinuxResources object of the OCI runtime
@@ -138,8 +145,7 @@ impl MonitorClient {
     /// Sends [`Request::Delete`].
     pub async fn delete(&self, id: &str) -> Result<(), MonitorError> {
         let request = Request::Delete { id: id.to_owned() };
-        self.request_done("delete", &request, RUNTIME_REQUEST_TIMEOUT)
-            .await
+        self.request_twice("delete", &request).await
     }
 
     /// Sends [`Request::ReopenLog`].
@@ -151,8 +157,7 @@ impl MonitorClient {
 
     /// Sends [`Request::Shutdown`].
     pub async fn shutdown(&self) -> Result<(), MonitorError> {
-        self.request_done("shutdown", &Request::Shutdown, RUNTIME_REQUEST_TIMEOUT)
-            .await
+        self.request_twice("shutdown", &Request::Shutdown).await
     }
 
     /// Sends [`Request::Exec`]. `stdio` contains the descriptors for stdin, stdout and stderr, or
@@ -235,6 +240,26 @@ impl MonitorClient {
         }
     }
 
+    /// Sends a request that has no further effect if it is repeated. If the connection fails, sends
+    /// the request again. A monitor that lives but lacks a resource can close one connection. The
+    /// caller would otherwise assume that the monitor is dead.
+    async fn request_twice(
+        &self,
+        name: &'static str,
+        request: &Request,
+    ) -> Result<(), MonitorError> {
+        match self
+            .request_done(name, request, RUNTIME_REQUEST_TIMEOUT)
+            .await
+        {
+            Err(MonitorError::Gone { .. }) => {
+                self.request_done(name, request, RUNTIME_REQUEST_TIMEOUT)
+                    .await
+            }
+            result => result,
+        }
+    }
+
     async fn request_done(
         &self,
         name: &'static str,
@@ -284,7 +309,7 @@ impl MonitorClient {
         let stream = timeout_at(deadline.at, sending)
             .await
             .map_err(|_| self.timed_out(name, deadline))?
-            .map_err(|error| self.gone(&error))?;
+            .map_err(|error| self.failed(error))?;
         Ok(Connection {
             stream,
             received: Vec::new(),
@@ -309,16 +334,31 @@ impl MonitorClient {
         match reply {
             Ok(Some(Reply::Error(failure))) => Err(MonitorError::Failed(failure)),
             Ok(Some(reply)) => Ok(reply),
-            Ok(None) => Err(self.gone(&"the monitor closed the connection")),
-            Err(ReceiveError::Io(error)) => Err(self.gone(&error)),
+            Ok(None) => Err(self.gone("the monitor closed the connection")),
+            Err(ReceiveError::Io(error)) => Err(self.failed(error)),
             Err(ReceiveError::Wire(error)) => Err(self.unreadable(name, &error)),
         }
     }
 
-    fn gone(&self, reason: &dyn std::fmt::Display) -> MonitorError {
+    fn gone(&self, reason: impl Into<String>) -> MonitorError {
         MonitorError::Gone {
             socket: self.socket.clone(),
-            reason: reason.to_string(),
+            reason: reason.into(),
+        }
+    }
+
+    /// Returns [`MonitorError::Gone`] if the monitor caused the error, and otherwise
+    /// [`MonitorError::Unreachable`].
+    fn failed(&self, error: std::io::Error) -> MonitorError {
+        use std::io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound};
+        match error.kind() {
+            BrokenPipe | ConnectionRefused | ConnectionReset | NotFound => {
+                self.gone(describe(&error))
+            }
+            _ => MonitorError::Unreachable {
+                socket: self.socket.clone(),
+                error,
+            },
         }
     }
 

@@ -13,6 +13,7 @@ use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
 use crate::socket::{bind, connect};
+use rrun_kernel::errno::describe;
 use rrun_protocol::{CONFIGURATION_NAME, LISTEN_FD, Pod, SOCKET_NAME};
 
 /// The timeout for a connection to an existing socket. A connection to a dead monitor's socket is
@@ -22,7 +23,7 @@ const PROBE_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[derive(Debug, thiserror::Error)]
 pub enum SpawnError {
-    #[error("{what} {path}: {error}")]
+    #[error("{what} {path}: {}", describe(.error))]
     File {
         what: &'static str,
         path: PathBuf,
@@ -68,8 +69,13 @@ pub async fn spawn(dir: &Path, pod: &Pod, binary: &Path) -> Result<i32, SpawnErr
 
     let pid = start(binary, dir, &listener)
         .map_err(|errno| failed("start the monitor", binary)(errno.into()))?;
-    rrun_kernel::descriptor_limit::restore_for(pid);
-    reap(pid);
+    let prepared = rrun_kernel::descriptor_limit::restore_for(pid)
+        .map_err(|errno| failed("set the descriptor limit of the monitor", binary)(errno.into()))
+        .and_then(|()| reap(pid).map_err(failed("wait for the exit of the monitor", binary)));
+    if let Err(error) = prepared {
+        kill_and_reap(pid);
+        return Err(error);
+    }
     Ok(pid)
 }
 
@@ -117,25 +123,27 @@ fn start(binary: &Path, dir: &Path, listener: &OwnedFd) -> nix::Result<i32> {
 
 /// Starts a task that reaps the monitor after its exit. Without this task, the monitor would remain
 /// as a zombie.
-fn reap(pid: i32) {
-    let Some(pid) = Pid::from_raw(pid) else {
-        return;
-    };
+fn reap(pid: i32) -> std::io::Result<()> {
+    let pid = Pid::from_raw(pid).ok_or(rustix::io::Errno::SRCH)?;
     // The pid still belongs to the monitor, because the monitor has not been reaped yet. Only the
     // task below reaps the monitor.
-    let Ok(pidfd) = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) else {
-        return;
-    };
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK)?;
+    // SAFETY: `AsyncFd` owns `pidfd`, never replaces it, and `pidfd` always refers to the same
+    // descriptor.
+    let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
     tokio::spawn(async move {
-        // SAFETY: `AsyncFd` owns `pidfd`, never replaces it, and `pidfd` always refers to the same
-        // descriptor.
-        let registered = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) };
-        let Ok(pidfd) = registered else {
-            return;
-        };
         if pidfd.readable().await.is_ok() {
             let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
             let _ = rustix::process::waitid(WaitId::PidFd(pidfd.get_ref().as_fd()), options);
         }
     });
+    Ok(())
+}
+
+/// Kills a monitor that no task reaps. A killed process exits immediately, so the wait is short.
+fn kill_and_reap(pid: i32) {
+    if let Some(pid) = Pid::from_raw(pid) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        let _ = rustix::process::waitid(WaitId::Pid(pid), WaitIdOptions::EXITED);
+    }
 }

@@ -6,9 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 
 use super::timestamp::Timestamp;
-
-/// The name of the log file in the monitor's working directory.
-const FILE_NAME: &str = "monitor.log";
+use rrun_protocol::LOG_NAME;
 
 /// The size in bytes above which the monitor empties the log. The size is limited, because the log
 /// is on a tmpfs and occupies memory.
@@ -21,7 +19,7 @@ pub(crate) fn write(line: &str) {
         .append(true)
         .create(true)
         .mode(0o600)
-        .open(FILE_NAME);
+        .open(LOG_NAME);
     let Ok(mut file) = opened else {
         return;
     };

@@ -26,6 +26,9 @@ pub const SOCKET_NAME: &str = "monitor.sock";
 /// The name of the monitor's configuration file in a pod's directory.
 pub const CONFIGURATION_NAME: &str = "monitor.json";
 
+/// The name of the monitor's own log in a pod's directory.
+pub const LOG_NAME: &str = "monitor.log";
+
 /// The descriptor number of the listening socket that the monitor inherits from the CRI server. The
 /// CRI server binds the socket. Clients can therefore connect before the monitor has finished its
 /// initialisation.

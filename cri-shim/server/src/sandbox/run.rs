@@ -22,8 +22,9 @@ use crate::selinux::categories::LevelHold;
 use crate::selinux::label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
+use rrun_monitor_client::MonitorError;
 use rrun_network::namespace as netns;
-use rrun_protocol::{Hello, Pod};
+use rrun_protocol::{Hello, LOG_NAME, Pod};
 
 /// The maximum length of a host name in bytes, sethostname(2).
 const HOST_NAME_MAX: usize = 64;
@@ -455,6 +456,11 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
     // The monitor responds after it has created the pod's namespaces.
     match tokio::time::timeout(MONITOR_START_TIMEOUT, sandbox.monitor.subscribe()).await {
         Ok(Ok((hello, _events))) => Ok(hello),
+        Ok(Err(error @ MonitorError::Gone { .. })) => Err(Error::internal(format!(
+            "start the monitor {}: {}",
+            node.config.monitor.display(),
+            last_line(&dir.join(LOG_NAME)).unwrap_or_else(|| error.to_string())
+        ))),
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err(Error::internal(format!(
             "the monitor {} did not answer within {} s after its start",
@@ -462,6 +468,15 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
             MONITOR_START_TIMEOUT.as_secs()
         ))),
     }
+}
+
+/// Returns the last line of the monitor's own log without its time, or `None` if the log does not
+/// exist or is empty. A monitor that cannot start writes the reason to its log.
+fn last_line(log: &Path) -> Option<String> {
+    // Ours: only the monitor writes to this file.
+    let text = std::fs::read_to_string(log).ok()?;
+    let (_time, line) = text.lines().next_back()?.split_once(' ')?;
+    Some(line.to_owned())
 }
 
 async fn attach(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Result<Vec<IpAddr>> {

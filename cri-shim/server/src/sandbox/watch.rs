@@ -45,6 +45,7 @@ pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
                         }
                     }
                 }
+                Err(error @ MonitorError::Unreachable { .. }) => error,
                 Err(error) => {
                     failures += 1;
                     error
