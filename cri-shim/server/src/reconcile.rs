@@ -81,9 +81,11 @@ async fn refuse_routers(node: &Node) {
 /// true in this record.
 fn adopt_sandboxes(node: &Arc<Node>) -> Result<()> {
     for id in entries(&node.config.state.join("pods"))? {
+        if node.sandbox(&id).is_ok() {
+            continue;
+        }
         let path = node.sandbox_dir(&id).join(sandbox::RECORD);
-        if node.sandbox(&id).is_err()
-            && let Some(record) = files::read_record::<sandbox::SandboxRecord>(&path)
+        if let Some(record) = record::<sandbox::SandboxRecord>(&path).flatten()
             && record.ready
         {
             let sandbox = Arc::new(Sandbox::from_record(node, record));
@@ -94,6 +96,13 @@ fn adopt_sandboxes(node: &Arc<Node>) -> Result<()> {
     Ok(())
 }
 
+/// Reads a record, like [`files::read_record`]. If the record can't be read, logs the error and
+/// returns `None`. The server then leaves the object alone until its next start.
+fn record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<Option<T>> {
+    let read = files::read_record(path);
+    read.inspect_err(|error| log::error!("{error}")).ok()
+}
+
 /// Adds containers that are missing in the store. The server was killed before it wrote these
 /// containers to the store. If the store contains a container without its start time, adds the
 /// start time.
@@ -101,18 +110,25 @@ fn adopt_containers(node: &Arc<Node>) -> Result<()> {
     for sandbox in node.sandboxes() {
         for id in entries(&node.sandbox_dir(&sandbox.id).join("containers"))? {
             let path = node.bundle(&sandbox.id, &id).join(container::RECORD);
-            let Some(record) = files::read_record::<container::ContainerRecord>(&path) else {
+            let Some(record) = record::<container::ContainerRecord>(&path).flatten() else {
                 continue;
             };
             match node.container(&id) {
-                Ok(known) => known.change(|state| {
-                    if state.started_at == 0 && record.state.started_at != 0 {
-                        state.started_at = record.state.started_at;
-                        if state.phase == Phase::Created {
-                            state.phase = Phase::Running;
+                Ok(known) => {
+                    let mut changed = false;
+                    known.change(|state| {
+                        changed = state.started_at == 0 && record.state.started_at != 0;
+                        if changed {
+                            state.started_at = record.state.started_at;
+                            if state.phase == Phase::Created {
+                                state.phase = Phase::Running;
+                            }
                         }
+                    });
+                    if changed {
+                        known.save_soon(node);
                     }
-                }),
+                }
                 Err(_) if record.made => {
                     let made = Arc::new(Container::from_record(Arc::clone(&sandbox), record));
                     node.add_container(Arc::clone(&made));
@@ -145,8 +161,8 @@ async fn reconcile_pod(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
     if !sandbox.state().ready {
         sandbox.state().retired = true;
     }
-    let result = match sandbox.monitor.subscribe().await {
-        Ok((hello, _)) => {
+    let result = match watch::first_hello(sandbox).await {
+        Ok(hello) => {
             let known: HashSet<String> =
                 hello.containers.iter().map(|one| one.id.clone()).collect();
             watch::apply(node, sandbox, hello);
@@ -215,7 +231,9 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
                 continue;
             }
             log::info!("{name}: the server removes the partially created container {bundle}");
-            let container = partial_container(node, &pod, &bundle);
+            let Some(container) = partial_container(node, &pod, &bundle) else {
+                continue;
+            };
             if let Err(error) = remove::unmake(node, &Arc::new(container)).await {
                 log::error!("{name}: {error}");
             }
@@ -272,10 +290,11 @@ fn entries(dir: &Path) -> Result<Vec<String>> {
 }
 
 /// Returns the pod that the record in its directory describes. If the directory contains no record,
-/// nothing else was created for the pod, so the directory is removed.
+/// nothing else was created for the pod, so the directory is removed. If the record can't be read,
+/// the directory is kept.
 fn partial_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
     let dir = node.sandbox_dir(id);
-    match files::read_record(&dir.join(sandbox::RECORD)) {
+    match record(&dir.join(sandbox::RECORD))? {
         Some(record) => Some(Sandbox::from_record(node, record)),
         None => {
             if let Err(error) = files::remove_tree(&dir) {
@@ -287,10 +306,11 @@ fn partial_sandbox(node: &Node, id: &str) -> Option<Sandbox> {
 }
 
 /// Returns the container that the record in its bundle describes. If the bundle contains no record,
-/// the result contains only the ids of the container and of its pod.
-fn partial_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Container {
+/// the result contains only the ids of the container and of its pod. Returns `None` if the record
+/// can't be read.
+fn partial_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Option<Container> {
     let path = node.bundle(&sandbox.id, id).join(container::RECORD);
-    let record = files::read_record(&path).unwrap_or_else(|| container::ContainerRecord {
+    let record = record(&path)?.unwrap_or_else(|| container::ContainerRecord {
         id: id.to_owned(),
         sandbox: sandbox.id.clone(),
         config: Default::default(),
@@ -303,5 +323,5 @@ fn partial_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Container
         state: container::ContainerState::new(Default::default()),
         made: false,
     });
-    Container::from_record(Arc::clone(sandbox), record)
+    Some(Container::from_record(Arc::clone(sandbox), record))
 }

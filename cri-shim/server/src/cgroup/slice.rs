@@ -77,10 +77,9 @@ pub(crate) async fn start(slice: &str) -> Result<()> {
 /// error.
 pub(crate) async fn stop(slice: &str) -> Result<()> {
     let stopped = systemctl("stop", slice).await;
-    if super::directory(slice).exists() {
-        stopped
-    } else {
-        Ok(())
+    match super::directory(slice).try_exists() {
+        Ok(false) => Ok(()),
+        _ => stopped,
     }
 }
 

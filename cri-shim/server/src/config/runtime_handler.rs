@@ -47,9 +47,8 @@ impl RuntimeHandler {
         }
     }
 
-    /// Returns an error text if the binary does not exist.
+    /// Returns an error text if the binary does not exist or cannot be found.
     pub(crate) fn missing(&self) -> Option<String> {
-        let path = self.path.display();
-        (!self.path.is_file()).then(|| format!("the runtime {path} does not exist"))
+        super::missing("the runtime", &self.path)
     }
 }

@@ -204,11 +204,10 @@ impl Config {
         Some(command)
     }
 
-    /// Returns an error text if the monitor's binary does not exist.
+    /// Returns an error text if the monitor's binary does not exist or cannot be found.
     pub(crate) fn monitor_missing(&self) -> Option<String> {
-        let path = self.monitor.display();
-        let missing = !self.monitor.is_file();
-        missing.then(|| format!("the monitor {path} does not exist: pods cannot be created"))
+        let missing = super::missing("the monitor", &self.monitor)?;
+        Some(format!("{missing}: pods cannot be created"))
     }
 
     /// Returns the runtime handler with the name `handler`. An empty name selects the default

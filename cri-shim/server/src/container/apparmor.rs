@@ -55,10 +55,19 @@ fn requested(context: &LinuxContainerSecurityContext) -> Result<SecurityProfile>
     })
 }
 
-fn enabled() -> bool {
+/// Returns whether AppArmor is enabled. An error must not count as disabled, because the container
+/// would then run without a profile.
+fn enabled() -> Result<bool> {
     // The kernel's sysfs provides this file, so opening it by its path is safe.
-    std::fs::read(ENABLED).is_ok_and(|text| text.first() == Some(&b'Y'))
-        && Path::new(LOADED).exists()
+    match std::fs::read(ENABLED) {
+        Ok(text) if text.first() == Some(&b'Y') => {
+            let loaded = Path::new(LOADED).try_exists();
+            loaded.during(|| format!("find {LOADED}"))
+        }
+        Ok(_) => Ok(false),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(error).during(|| format!("read {ENABLED}")),
+    }
 }
 
 /// Returns the name of the container's AppArmor profile, for `process.apparmorProfile` in
@@ -78,14 +87,14 @@ pub(crate) fn profile(context: &LinuxContainerSecurityContext) -> Result<Option<
     }
     match kind {
         ProfileType::Unconfined => Ok(None),
-        ProfileType::RuntimeDefault if context.privileged || !enabled() => Ok(None),
+        ProfileType::RuntimeDefault if context.privileged || !enabled()? => Ok(None),
         ProfileType::RuntimeDefault => {
             load_default()?;
             Ok(Some(DEFAULT.to_owned()))
         }
         ProfileType::Localhost => {
             let name = reference.strip_prefix(LOCALHOST).unwrap_or(reference);
-            if !enabled() {
+            if !enabled()? {
                 return Err(Error::invalid(format!(
                     "the AppArmor profile {name:?} (linux.security_context.apparmor) can't be used: AppArmor is not enabled on this node"
                 )));

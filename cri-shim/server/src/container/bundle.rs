@@ -221,14 +221,14 @@ fn write_config(
     let pod = node.sandbox_dir(&sandbox.id);
     let mount_inputs = mounts::MountInputs {
         pod: &pod,
-        etc: &etc(&pod),
+        etc: &etc(&pod)?,
         privileged,
         readonly_rootfs: context.readonly_rootfs,
         own_ipc: sharing.own_ipc,
         features: inputs.features,
     };
     let requested = &record.state.resources;
-    let controllers = resources::Controllers::of(&cgroup::directory(&sandbox.cgroup));
+    let controllers = resources::Controllers::of(&cgroup::directory(&sandbox.cgroup))?;
     let handler = node.config.runtime(&sandbox.handler);
     let mut spec = spec::spec(SpecInputs {
         config,
@@ -245,7 +245,7 @@ fn write_config(
         oom_score_adj: resources::oom_score_adj(
             requested.oom_score_adj,
             node.config.restrict_oom_score_adj,
-        ),
+        )?,
         rlimits: &node.config.rlimits,
         annotations: handler.map_or_else(Default::default, |handler| {
             annotations::chosen(handler, &sandbox.config.annotations, &config.annotations)

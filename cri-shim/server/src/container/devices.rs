@@ -8,6 +8,7 @@ use rrun_proto::v1::Device;
 
 use super::mounts::keep_last;
 use rrun_calls::error::{During, Error, Result};
+use rrun_kernel::errno::is_of_the_machine;
 
 /// The maximum depth at which a directory of devices is searched.
 const MAX_DEPTH: u32 = 8;
@@ -37,7 +38,7 @@ pub(crate) fn devices(requested: &[Device], privileged: bool) -> Result<Devices>
     let mut devices = Devices::default();
     devices.rules.push(all(privileged));
     if privileged {
-        devices.add_all(Path::new("/dev"), MAX_DEPTH);
+        devices.add_all(Path::new("/dev"), MAX_DEPTH)?;
     }
     for device in requested {
         if device.permissions.chars().any(|c| !"rwm".contains(c)) {
@@ -101,26 +102,41 @@ impl Devices {
     }
 
     /// Adds every device below `dir`, except the entries in [`NOT_SHARED`].
-    fn add_all(&mut self, dir: &Path, depth: u32) {
-        let Ok(entries) = std::fs::read_dir(dir) else {
-            return;
+    fn add_all(&mut self, dir: &Path, depth: u32) -> Result<()> {
+        let what = || format!("read the directory {}", dir.display());
+        let Some(entries) = unless_odd(std::fs::read_dir(dir)).during(what)? else {
+            return Ok(());
         };
-        for entry in entries.flatten() {
+        for entry in entries {
+            let entry = entry.during(what)?;
             let path = entry.path();
             let name = entry.file_name();
             if NOT_SHARED.iter().any(|not| name == *not) {
                 continue;
             }
             // Symbolic links are skipped, because the search finds their targets in /dev anyway.
-            let Ok(metadata) = std::fs::symlink_metadata(&path) else {
+            let metadata = unless_odd(std::fs::symlink_metadata(&path));
+            let what = || format!("read the attributes of {}", path.display());
+            let Some(metadata) = metadata.during(what)? else {
                 continue;
             };
             if metadata.is_dir() && depth > 0 {
-                self.add_all(&path, depth - 1);
+                self.add_all(&path, depth - 1)?;
             } else if let Some(kind) = kind(&metadata) {
                 self.nodes.push(node(&path, kind, &metadata));
             }
         }
+        Ok(())
+    }
+}
+
+/// Returns `None` if the entry of /dev was removed or cannot be used. A lack of descriptors or of
+/// memory remains an error, because the container would otherwise lack devices.
+fn unless_odd<T>(found: std::io::Result<T>) -> std::io::Result<Option<T>> {
+    match found {
+        Ok(found) => Ok(Some(found)),
+        Err(error) if error.raw_os_error().is_some_and(is_of_the_machine) => Err(error),
+        Err(_) => Ok(None),
     }
 }
 

@@ -12,7 +12,7 @@ use super::{Container, Phase, image_volume, status, stop};
 use crate::cgroup;
 use crate::clock::now;
 use crate::node::Node;
-use crate::sandbox::files::{remove_tree, unmount};
+use crate::sandbox::files::{read_record, remove_tree, unmount};
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_monitor_client::MonitorError;
@@ -148,10 +148,7 @@ pub(crate) async fn end_without_monitor(
     container: &Arc<Container>,
 ) -> Result<()> {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
-    // Ours: the monitor wrote this file, so opening it by its path is safe.
-    let exit = std::fs::read(bundle.join("exit.json"))
-        .ok()
-        .and_then(|json| serde_json::from_slice::<ExitRecord>(&json).ok());
+    let exit = read_record::<ExitRecord>(&bundle.join("exit.json"))?;
     delete_without_monitor(node, container).await?;
     container.change(|state| state.in_runtime = false);
     if container.phase() == Phase::Exited {

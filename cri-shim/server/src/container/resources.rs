@@ -7,7 +7,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxHugepageLimit, LinuxMemory, LinuxResource
 use rrun_proto::v1::LinuxContainerResources;
 
 use crate::cgroup;
-use rrun_calls::error::{Error, Result};
+use rrun_calls::error::{During, Error, Result};
 
 /// The optional limits that the pod's cgroup supports. The server ignores requested limits that the
 /// cgroup does not support. Kubelet sends limits for every huge page size of the node even if the
@@ -21,10 +21,14 @@ pub(crate) struct Controllers {
 
 impl Controllers {
     /// Returns the optional limits that a pod's cgroup supports. If systemd has not created the
-    /// cgroup yet, this function checks the nearest existing ancestor.
-    pub(crate) fn of(dir: &Path) -> Self {
+    /// cgroup yet, this function checks the nearest existing ancestor. A file that cannot be read
+    /// is an error, because the container would otherwise run without its limits.
+    pub(crate) fn of(dir: &Path) -> Result<Self> {
         let dir = cgroup::nearest(dir);
-        let enabled = cgroup::read(dir, "cgroup.controllers").unwrap_or_default();
+        let controllers = dir.join("cgroup.controllers");
+        // The kernel's: a file of cgroupfs.
+        let enabled = std::fs::read_to_string(&controllers)
+            .during(|| format!("read {}", controllers.display()))?;
         let has = |controller: &str| {
             enabled
                 .split_ascii_whitespace()
@@ -33,11 +37,15 @@ impl Controllers {
         // `dir` can be the root cgroup. The root cgroup has no file memory.swap.max, even with swap
         // accounting. So this function also looks for the file in systemd's system.slice.
         let below = dir.join("system.slice");
-        let swap = [dir, &below].map(|dir| dir.join("memory.swap.max").exists());
-        Controllers {
-            hugetlb: has("hugetlb"),
-            swap: has("memory") && swap.contains(&true),
+        let mut swap = false;
+        for file in [dir, &below].map(|dir| dir.join("memory.swap.max")) {
+            let exists = file.try_exists();
+            swap |= exists.during(|| format!("find {}", file.display()))?;
         }
+        Ok(Controllers {
+            hugetlb: has("hugetlb"),
+            swap: has("memory") && swap,
+        })
     }
 }
 
@@ -79,12 +87,14 @@ pub(crate) fn update_json(
 /// result is the requested value. If `restrict` is set, the result is the requested value or the
 /// server's own value, whichever is higher. A server without CAP_SYS_RESOURCE can't set a value
 /// lower than its own.
-pub(crate) fn oom_score_adj(requested: i64, restrict: bool) -> i64 {
+pub(crate) fn oom_score_adj(requested: i64, restrict: bool) -> Result<i64> {
+    const OWN: &str = "/proc/self/oom_score_adj";
     if !restrict {
-        return requested;
+        return Ok(requested);
     }
-    let own = std::fs::read_to_string("/proc/self/oom_score_adj").unwrap_or_default();
-    requested.max(own.trim().parse().unwrap_or_default())
+    // The kernel's: a file of procfs.
+    let own = std::fs::read_to_string(OWN).during(|| format!("read {OWN}"))?;
+    Ok(requested.max(own.trim().parse().unwrap_or_default()))
 }
 
 fn cpu(requested: &LinuxContainerResources) -> Result<Option<LinuxCpu>> {

@@ -4,7 +4,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
+use std::sync::OnceLock;
 
 use oci_spec::runtime::{
     Hooks, Linux, LinuxNamespace, LinuxNamespaceType, LinuxResources, Mount, Process, Root,
@@ -22,7 +22,7 @@ use super::user::User;
 use crate::config::Rlimit;
 use crate::sandbox::users::Mappings;
 use crate::selinux::{Labels, label};
-use rrun_calls::error::{Error, Result};
+use rrun_calls::error::{During, Error, Result};
 use rrun_images::ImageConfig;
 
 const DEFAULT_PATH: &str = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
@@ -49,11 +49,16 @@ const CPUS: &str = "/sys/devices/system/cpu";
 /// The paths in `MASKED`, and the directory `thermal_throttle` of each CPU that has one. A program
 /// that reads the counters of thermal interrupts can draw conclusions about the data that other
 /// programs process (GHSA-6fw5-f8r9-fgfm).
-static DEFAULT_MASKED: LazyLock<Vec<String>> = LazyLock::new(|| {
+fn default_masked() -> Result<&'static [String]> {
+    static ALL: OnceLock<Vec<String>> = OnceLock::new();
+    if let Some(all) = ALL.get() {
+        return Ok(all);
+    }
     let mut all: Vec<String> = MASKED.map(str::to_owned).into();
-    all.extend(thermal_counters(Path::new(CPUS)));
-    all
-});
+    let counters = thermal_counters(Path::new(CPUS));
+    all.extend(counters.during(|| format!("find the thermal counters in {CPUS}"))?);
+    Ok(ALL.get_or_init(|| all))
+}
 
 /// The paths that are read-only in containers.
 const READONLY: [&str; 5] = [
@@ -367,21 +372,30 @@ fn linux(inputs: &SpecInputs<'_>, context: &LinuxContainerSecurityContext) -> Re
         (!context.privileged).then(|| chosen.to_owned())
     };
     linux
-        .set_masked_paths(paths(&context.masked_paths, &DEFAULT_MASKED))
+        .set_masked_paths(paths(&context.masked_paths, default_masked()?))
         .set_readonly_paths(paths(&context.readonly_paths, &READONLY.map(str::to_owned)));
     Ok(linux)
 }
 
-/// Returns the path of the directory `thermal_throttle` of each CPU below `cpus`, sorted.
-fn thermal_counters(cpus: &Path) -> Vec<String> {
-    let entries = std::fs::read_dir(cpus).into_iter().flatten().flatten();
-    let mut all: Vec<String> = entries
-        .map(|cpu| cpu.path().join("thermal_throttle"))
-        .filter(|directory| directory.exists())
-        .map(|directory| directory.display().to_string())
-        .collect();
+/// Returns the path of the directory `thermal_throttle` of each CPU below `cpus`, sorted. An error
+/// must not count as a missing directory, because the containers would then see the counters.
+fn thermal_counters(cpus: &Path) -> std::io::Result<Vec<String>> {
+    use std::io::ErrorKind::{NotADirectory, NotFound};
+    let entries = match std::fs::read_dir(cpus) {
+        Err(error) if error.kind() == NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut all = Vec::new();
+    for cpu in entries {
+        let directory = cpu?.path().join("thermal_throttle");
+        match std::fs::symlink_metadata(&directory) {
+            Ok(_) => all.push(directory.display().to_string()),
+            Err(error) if matches!(error.kind(), NotADirectory | NotFound) => {}
+            Err(error) => return Err(error),
+        }
+    }
     all.sort();
-    all
+    Ok(all)
 }
 
 fn namespaces(namespaces: &Namespaces, privileged: bool) -> Vec<LinuxNamespace> {
@@ -566,10 +580,14 @@ mod tests {
     }
 
     #[test]
-    fn the_default_masked_paths_hide_energy_meters_and_thermal_counters() -> std::io::Result<()> {
+    fn the_default_masked_paths_hide_energy_meters_and_thermal_counters()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
         // RAPL's energy meters: CVE-2020-8694, GHSA-7ww5-4wqc-m92c.
         for path in ["/sys/devices/virtual/powercap", "/proc/interrupts"] {
-            assert!(DEFAULT_MASKED.iter().any(|masked| masked == path), "{path}");
+            assert!(
+                default_masked()?.iter().any(|masked| masked == path),
+                "{path}"
+            );
         }
         // Thermal interrupts of CPUs: GHSA-6fw5-f8r9-fgfm.
         let cpus = std::env::temp_dir().join(format!("rrun-cpus-{}", std::process::id()));
@@ -577,7 +595,8 @@ mod tests {
             std::fs::create_dir_all(cpus.join(counters))?;
         }
         std::fs::create_dir_all(cpus.join("cpufreq"))?;
-        let found = thermal_counters(&cpus);
+        std::fs::write(cpus.join("online"), "0-11")?;
+        let found = thermal_counters(&cpus)?;
         std::fs::remove_dir_all(&cpus)?;
         let expected = ["cpu0", "cpu11"].map(|cpu| cpus.join(cpu).join("thermal_throttle"));
         assert_eq!(found, expected.map(|path| path.display().to_string()));

@@ -143,7 +143,7 @@ pub(crate) async fn update(
         return Err(Error::wrong_state(format!("{name} has exited already")));
     }
     let dir = container.cgroup_dir();
-    let controllers = resources::Controllers::of(&dir);
+    let controllers = resources::Controllers::of(&dir)?;
     let all = resources::updated(&container.state().resources, &requested);
     let mut changed = requested;
     // In the runtime specification, the swap limit applies to memory and swap together. A new swap

@@ -63,10 +63,19 @@ pub(crate) fn write_record<T: serde::Serialize>(path: &Path, record: &T) -> Resu
     std::fs::rename(&new, path).during(what)
 }
 
-/// Reads a record that [`write_record`] wrote. Returns `None` if the record does not exist or can't
-/// be parsed.
-pub(crate) fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
-    serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+/// Reads a record that [`write_record`] or the monitor wrote. Returns `None` if the record does not
+/// exist or can't be parsed. Any other error must not count as a missing record, because the server
+/// would then remove the object. Such an error can have a cause that passes, for example a lack of
+/// descriptors, so the file is read a second time.
+pub(crate) fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>> {
+    // Ours: only the server and the monitor write to this directory.
+    let read = || match std::fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        read => read.map(Some),
+    };
+    let json = read().or_else(|_| read());
+    let json = json.during(|| format!("read the record {}", path.display()))?;
+    Ok(json.and_then(|json| serde_json::from_slice(&json).ok()))
 }
 
 /// The pod's files that containers see in /etc.
@@ -77,9 +86,11 @@ pub(crate) const ETC: &str = "etc";
 
 /// Returns the directory of the pod's files in `POD_FILES`. `pod` is the pod's directory, which
 /// contains the files itself if an older version of the server created the pod.
-pub(crate) fn etc(pod: &Path) -> PathBuf {
+pub(crate) fn etc(pod: &Path) -> Result<PathBuf> {
     let dir = pod.join(ETC);
-    if dir.exists() { dir } else { pod.to_owned() }
+    let exists = dir.try_exists();
+    let exists = exists.during(|| format!("find {}", dir.display()))?;
+    Ok(if exists { dir } else { pod.to_owned() })
 }
 
 /// Mounts the file system for the pod's files in `POD_FILES`, and returns its directory.
@@ -91,9 +102,10 @@ pub(crate) fn mount_etc(pod: &Path) -> Result<PathBuf> {
 
 /// Sets the SELinux label of the files in `POD_FILES` that exist.
 pub(crate) fn label(pod: &Path, label: &Label) -> Result<()> {
-    let dir = etc(pod);
+    let dir = etc(pod)?;
     for path in POD_FILES.map(|name| dir.join(name)) {
-        if path.exists() {
+        let exists = path.try_exists();
+        if exists.during(|| format!("find {}", path.display()))? {
             relabel::one(&path, label)?;
         }
     }
@@ -102,7 +114,7 @@ pub(crate) fn label(pod: &Path, label: &Label) -> Result<()> {
 
 /// Makes the root user of the pod's user namespace the owner of the files in `POD_FILES`.
 pub(crate) fn set_owner(pod: &Path, (uid, gid): (u32, u32)) -> Result<()> {
-    let dir = etc(pod);
+    let dir = etc(pod)?;
     for name in POD_FILES {
         let path = dir.join(name);
         match std::os::unix::fs::lchown(&path, Some(uid), Some(gid)) {
@@ -179,7 +191,10 @@ pub(crate) fn unmount(path: &Path) -> Result<()> {
 
 /// Removes a directory and its contents. A missing directory is not an error.
 pub(crate) fn remove_tree(path: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(path) {
+    // A monitor that is exiting can create its log in the directory meanwhile. Other failures can
+    // have a cause that passes, too, so the removal is repeated once.
+    let removed = std::fs::remove_dir_all(path).or_else(|_| std::fs::remove_dir_all(path));
+    match removed {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {
             Err(error).during(|| format!("remove {}", path.display()))
         }

@@ -33,7 +33,7 @@ pub(super) async fn prepare(node: &Node, sandbox: &Sandbox) -> Result<Option<Pau
     let dir = cgroup::of_pause(&sandbox.cgroup);
     let pause = Pause {
         cgroup: dir.clone(),
-        oom_score_adj: resources::oom_score_adj(OOM_SCORE_ADJ, node.config.restrict_oom_score_adj),
+        oom_score_adj: resources::oom_score_adj(OOM_SCORE_ADJ, node.config.restrict_oom_score_adj)?,
     };
     let what = format!("create the cgroup {}", dir.display());
     blocking(format!("{}: {what}", sandbox.name()), move || {

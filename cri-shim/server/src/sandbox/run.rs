@@ -283,10 +283,17 @@ fn check_fields(config: &PodSandboxConfig) -> Result<()> {
     label::check(context.and_then(|context| context.selinux_options.as_ref()))
 }
 
-/// Returns the pod's record from the file `pod.json`. If the file can't be read, the result is
-/// `record`.
+/// Returns the pod's record from the file `pod.json`. If the file does not exist or can't be read,
+/// the result is `record`.
 fn last_record(node: &Node, record: SandboxRecord) -> SandboxRecord {
-    files::read_record(&node.sandbox_dir(&record.id).join(RECORD)).unwrap_or(record)
+    match files::read_record(&node.sandbox_dir(&record.id).join(RECORD)) {
+        Ok(Some(written)) => written,
+        Ok(None) => record,
+        Err(error) => {
+            log::error!("{error}");
+            record
+        }
+    }
 }
 
 /// Creates the pod's directory, files, cgroup and network namespace. This call blocks on disk I/O.
@@ -411,7 +418,7 @@ async fn start_monitor_and_network(
 fn write_hosts(node: &Node, sandbox: &Sandbox, addresses: &[IpAddr]) -> Result<()> {
     let hosts = files::hosts(&sandbox.config.hostname, addresses);
     let dir = node.sandbox_dir(&sandbox.id);
-    files::write(&files::etc(&dir).join("hosts"), &hosts)?;
+    files::write(&files::etc(&dir)?.join("hosts"), &hosts)?;
     if let Some(users) = users::mappings(&sandbox.config)? {
         files::set_owner(&dir, users.root())?;
     }

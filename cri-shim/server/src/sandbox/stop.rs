@@ -233,7 +233,7 @@ pub(crate) async fn roll_back(node: &Node, sandbox: &Sandbox) -> Result<()> {
     if sandbox.cgroup == cgroup::own(parent, &sandbox.id) {
         let dir = cgroup::directory(&sandbox.cgroup);
         slow(format!("{name}: remove the pod's cgroup"), async {
-            if !dir.exists() {
+            if dir.try_exists().is_ok_and(|exists| !exists) {
                 return Ok(());
             }
             cgroup::destroy(&dir).await?;

@@ -64,9 +64,32 @@ pub(crate) fn begin(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
                 return;
             }
             drop((node, sandbox));
-            tokio::time::sleep(Duration::from_millis(20 << failures)).await;
+            tokio::time::sleep(pause(failures)).await;
         }
     });
+}
+
+/// Connects to the monitor of a pod that an earlier server process created. Returns an error only
+/// if the monitor is dead or does not answer.
+pub(crate) async fn first_hello(sandbox: &Sandbox) -> std::result::Result<Hello, MonitorError> {
+    let mut failures = 0;
+    loop {
+        let error = match sandbox.monitor.subscribe().await {
+            Ok((hello, _events)) => return Ok(hello),
+            Err(error) => error,
+        };
+        failures += 1;
+        let answers = !matches!(error, MonitorError::Deadline { .. });
+        if !answers || failures >= SUBSCRIBE_ATTEMPTS || is_dead(&error, failures) {
+            return Err(error);
+        }
+        tokio::time::sleep(pause(failures)).await;
+    }
+}
+
+/// Returns the time between two attempts to connect to a monitor.
+fn pause(failures: u32) -> Duration {
+    Duration::from_millis(20 << failures)
 }
 
 fn upgrade(node: &Weak<Node>, sandbox: &Weak<Sandbox>) -> Option<(Arc<Node>, Arc<Sandbox>)> {

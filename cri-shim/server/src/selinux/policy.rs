@@ -46,7 +46,8 @@ impl Policy {
     /// Reads the labels for containers from the same files as other container runtimes.
     pub(super) fn read() -> Result<Policy> {
         let mut file = Path::new(CONTEXTS).to_owned();
-        if !file.exists() {
+        let exists = file.try_exists();
+        if !exists.during(|| format!("find {}", file.display()))? {
             let kind = value(&text(Path::new(CONFIG))?, "SELINUXTYPE").unwrap_or_default();
             file = Path::new("/etc/selinux")
                 .join(kind)
