@@ -82,6 +82,8 @@ pub(crate) struct Deletion {
     /// The deadline for the exit of the container's first process. After this deadline, the clients
     /// receive an error.
     pub(crate) deadline: Instant,
+    /// True if the runtime's `delete` was repeated after a failure.
+    pub(crate) repeated: bool,
 }
 
 /// A failed create request that the monitor has not answered yet. The log's thread first removes

@@ -105,6 +105,7 @@ impl Container {
         let deletion = self.deletion.get_or_insert_with(|| Deletion {
             clients: Vec::new(),
             deadline,
+            repeated: false,
         });
         deletion.clients.push(client);
         match self.state {
@@ -172,6 +173,22 @@ mod tests {
             [Effect::Forget(1)]
         ));
         assert_eq!(container.deletion.unwrap().clients, [5, 6]);
+        std::fs::remove_dir_all(&container.spec.bundle).unwrap();
+    }
+
+    #[test]
+    fn a_deletion_repeats_a_failed_delete_of_the_runtime_once() {
+        let mut container = exited_container("delete-twice");
+        assert!(container.delete(5, Instant::now()).is_empty());
+        let effects = container.cleaned_up(Some("the runtime failed"));
+        assert!(matches!(
+            &effects[..],
+            [Effect::Run(_, Purpose::Delete { serial: 1 })]
+        ));
+        assert!(matches!(
+            &container.cleaned_up(Some("the runtime failed again"))[..],
+            [Effect::Forget(1)]
+        ));
         std::fs::remove_dir_all(&container.spec.bundle).unwrap();
     }
 

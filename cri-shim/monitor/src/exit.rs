@@ -33,8 +33,17 @@ pub(crate) fn now() -> i64 {
         .unwrap_or(0)
 }
 
-/// Writes the exit record to disk, either completely or not at all.
+/// Writes the exit record to disk, either completely or not at all. A failure can have a cause that
+/// passes, such as a lack of memory, so the write is repeated once.
 pub(crate) fn record(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
+    let written = write(bundle, exit).or_else(|_| write(bundle, exit));
+    if written.is_err() {
+        let _ = std::fs::remove_file(bundle.join(TEMPORARY_RECORD));
+    }
+    written
+}
+
+fn write(bundle: &Path, exit: &ExitRecord) -> std::io::Result<()> {
     let temporary = bundle.join(TEMPORARY_RECORD);
     // Ours: only root can create an entry in the bundle.
     let mut file = OpenOptions::new()

@@ -183,15 +183,7 @@ impl Drop for LogFile {
 
 fn write_loop(shared: &Shared) {
     let mut writer = LogWriter::default();
-    let mut opened = writer.open(&shared.path);
-    // The CRI server creates the log's directory, but this thread can run before the directory
-    // exists. In this case, the thread creates the directory itself.
-    if opened == Err(Errno::NOENT.into())
-        && let Some(dir) = shared.path.parent()
-        && std::fs::create_dir_all(dir).is_ok()
-    {
-        opened = writer.open(&shared.path);
-    }
+    let opened = writer.open_first(&shared.path);
     let mut batch = Vec::new();
     let mut mailbox = shared.mailbox();
     mailbox.opened = Some(opened);
@@ -215,6 +207,10 @@ fn write_loop(shared: &Shared) {
             writer.discard(&shared.path);
             mailbox = shared.mailbox();
             mailbox.discarded = true;
+        } else if writer.has_untried_notice() {
+            drop(mailbox);
+            writer.write_notice();
+            mailbox = shared.mailbox();
         } else if mailbox.close {
             return;
         } else {
@@ -254,9 +250,24 @@ struct LogWriter {
     reason: Option<Unfit>,
     /// True if the file ends with an incomplete line.
     torn: bool,
+    /// True if the thread has tried to write a notice since the last line was lost.
+    tried_notice: bool,
 }
 
 impl LogWriter {
+    /// Opens the log for the first time. The CRI server creates the log's directory, but this thread
+    /// can run before the directory exists. In this case, the thread creates the directory itself.
+    fn open_first(&mut self, path: &Path) -> Result<(), Unfit> {
+        let opened = self.open(path);
+        if opened == Err(Errno::NOENT.into())
+            && let Some(dir) = path.parent()
+            && std::fs::create_dir_all(dir).is_ok()
+        {
+            return self.open(path);
+        }
+        opened
+    }
+
     /// Opens the file. If opening fails, the old file remains in use. A pod can have write access
     /// to the log's directory. For this reason, the function opens only a regular file, and does
     /// not follow a symbolic link at the path.
@@ -317,25 +328,35 @@ impl LogWriter {
     /// counts lines that it cannot write. When writing works again, the function first writes a
     /// notice with the number of lost lines.
     fn write(&mut self, batch: &[u8], lines: u64) {
-        let Some(file) = self.file.as_mut() else {
+        self.write_notice();
+        let Some(file) = self.file.as_mut().filter(|_| self.lost == 0 && !self.torn) else {
             self.lost += lines;
             return;
         };
-        if self.lost > 0 || self.torn {
-            let notice = notice(self.torn, self.lost, self.reason);
-            match write_whole(file, &notice) {
-                Ok(()) => (self.lost, self.torn) = (0, false),
-                Err(failed) => {
-                    self.torn |= failed.torn;
-                    self.lost += lines;
-                    return;
-                }
-            }
-        }
         if let Err(failed) = write_whole(file, batch) {
             self.torn |= failed.torn;
             self.lost += lines.saturating_sub(failed.lines);
             self.reason = Some(failed.errno.into());
+            self.tried_notice = false;
+        }
+    }
+
+    /// Returns whether lines were lost and the thread has not tried to write a notice yet. The
+    /// container may write no further line, so the notice does not wait for the next line.
+    fn has_untried_notice(&self) -> bool {
+        !self.tried_notice && (self.lost > 0 || self.torn)
+    }
+
+    /// Writes a notice with the number of lost lines, if lines were lost.
+    fn write_notice(&mut self) {
+        self.tried_notice = true;
+        let Some(file) = self.file.as_mut().filter(|_| self.lost > 0 || self.torn) else {
+            return;
+        };
+        let notice = notice(self.torn, self.lost, self.reason);
+        match write_whole(file, &notice) {
+            Ok(()) => (self.lost, self.torn) = (0, false),
+            Err(failed) => self.torn |= failed.torn,
         }
     }
 }

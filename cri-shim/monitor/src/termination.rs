@@ -188,10 +188,16 @@ impl Container {
     /// The `delete` can fail, for example because the runtime has been uninstalled. Even then, the
     /// container must not remain for ever. For this reason, the monitor treats a container without
     /// processes and without a cgroup as deleted. After a failure, the monitor runs the runtime's
-    /// `delete` again when a client requests the container's deletion.
+    /// `delete` again when a client requests the container's deletion, but at most once for each
+    /// request. The runtime's files of the container would otherwise remain after a failure whose
+    /// cause has passed.
     pub(crate) fn cleaned_up(&mut self, failure: Option<&str>) -> Vec<Effect> {
         if let Some(reason) = failure {
             own_log::write(&format!("delete container {}: {reason}", self.id()));
+            if let Some(deletion) = self.deletion.as_mut().filter(|it| !it.repeated) {
+                deletion.repeated = true;
+                return self.clean_up();
+            }
         }
         let _ = cgroup::kill(&self.spec.cgroup);
         let removed = cgroup::remove_tree(&self.spec.cgroup);
