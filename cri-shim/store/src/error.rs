@@ -5,15 +5,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rrun_calls::error::{Code, Error};
+use rrun_kernel::errno::describe;
 
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    #[error("open the metadata store {path}: {source}")]
+    #[error("open the metadata store {path}: {}", reason_of_open(.source))]
     Open {
         path: PathBuf,
         source: redb::DatabaseError,
     },
-    #[error("read table {table} of the metadata store: {source}")]
+    #[error("read table {table} of the metadata store: {}", reason(.source))]
     Read {
         table: &'static str,
         source: Box<redb::Error>,
@@ -26,10 +27,25 @@ pub enum StoreError {
         key: String,
         source: serde_json::Error,
     },
-    #[error("write to the metadata store: {0}")]
+    #[error("write to the metadata store: {}", reason(.0))]
     Write(Arc<redb::Error>),
     #[error("write to the metadata store: the writer thread has stopped")]
     Stopped,
+}
+
+/// Returns the reason of a failed operation, with the name of its errno.
+fn reason(error: &redb::Error) -> String {
+    match error {
+        redb::Error::Io(error) => describe(error),
+        error => error.to_string(),
+    }
+}
+
+fn reason_of_open(error: &redb::DatabaseError) -> String {
+    match error {
+        redb::DatabaseError::Storage(redb::StorageError::Io(error)) => describe(error),
+        error => error.to_string(),
+    }
 }
 
 impl StoreError {
@@ -77,10 +93,9 @@ mod tests {
         const EIO: i32 = 5;
         assert_eq!(failed(ENOSPC).code(), Code::ResourceExhausted);
         assert_eq!(failed(EIO).code(), Code::Internal);
-        assert!(
-            failed(EIO)
-                .sentence()
-                .starts_with("write to the metadata store: ")
+        assert_eq!(
+            failed(EIO).sentence(),
+            "write to the metadata store: I/O error (EIO)"
         );
     }
 }

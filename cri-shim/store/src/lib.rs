@@ -9,14 +9,20 @@
 //! change of `commit`, or after a short delay. Several changes of `commit_soon` within this delay
 //! are written together. For example, if the containers of a pod start at the same time, one
 //! transaction records all their starts.
+//!
+//! If a transaction fails, the store opens the file again and repeats the transaction once. Changes
+//! that no caller waits for are then repeated until they are written. A caller of `commit` gets an
+//! error instead, and its changes are not repeated.
 
 mod error;
 pub mod record;
 
-use std::fs::{OpenOptions, Permissions};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions, Permissions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -90,10 +96,24 @@ impl Change {
 
 struct Commit {
     changes: Vec<Change>,
-    /// True if a caller waits for this commit.
-    awaited: bool,
+    urgency: Urgency,
     done: oneshot::Sender<Result<(), StoreError>>,
 }
+
+/// When a commit is written, and what happens if this fails.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Urgency {
+    /// A caller waits for the commit, and repeats it after a failure.
+    Awaited,
+    /// The commit is written immediately, and repeated after a failure.
+    Now,
+    /// The commit is written after a short delay, and repeated after a failure.
+    Soon,
+}
+
+/// Changes that could not be written yet: the value of each table and key, or `None` if the key is
+/// removed.
+type Unwritten = BTreeMap<(&'static str, String), Option<Vec<u8>>>;
 
 /// A handle to the store. All clones share one database file and one writer thread.
 #[derive(Clone)]
@@ -128,6 +148,16 @@ impl StoreFile {
             .create_file(file)
     }
 
+    /// Opens the file after an operation has failed. The file is then written again: after a failed
+    /// fsync(2), the kernel keeps the written pages in memory but no longer writes them to the
+    /// disk. A later transaction would succeed although it builds on pages that a power failure
+    /// destroys. The database is open meanwhile, so no other handle can write to the file.
+    fn open_again(&self) -> Result<Database, redb::DatabaseError> {
+        let database = self.open()?;
+        write_again(&self.path).map_err(redb::StorageError::from)?;
+        Ok(database)
+    }
+
     fn with<T>(
         &self,
         work: impl FnOnce(&Database) -> Result<T, redb::Error>,
@@ -136,7 +166,7 @@ impl StoreFile {
             let mut database = lock(&self.database);
             match &*database {
                 Some(opened) => Arc::clone(opened),
-                None => Arc::clone(database.insert(Arc::new(self.open()?))),
+                None => Arc::clone(database.insert(Arc::new(self.open_again()?))),
             }
         };
         let result = work(&opened);
@@ -153,12 +183,31 @@ impl StoreFile {
     }
 }
 
+/// Writes the content of the file to the file again, and waits until it is on the disk.
+fn write_again(path: &Path) -> io::Result<()> {
+    // Ours: only the server writes to its store.
+    let file = File::options().read(true).write(true).open(path)?;
+    let mut chunk = vec![0; 64 << 10];
+    let mut offset = 0;
+    loop {
+        let length = file.read_at(&mut chunk, offset)?;
+        let Some(read) = chunk.get(..length).filter(|read| !read.is_empty()) else {
+            return file.sync_all();
+        };
+        file.write_all_at(read, offset)?;
+        offset += length as u64;
+    }
+}
+
 /// The size of redb's cache in bytes. A small cache is enough, because the server reads nearly all
 /// entries only once, at its start.
 const CACHE_BYTES: usize = 256 << 10;
 
 /// The maximum number of commits that share a transaction.
 const COMMITS_AT_ONCE: usize = 256;
+
+/// The time between two attempts to write changes that no caller waits for.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 
 /// The maximum delay before a change of [`Store::commit_soon`] is written.
 const COMMIT_DELAY: Duration = Duration::from_millis(50);
@@ -241,27 +290,37 @@ impl Store {
         &self,
         changes: Vec<Change>,
     ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
-        self.queue(changes, true)
+        self.queue(changes, Urgency::Awaited)
     }
 
-    /// Writes the changes like [`Store::commit`], but after a short delay. `commit_soon` is for
+    /// Writes the changes like [`Store::commit`]. If the changes cannot be written, the returned
+    /// future resolves to the error, and the store repeats the changes until they are written. A
+    /// caller that has already changed its own state then need not revert it.
+    pub fn commit_now(
+        &self,
+        changes: Vec<Change>,
+    ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
+        self.queue(changes, Urgency::Now)
+    }
+
+    /// Writes the changes like [`Store::commit_now`], but after a short delay. `commit_soon` is for
     /// changes that need not be durable before the caller answers its client.
     pub fn commit_soon(
         &self,
         changes: Vec<Change>,
     ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
-        self.queue(changes, false)
+        self.queue(changes, Urgency::Soon)
     }
 
     fn queue(
         &self,
         changes: Vec<Change>,
-        awaited: bool,
+        urgency: Urgency,
     ) -> impl Future<Output = Result<(), StoreError>> + Send + use<> {
         let (done, answer) = oneshot::channel();
         let queued = self.writer.send(Commit {
             changes,
-            awaited,
+            urgency,
             done,
         });
         async move {
@@ -295,24 +354,34 @@ impl Entry {
         store: &Store,
         value: impl FnOnce() -> T,
     ) -> Result<(), StoreError> {
-        self.write(store, value, true).await
+        self.write(store, value, Urgency::Awaited).await
     }
 
-    /// Writes the value like [`Entry::save`], but after a short delay. `save_soon` is for values
-    /// that need not be durable before the caller answers its client.
+    /// Writes the value immediately like [`Entry::save`], but for a caller that only logs an error.
+    /// The store repeats the change until it is written.
+    pub async fn save_now<T: Serialize>(
+        &self,
+        store: &Store,
+        value: impl FnOnce() -> T,
+    ) -> Result<(), StoreError> {
+        self.write(store, value, Urgency::Now).await
+    }
+
+    /// Writes the value like [`Entry::save_now`], but after a short delay. `save_soon` is for
+    /// values that need not be durable before the caller answers its client.
     pub async fn save_soon<T: Serialize>(
         &self,
         store: &Store,
         value: impl FnOnce() -> T,
     ) -> Result<(), StoreError> {
-        self.write(store, value, false).await
+        self.write(store, value, Urgency::Soon).await
     }
 
     async fn write<T: Serialize>(
         &self,
         store: &Store,
         value: impl FnOnce() -> T,
-        awaited: bool,
+        urgency: Urgency,
     ) -> Result<(), StoreError> {
         let written = {
             let deleted = lock(&self.deleted);
@@ -320,7 +389,7 @@ impl Entry {
                 return Ok(());
             }
             let change = Change::put(self.table, &self.key, &value())?;
-            store.queue(vec![change], awaited)
+            store.queue(vec![change], urgency)
         };
         written.await
     }
@@ -363,25 +432,33 @@ fn value(database: &Database, table: Table, key: &str) -> Result<Option<Vec<u8>>
 }
 
 fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
-    while let Ok(first) = commits.recv() {
-        let until = Instant::now() + COMMIT_DELAY;
-        let mut awaited = first.awaited;
-        let mut batch = vec![first];
-        while batch.len() < COMMITS_AT_ONCE {
-            let next = if awaited {
-                commits.try_recv().ok()
-            } else {
-                let rest = until.saturating_duration_since(Instant::now());
-                commits.recv_timeout(rest).ok()
-            };
-            let Some(next) = next else {
-                break;
-            };
-            awaited |= next.awaited;
-            batch.push(next);
+    let mut unwritten = Unwritten::new();
+    loop {
+        let first = if unwritten.is_empty() {
+            match commits.recv() {
+                Ok(first) => Some(first),
+                Err(_) => return,
+            }
+        } else {
+            match commits.recv_timeout(RETRY_INTERVAL) {
+                Ok(first) => Some(first),
+                Err(RecvTimeoutError::Timeout) => None,
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        };
+        let batch = first.map_or_else(Vec::new, |first| batch(first, commits));
+        let attempt = || file.with(|database| write(database, &unwritten, &batch));
+        let result = attempt().or_else(|_| attempt()).map_err(Arc::new);
+        match &result {
+            Ok(()) => unwritten.clear(),
+            Err(_) => {
+                let kept = batch.iter().filter(|it| it.urgency != Urgency::Awaited);
+                for change in kept.flat_map(|commit| &commit.changes) {
+                    let key = (change.table.0, change.key.clone());
+                    unwritten.insert(key, change.value.clone());
+                }
+            }
         }
-        let result = file.with(|database| write(database, &batch));
-        let result = result.map_err(Arc::new);
         for commit in batch {
             // Sending fails if the caller no longer waits for its commit. Ignore this error,
             // because the callers of the other commits still need their results.
@@ -390,13 +467,43 @@ fn write_loop(file: &StoreFile, commits: &mpsc::Receiver<Commit>) {
     }
 }
 
-fn write(database: &Database, batch: &[Commit]) -> Result<(), redb::Error> {
+/// Returns the commit `first` and further commits that share its transaction.
+fn batch(first: Commit, commits: &mpsc::Receiver<Commit>) -> Vec<Commit> {
+    let until = Instant::now() + COMMIT_DELAY;
+    let mut soon = first.urgency == Urgency::Soon;
+    let mut batch = vec![first];
+    while batch.len() < COMMITS_AT_ONCE {
+        let next = if soon {
+            let rest = until.saturating_duration_since(Instant::now());
+            commits.recv_timeout(rest).ok()
+        } else {
+            commits.try_recv().ok()
+        };
+        let Some(next) = next else {
+            break;
+        };
+        soon &= next.urgency == Urgency::Soon;
+        batch.push(next);
+    }
+    batch
+}
+
+/// Writes all changes in one transaction. A change in `batch` replaces an older unwritten change of
+/// the same key.
+fn write(database: &Database, unwritten: &Unwritten, batch: &[Commit]) -> Result<(), redb::Error> {
     let transaction = database.begin_write()?;
-    for change in batch.iter().flat_map(|commit| &commit.changes) {
-        let mut table = transaction.open_table(change.table.definition())?;
-        match &change.value {
-            Some(value) => table.insert(change.key.as_str(), value.as_slice())?,
-            None => table.remove(change.key.as_str())?,
+    let old = unwritten
+        .iter()
+        .map(|((table, key), value)| (Table(table), key, value));
+    let new = batch
+        .iter()
+        .flat_map(|commit| &commit.changes)
+        .map(|change| (change.table, &change.key, &change.value));
+    for (table, key, value) in old.chain(new) {
+        let mut table = transaction.open_table(table.definition())?;
+        match value {
+            Some(value) => table.insert(key.as_str(), value.as_slice())?,
+            None => table.remove(key.as_str())?,
         };
     }
     transaction.commit()?;
@@ -406,6 +513,41 @@ fn write(database: &Database, batch: &[Commit]) -> Result<(), redb::Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_later_change_replaces_an_unwritten_change_of_the_same_key()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let path = std::env::temp_dir().join(format!("rrun-store-{}.redb", std::process::id()));
+        let file = StoreFile {
+            path: path.clone(),
+            database: Mutex::default(),
+        };
+        let value = |text: &str| Some(format!("{text:?}").into_bytes());
+        let unwritten = ["kept", "replaced", "removed"]
+            .map(|key| ((Table::IMAGES.0, key.to_owned()), value("old")))
+            .into();
+        let (done, _answer) = oneshot::channel();
+        let batch = [Commit {
+            changes: vec![
+                Change::put(Table::IMAGES, "replaced", &"new")?,
+                Change::delete(Table::IMAGES, "removed"),
+            ],
+            urgency: Urgency::Awaited,
+            done,
+        }];
+        file.with(|database| write(database, &unwritten, &batch))?;
+        // The file is opened again, as after a failed operation.
+        *lock(&file.database) = None;
+        let found = file.with(|database| entries(database, Table::IMAGES))?;
+        let found: Vec<_> = found.into_iter().map(|(key, it)| (key, Some(it))).collect();
+        assert_eq!(
+            found,
+            [("kept", "old"), ("replaced", "new")]
+                .map(|(key, text)| (key.to_owned(), value(text)))
+                .to_vec()
+        );
+        Ok(std::fs::remove_file(&path)?)
+    }
 
     #[tokio::test]
     async fn a_committed_change_is_read_after_the_store_is_opened_again()

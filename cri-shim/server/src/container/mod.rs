@@ -252,7 +252,7 @@ impl Container {
             )
             .await
             {
-                log::error!("{}: {error}", container.name());
+                log::error!("{}: {error}; the server tries again", container.name());
             }
         });
     }

@@ -173,8 +173,9 @@ impl Sandbox {
     pub(crate) fn save_soon(self: &Arc<Self>, node: &Arc<Node>) {
         let (sandbox, node) = (Arc::clone(self), Arc::clone(node));
         tokio::spawn(async move {
-            if let Err(error) = sandbox.save(&node).await {
-                log::error!("{}: {error}", sandbox.name());
+            let saved = sandbox.record.save_now(&node.store, || sandbox.to_record());
+            if let Err(error) = saved.await {
+                log::error!("{}: {error}; the server tries again", sandbox.name());
             }
         });
     }
