@@ -9,6 +9,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ImageError;
+use crate::images::failed;
 use crate::record::Image;
 use crate::reference::{Name, Target};
 use rrun_store::{Change, Store, Table};
@@ -82,6 +83,16 @@ pub(crate) fn directory(root: &Path, number: u64) -> PathBuf {
     root.join("layers").join(number.to_string())
 }
 
+/// Returns whether the directory of a layer exists. Any other error must not count as a missing
+/// directory, because the server would then delete the records of images.
+fn is_directory(path: &Path) -> Result<bool, ImageError> {
+    match std::fs::symlink_metadata(path) {
+        Ok(found) => Ok(found.is_dir()),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(failed("find the directory", path, &error)),
+    }
+}
+
 /// Returns the path of the empty lower directory, which an image without layers uses.
 pub fn empty_layer(root: &Path) -> PathBuf {
     directory(root, EMPTY_LAYER).join("fs")
@@ -95,7 +106,7 @@ impl Catalog {
         let mut catalog = Catalog::default();
         let mut changes = Vec::new();
         for (key, layer) in store.load::<Layer>(Table::LAYERS)? {
-            if directory(root, layer.number).join("fs").is_dir() {
+            if is_directory(&directory(root, layer.number).join("fs"))? {
                 catalog.layers.insert(key, layer);
             } else {
                 log::error!("the directory of the layer {key} no longer exists");

@@ -17,7 +17,7 @@ use std::time::Duration;
 use self::file::HostSettings;
 use crate::error::{ImageError, Kind};
 use rrun_calls::lock::lock;
-use rrun_kernel::errno::describe;
+use rrun_kernel::errno::{describe, is_of_the_machine};
 
 /// The time limit for opening a connection if no `dial_timeout` is set.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -100,7 +100,7 @@ impl Registries {
             let text = match std::fs::read_to_string(&path) {
                 Ok(text) => text,
                 Err(error) if is_missing(&error) => String::new(),
-                Err(error) => return Err(refuse(&path, &describe(&error))),
+                Err(error) => return Err(unreadable(&path, &error)),
             };
             if !text.is_empty() {
                 let (endpoints, unknown) = parse(registry, &path, &text)?;
@@ -155,6 +155,20 @@ fn refuse(path: &Path, why: &str) -> ImageError {
     ImageError::new(
         Kind::InvalidArgument,
         format!("registry configuration {}, {why}", path.display()),
+    )
+}
+
+/// Returns the error for a file or directory that cannot be read. The configuration is wrong, except
+/// if this node lacks a resource or has a broken device.
+fn unreadable(path: &Path, error: &std::io::Error) -> ImageError {
+    let kind = match error.raw_os_error().is_some_and(is_of_the_machine) {
+        true => Kind::Internal,
+        false => Kind::InvalidArgument,
+    };
+    let (path, reason) = (path.display(), describe(error));
+    ImageError::new(
+        kind,
+        format!("read the registry configuration {path}: {reason}"),
     )
 }
 
@@ -290,18 +304,18 @@ fn certificates(registry: &str, dir: &Path) -> Result<Option<Endpoint>, ImageErr
     let entries = match std::fs::read_dir(dir) {
         Ok(entries) => entries,
         Err(error) if is_missing(&error) => return Ok(None),
-        Err(error) => return Err(refuse(dir, &describe(&error))),
+        Err(error) => return Err(unreadable(dir, &error)),
     };
     let mut endpoint = upstream(registry);
     for entry in entries {
-        let path = entry
-            .map_err(|error| refuse(dir, &describe(&error)))?
-            .path();
+        let path = entry.map_err(|error| unreadable(dir, &error))?.path();
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("crt") => endpoint.ca.push(path),
             Some("cert") => {
                 let key = path.with_extension("key");
-                let key = key.exists().then_some(key);
+                let exists = key.try_exists();
+                let exists = exists.map_err(|error| unreadable(&key, &error))?;
+                let key = exists.then_some(key);
                 endpoint.client.push((path, key));
             }
             _ => {}

@@ -91,32 +91,68 @@ impl ImageStore {
     /// Removes the layers that no image, lease or pull needs. The records are deleted before this
     /// call returns. The directories are removed in the background. If the server stops before a
     /// directory is removed, no record names this directory. The next start of the server then
-    /// removes the directory.
+    /// removes the directory. If the records could not be deleted, the store repeats the deletion.
+    /// If the server stops before, its next start finds no directory for a record, and deletes the
+    /// record.
     pub(crate) async fn sweep(&self) -> Result<(), ImageError> {
         let (layers, written) = {
             let (layers, changes) = lock(&self.catalog).sweep();
             if layers.is_empty() {
                 return Ok(());
             }
-            (layers, self.records.commit(changes))
+            (layers, self.records.commit_now(changes))
         };
-        written.await?;
-        let root = self.root.clone();
-        let removing = Arc::clone(&self.removing);
-        let removals = Arc::clone(&self.removals);
-        removals.send_modify(|count| *count += 1);
+        let written = written.await;
+        let directories = layers
+            .iter()
+            .map(|layer| directory(&self.root, layer.number))
+            .collect();
+        let removal = LayerRemoval {
+            removing: Arc::clone(&self.removing),
+            removals: Arc::clone(&self.removals),
+            attempts: 0,
+        };
+        removal.begin(directories);
+        Ok(written?)
+    }
+}
+
+/// The time after the first failed removal of a layer. Each further failure doubles the time, up to
+/// about 17 minutes.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_DOUBLINGS: u32 = 10;
+
+/// A removal of layers from the disk, in the background.
+struct LayerRemoval {
+    removing: Arc<tokio::sync::Mutex<()>>,
+    removals: Arc<watch::Sender<usize>>,
+    /// The number of failed attempts.
+    attempts: u32,
+}
+
+impl LayerRemoval {
+    /// Removes the directories. If a directory can't be removed, tries again later.
+    fn begin(mut self, directories: Vec<PathBuf>) {
+        self.removals.send_modify(|count| *count += 1);
         tokio::spawn(async move {
             // A node that is short of disk space can have many layers to remove. The removals run
             // one after the other and therefore use only one thread.
-            let _removing = removing.lock_owned().await;
+            let removing = self.removing.lock().await;
             let removed = tokio::task::spawn_blocking(move || {
-                for layer in layers {
-                    unpacked_layer::remove(&directory(&root, layer.number));
-                }
+                let mut directories = directories;
+                directories.retain(|directory| !unpacked_layer::remove(directory));
+                directories
             });
-            let _ = removed.await;
-            removals.send_modify(|count| *count = count.saturating_sub(1));
+            let left = removed.await.unwrap_or_default();
+            drop(removing);
+            self.removals
+                .send_modify(|count| *count = count.saturating_sub(1));
+            if !left.is_empty() {
+                let doublings = self.attempts.min(MAX_DOUBLINGS);
+                tokio::time::sleep(RETRY_INTERVAL * (1 << doublings)).await;
+                self.attempts += 1;
+                self.begin(left);
+            }
         });
-        Ok(())
     }
 }

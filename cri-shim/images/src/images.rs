@@ -21,6 +21,7 @@ use crate::settings::ImageSettings;
 use crate::unpacked_layer::remove;
 use crate::{partial, pull};
 use rrun_calls::lock::lock;
+use rrun_kernel::errno::describe;
 use rrun_store::{Store, StoreError, Table};
 
 /// A future that resolves when a commit is on the disk.
@@ -143,10 +144,13 @@ impl Images {
             };
             let changes = catalog.remove(&image.id);
             log::info!("remove image {}", image.id);
-            self.store.records.commit(changes)
+            self.store.records.commit_now(changes)
         };
-        written.await?;
-        self.store.sweep().await
+        // The layers are removed even if the record could not be deleted, for example on a full
+        // disk. The store repeats the deletion.
+        let written = written.await;
+        self.store.sweep().await?;
+        Ok(written?)
     }
 
     /// Keeps the layers of an image for `owner` until [`Images::release`] is called, even across
@@ -158,7 +162,9 @@ impl Images {
         if let Some(written) = written
             && let Err(error) = written.await
         {
-            lock(&self.store.catalog).remove_lease(owner);
+            // Parts of a failed commit can nevertheless be in the store.
+            let changes = lock(&self.store.catalog).remove_lease(owner);
+            drop(self.store.records.commit_soon(changes));
             return Err(error.into());
         }
         Ok(lowers)
@@ -239,15 +245,15 @@ impl Images {
             if changes.is_empty() {
                 return Ok(());
             }
-            (kept, self.store.records.commit(changes))
+            (kept, self.store.records.commit_now(changes))
         };
-        written.await?;
+        let written = written.await;
         // A sweep examines every layer of the node. It is not needed for most removals of
         // containers, because the container's image is usually still on the node.
-        if kept {
-            return Ok(());
+        if !kept {
+            self.store.sweep().await?;
         }
-        self.store.sweep().await
+        Ok(written?)
     }
 
     /// Returns the owners of all leases. When the server starts, it releases the leases of
@@ -275,9 +281,13 @@ impl Images {
 }
 
 pub(crate) fn failed(what: &str, path: &Path, error: &io::Error) -> ImageError {
+    let kind = match error.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::ResourceExhausted,
+        _ => Kind::Internal,
+    };
     ImageError::new(
-        Kind::Internal,
-        format!("{what} {}: {error}", path.display()),
+        kind,
+        format!("{what} {}: {}", path.display(), describe(error)),
     )
 }
 

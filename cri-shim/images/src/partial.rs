@@ -97,7 +97,7 @@ impl Partial {
     }
 
     pub(crate) fn remove(self) {
-        if let Err(error) = std::fs::remove_file(&self.path) {
+        if let Err(error) = remove(&self.path) {
             log::warn!(
                 "cannot remove the partial blob {}: {error}",
                 self.path.display()
@@ -108,7 +108,19 @@ impl Partial {
 
 /// Removes the file with the beginning of a blob.
 pub(crate) fn discard(root: &Path, digest: &str, size: u64) {
-    let _ = std::fs::remove_file(path_of(root, digest, size));
+    if let Err(error) = remove(&path_of(root, digest, size)) {
+        log::warn!("cannot remove the beginning of the blob {digest}: {error}");
+    }
+}
+
+/// Removes a file, if it exists. A failure can have a cause that passes, so the removal is repeated
+/// once.
+fn remove(path: &Path) -> io::Result<()> {
+    let attempt = || match std::fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    };
+    attempt().or_else(|_| attempt())
 }
 
 /// A guard for the file with the beginning of a small blob. Dropping the guard removes the file,

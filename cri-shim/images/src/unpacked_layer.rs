@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use crate::catalog::{Layer, directory};
+use rrun_kernel::errno::describe;
+
 use crate::layer::{self, LayerError, UnpackSummary};
 
 /// Calls `fill` to unpack a layer into `ingest/NUMBER/fs`, then moves the layer to its final
@@ -65,7 +67,9 @@ impl Drop for UnpackedLayer {
         if let Some(path) = self.path.take() {
             // This value can be dropped on a thread of the async runtime, and such a thread must
             // not block. A separate thread therefore removes the directory.
-            let removal = std::thread::Builder::new().spawn(move || remove(&path));
+            let removal = std::thread::Builder::new().spawn(move || {
+                remove(&path);
+            });
             if let Err(error) = removal {
                 log::warn!("cannot start a thread to remove a layer: {error}");
             }
@@ -73,14 +77,17 @@ impl Drop for UnpackedLayer {
     }
 }
 
-/// Removes a directory that no record names. If the removal fails, the next start of the server
-/// removes the directory.
-pub(crate) fn remove(path: &Path) {
-    if let Err(error) = layer::remove_path(path) {
+/// Removes a directory that no record names. Returns whether the removal succeeded. A failure can
+/// have a cause that passes, so the removal is repeated once. If it fails again, the next start of
+/// the server removes the directory.
+pub(crate) fn remove(path: &Path) -> bool {
+    let removed = layer::remove_path(path).or_else(|_| layer::remove_path(path));
+    if let Err(errno) = removed {
         log::warn!(
             "cannot remove {}: {}",
             path.display(),
-            io::Error::from(error)
+            describe(&errno.into())
         );
     }
+    removed.is_ok()
 }
