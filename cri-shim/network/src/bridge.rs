@@ -171,7 +171,7 @@ impl Bridge {
         // The check follows the creation of the port. If a pod gets the first host port at 127.0.0.1
         // after the check, `route_loopback4` finds the port.
         if pods.has_port_on_loopback4() {
-            traffic_control::guard_loopback(&mut socket, &host_interface(pod));
+            traffic_control::guard_loopback(&mut socket, &host_interface(pod))?;
         }
         Ok(namespace)
     }
@@ -194,13 +194,14 @@ impl Bridge {
         mappings: Vec<Mapping>,
         pods: &dyn Pods,
     ) -> Result<(), NetworkError> {
+        let translates6 = forwarding::can_translate_loopback6()?;
         let rules = &mut self.rules();
         let elements = Elements {
             mappings,
             ports: Vec::new(),
         };
         match rules.known.map(|state| (state.index, state.loopback6)) {
-            Some((index, loopback6)) if loopback6 == forwarding::can_translate_loopback6() => {
+            Some((index, loopback6)) if loopback6 == translates6 => {
                 let mappings = &elements.mappings;
                 let mut socket = Socket::route()?;
                 self.route_loopbacks(&mut socket, index, loopback6, mappings, pods)?;
@@ -281,12 +282,12 @@ impl Bridge {
     fn route_loopback4(&self, socket: &mut Socket, pods: &dyn Pods) -> Result<(), NetworkError> {
         let bridge = &self.config.bridge;
         let is_needed = pods.has_port_on_loopback4();
-        if is_needed == forwarding::routes_localnet(bridge) {
+        if is_needed == forwarding::routes_localnet(bridge)? {
             return Ok(());
         }
         if is_needed {
             for pod in pods.desired().pods {
-                traffic_control::guard_loopback(socket, &host_interface(&pod.id));
+                traffic_control::guard_loopback(socket, &host_interface(&pod.id))?;
             }
         }
         forwarding::set_route_localnet(bridge, is_needed)
@@ -375,8 +376,10 @@ impl Bridge {
                 link::delete(&mut socket, &link.name)?;
                 continue;
             };
-            if pods.has_port_on_loopback4() {
-                traffic_control::guard_loopback(&mut socket, &link.name);
+            if pods.has_port_on_loopback4()
+                && let Err(error) = traffic_control::guard_loopback(&mut socket, &link.name)
+            {
+                log::error!("{error}");
             }
             let groups = pair::forwarded_groups(*is_filtered);
             let changed = forwarding::refuse_routers(&link.name).and_then(|()| {
@@ -423,7 +426,7 @@ impl Bridge {
         let rules = &mut self.rules();
         let port = port.filter(|_| self.filters_sources());
         match (rules.known, port) {
-            (Some(_), Some(port)) if self.forwards() => {
+            (Some(_), Some(port)) if self.forwards()? => {
                 let elements = Elements {
                     mappings: Vec::new(),
                     ports: vec![port],
@@ -431,7 +434,8 @@ impl Bridge {
                 self.change(rules, nftables::add, &elements, pods)
             }
             (Some(state), None)
-                if self.forwards() && nftables::generation(self.socket(rules)?)? == state.rules =>
+                if self.forwards()?
+                    && nftables::generation(self.socket(rules)?)? == state.rules =>
             {
                 Ok(state)
             }
@@ -472,9 +476,13 @@ impl Bridge {
 
     /// Returns whether packet forwarding is enabled for every address family in which pods have
     /// addresses.
-    fn forwards(&self) -> bool {
-        let mut ranges = self.ranges.iter();
-        ranges.all(|range| forwarding::is_on(range.is_ipv6()))
+    fn forwards(&self) -> Result<bool, NetworkError> {
+        for range in &self.ranges {
+            if !forwarding::is_on(range.is_ipv6())? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Repairs the bridge, the node's packet forwarding, the routes and the nftables rules.
@@ -502,7 +510,7 @@ impl Bridge {
         for range in &self.ranges {
             forwarding::turn_on(range.is_ipv6())?;
         }
-        let loopback6 = forwarding::can_translate_loopback6();
+        let loopback6 = forwarding::can_translate_loopback6()?;
         let mappings = &desired.elements.mappings;
         self.route_loopbacks(&mut socket, index, loopback6, mappings, pods)?;
         let how = match how {

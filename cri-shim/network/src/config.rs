@@ -233,7 +233,7 @@ impl NetworkConfig {
             ranges.push(range);
         }
         match self.range6 {
-            OptionalRange::Of(range) if forwarding::has_ipv6() => ranges.push(range),
+            OptionalRange::Of(range) if forwarding::has_ipv6()? => ranges.push(range),
             OptionalRange::Of(_) if ranges.is_empty() => {
                 return Err(NetworkError::Config {
                     field: "range",

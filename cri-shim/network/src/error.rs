@@ -9,13 +9,14 @@ use nix::errno::Errno;
 use crate::address::Range;
 use crate::host_ports::HostPort;
 use rrun_calls::error::{Code, Error};
+use rrun_kernel::errno::describe;
 use rrun_store::StoreError;
 
 #[derive(Debug, thiserror::Error)]
 pub enum NetworkError {
     /// A system call failed on a network namespace, or on the file at which the namespace is
     /// pinned.
-    #[error("{action} {path}: {source}")]
+    #[error("{action} {path}: {}", describe(.source))]
     Namespace {
         action: &'static str,
         path: PathBuf,
@@ -23,7 +24,7 @@ pub enum NetworkError {
     },
     #[error("{path} is not a network namespace: the mount that pinned it no longer exists")]
     NotPinned { path: PathBuf },
-    #[error("start a thread for a network operation: {0}")]
+    #[error("start a thread for a network operation: {}", describe(.0))]
     Thread(io::Error),
     #[error("watch the nftables tables: {0}")]
     Watch(io::Error),
@@ -43,10 +44,10 @@ pub enum NetworkError {
         detail: String,
         feature: &'static str,
     },
-    #[error("write {value} to {path}: {source}")]
+    #[error("{action} {path}: {}", describe(.source))]
     Sysctl {
+        action: String,
         path: String,
-        value: &'static str,
         source: io::Error,
     },
     #[error("network.{field} is {value:?} in the configuration; it has to be {expected}")]
@@ -65,7 +66,7 @@ pub enum NetworkError {
         key(*range)
     )]
     Exhausted { range: Range },
-    #[error("the node's {port} is already used by the pod {by}")]
+    #[error("the node's {port} is already used by {by}")]
     PortTaken { port: HostPort, by: String },
     #[error("the pod requests the node's {port}, but pods have no {family} address ({key})")]
     NoFamily {

@@ -11,9 +11,8 @@ const IPV6: &str = "/proc/sys/net/ipv6/conf/all/forwarding";
 const IPV6_INTERFACES: &str = "/proc/sys/net/ipv6/conf";
 
 /// Returns whether the kernel supports IPv6 and IPv6 is not disabled.
-pub(crate) fn has_ipv6() -> bool {
-    let all = format!("{IPV6_INTERFACES}/all/disable_ipv6");
-    std::fs::read(all).is_ok_and(|value| value.first() == Some(&b'0'))
+pub(crate) fn has_ipv6() -> Result<bool, NetworkError> {
+    is(format!("{IPV6_INTERFACES}/all/disable_ipv6"), "0")
 }
 
 /// Returns the names of the sysctls that must be 0 on `interface`, which receives packets from
@@ -40,7 +39,7 @@ pub(crate) fn refuse_routers(interface: &str) -> Result<(), NetworkError> {
 
 /// Returns whether `accept_ra` allows router advertisements on `interface`. If `accept_ra` is 1,
 /// the interface nevertheless refuses router advertisements while it forwards packets.
-pub(crate) fn accepts_advertisements(interface: &str) -> bool {
+pub(crate) fn accepts_advertisements(interface: &str) -> Result<bool, NetworkError> {
     is_set(path(&format!("ipv6/conf/{interface}/accept_ra")))
 }
 
@@ -64,8 +63,12 @@ fn all_refused_in_pod(interface: &str) -> Vec<String> {
 /// with the kernel's default value 1. Any other value was set on purpose.
 pub(crate) fn refuse_routers_in_running_pod(interface: &str) -> Result<(), NetworkError> {
     let all = all_refused_in_pod(interface);
-    let mut defaults = all.iter().filter(|name| is(path(name), "1"));
-    defaults.try_for_each(|name| clear(name))
+    for name in &all {
+        if is(path(name), "1")? {
+            clear(name)?;
+        }
+    }
+    Ok(())
 }
 
 fn path(name: &str) -> String {
@@ -79,12 +82,12 @@ fn clear(name: &str) -> Result<(), NetworkError> {
     let path = path(name);
     match set(&path, "0") {
         Err(NetworkError::Sysctl { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(()),
-        Err(_) if is(&path, "0") => Ok(()),
+        Err(_) if is(&path, "0").is_ok_and(|is_clear| is_clear) => Ok(()),
         result => result,
     }
 }
 
-pub(crate) fn is_on(ipv6: bool) -> bool {
+pub(crate) fn is_on(ipv6: bool) -> Result<bool, NetworkError> {
     is_set(if ipv6 { IPV6 } else { IPV4 })
 }
 
@@ -96,15 +99,20 @@ pub(crate) fn is_on(ipv6: bool) -> bool {
 /// every interface that forwards packets. For IPv4, the kernel clears `conf/all/accept_redirects`
 /// when forwarding is enabled. `turn_on` leaves these settings for redirects unchanged.
 pub(crate) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
-    if is_on(ipv6) {
+    if is_on(ipv6)? {
         return Ok(());
     }
     if ipv6 {
         // Interfaces that are created later copy the value in `default`. The loop below changes the
         // interfaces that already exist.
         keep_advertisements(&Path::new(IPV6_INTERFACES).join("default"))?;
-        let interfaces = std::fs::read_dir(IPV6_INTERFACES);
-        for interface in interfaces.into_iter().flatten().flatten() {
+        let failed = |source| NetworkError::Sysctl {
+            action: "read the directory".to_owned(),
+            path: IPV6_INTERFACES.to_owned(),
+            source,
+        };
+        for interface in std::fs::read_dir(IPV6_INTERFACES).map_err(failed)? {
+            let interface = interface.map_err(failed)?;
             // The sysctl `all/accept_ra` has no effect on existing or new interfaces.
             if interface.file_name() != "all" {
                 keep_advertisements(&interface.path())?;
@@ -123,12 +131,12 @@ pub(crate) fn turn_on(ipv6: bool) -> Result<(), NetworkError> {
 /// already refuses advertisements.
 fn keep_advertisements(interface: &Path) -> Result<(), NetworkError> {
     let path = interface.join("accept_ra");
-    if is_set(interface.join("forwarding")) || !is_set(&path) || is(&path, "2") {
+    if is_set(interface.join("forwarding"))? || !is_set(&path)? || is(&path, "2")? {
         return Ok(());
     }
     match set(&path, "2") {
         // The interface was deleted after the directory was listed.
-        Err(_) if !path.exists() => Ok(()),
+        Err(_) if path.try_exists().is_ok_and(|exists| !exists) => Ok(()),
         result => result,
     }
 }
@@ -139,7 +147,7 @@ fn localnet(bridge: &str) -> String {
 
 /// Returns whether the kernel routes packets from and to 127.0.0.0/8 through the bridge. The node's
 /// processes need this to reach host ports at 127.0.0.1.
-pub(crate) fn routes_localnet(bridge: &str) -> bool {
+pub(crate) fn routes_localnet(bridge: &str) -> Result<bool, NetworkError> {
     is_set(localnet(bridge))
 }
 
@@ -152,24 +160,39 @@ pub(crate) fn set_route_localnet(bridge: &str, on: bool) -> Result<(), NetworkEr
 /// the destination of a reply back to ::1 while the reply is still on the bridge. The kernel then
 /// drops the reply, because it drops every packet that comes from a bridge with the destination
 /// ::1.
-pub(crate) fn can_translate_loopback6() -> bool {
-    !is("/proc/sys/net/bridge/bridge-nf-call-ip6tables", "1")
+pub(crate) fn can_translate_loopback6() -> Result<bool, NetworkError> {
+    is("/proc/sys/net/bridge/bridge-nf-call-ip6tables", "1").map(|filters| !filters)
 }
 
 /// Returns whether the sysctl file `path` exists and contains a number other than 0.
-fn is_set(path: impl AsRef<Path>) -> bool {
-    std::fs::read_to_string(path).is_ok_and(|value| value.trim_end() != "0")
+fn is_set(path: impl AsRef<Path>) -> Result<bool, NetworkError> {
+    Ok(value(path.as_ref())?.is_some_and(|value| value != "0"))
 }
 
-fn is(path: impl AsRef<Path>, value: &str) -> bool {
-    std::fs::read_to_string(path).is_ok_and(|text| text.trim_end() == value)
+/// Returns whether the sysctl file `path` exists and contains `expected`.
+fn is(path: impl AsRef<Path>, expected: &str) -> Result<bool, NetworkError> {
+    Ok(value(path.as_ref())?.is_some_and(|value| value == expected))
+}
+
+/// Returns the value in a sysctl file, or `None` if the file does not exist. Any other error must
+/// not count as a missing file, because the caller would then skip a setting.
+fn value(path: &Path) -> Result<Option<String>, NetworkError> {
+    match std::fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text.trim_end().to_owned())),
+        Err(source) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(source) => Err(NetworkError::Sysctl {
+            action: "read".to_owned(),
+            path: path.display().to_string(),
+            source,
+        }),
+    }
 }
 
 fn set(path: impl AsRef<Path>, value: &'static str) -> Result<(), NetworkError> {
     let path = path.as_ref();
     std::fs::write(path, value).map_err(|source| NetworkError::Sysctl {
+        action: format!("write {value} to"),
         path: path.display().to_string(),
-        value,
         source,
     })
 }

@@ -219,7 +219,9 @@ fn set_flag_up(batch: &mut Batch, index: u32, name: &str) {
 fn no_ipv6_address(batch: &mut Batch, name: &str, link: impl FnOnce(&mut Body)) {
     // A kernel without IPv6 assigns no IPv6 address, so no message is needed. Such a kernel would
     // also reject a message with IFLA_INET6_ADDR_GEN_MODE.
-    if !Path::new("/proc/sys/net/ipv6").exists() {
+    // If the check itself fails, the message is sent, so that the setting is never skipped.
+    let has_ipv6 = Path::new("/proc/sys/net/ipv6").try_exists();
+    if has_ipv6.is_ok_and(|has_ipv6| !has_ipv6) {
         return;
     }
     let action = format!("prevent the kernel from giving {name} an IPv6 address");

@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use nix::errno::Errno;
 
+use crate::error::NetworkError;
 use crate::netlink::{Batch, NLM_F_ACK, NLM_F_CREATE, NLM_F_EXCL, Socket};
 
 const TC_H_CLSACT: u32 = 0xffff_fff1;
@@ -59,15 +60,33 @@ const PROGRAM: [(u16, u8, u8, u32); 8] = [
     (RETURN, 0, 0, TC_ACT_SHOT),
 ];
 
-/// Adds the filter to the bridge port `name`, unless the filter exists. If the kernel lacks the
-/// required parts of traffic control, this function only logs a message.
-pub(crate) fn guard_loopback(socket: &mut Socket, name: &str) {
+/// The errors of a kernel that lacks the required parts of traffic control. Any other error can have
+/// a cause that passes, for example a lack of memory.
+const UNSUPPORTED: [Errno; 4] = [
+    Errno::EINVAL,
+    Errno::ENOENT,
+    Errno::EOPNOTSUPP,
+    Errno::EPERM,
+];
+
+/// Adds the filter to the bridge port `name`, unless the filter exists. If the port does not exist,
+/// this function does nothing. If the kernel lacks the required parts of traffic control, this
+/// function only logs a message.
+pub(crate) fn guard_loopback(socket: &mut Socket, name: &str) -> Result<(), NetworkError> {
     static IS_UNSUPPORTED: AtomicBool = AtomicBool::new(false);
     if IS_UNSUPPORTED.load(Ordering::Relaxed) {
-        return;
+        return Ok(());
     }
-    let Ok(index) = rustix::net::netdevice::name_to_index(socket.fd(), name) else {
-        return;
+    let index = match rustix::net::netdevice::name_to_index(socket.fd(), name) {
+        Ok(index) => index,
+        Err(rustix::io::Errno::NODEV) => return Ok(()),
+        Err(errno) => {
+            let errno = Errno::from_raw(errno.raw_os_error());
+            return Err(NetworkError::kernel(
+                format!("find the bridge port {name}"),
+                errno,
+            ));
+        }
     };
     let mut batch = Batch::default();
     discipline(&mut batch, index, name);
@@ -79,16 +98,17 @@ pub(crate) fn guard_loopback(socket: &mut Socket, name: &str) {
         added = socket.execute(&batch);
     }
     match added {
-        Ok(_) => {}
-        Err(error) if error.is(Errno::EEXIST) || error.is(Errno::ENODEV) => {}
-        Err(error) => {
+        Err(error) if error.is(Errno::EEXIST) || error.is(Errno::ENODEV) => Ok(()),
+        Err(error) if UNSUPPORTED.iter().any(|errno| error.is(*errno)) => {
             IS_UNSUPPORTED.store(true, Ordering::Relaxed);
             log::info!(
                 "pods can send packets to 127.0.0.1 of the node while the nftables table of the \
                  embedded network does not exist (CONFIG_NET_SCH_INGRESS, CONFIG_NET_CLS_BPF): \
                  {error}"
             );
+            Ok(())
         }
+        added => added.map(drop),
     }
 }
 

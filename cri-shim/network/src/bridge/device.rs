@@ -112,7 +112,7 @@ impl BridgeDevice<'_> {
                 kind: link.kind.unwrap_or_else(|| "physical".to_owned()),
             });
         }
-        let has_accepted = forwarding::accepts_advertisements(self.name);
+        let has_accepted = forwarding::accepts_advertisements(self.name)?;
         forwarding::refuse_routers(self.name)?;
         if has_accepted {
             forget_advertisements(socket, link.index, has)?;

@@ -136,7 +136,7 @@ pub(super) fn scan(dir: &Path) -> Result<(Vec<PathBuf>, Fingerprint), String> {
     marks.extend(files.iter().map(|file| mark(file)));
     // The subdirectory of a configuration list can contain the configurations of further plugins of
     // the list.
-    for subdirectory in subdirectories(dir) {
+    for subdirectory in subdirectories(dir)? {
         marks.push(mark(&subdirectory));
         let mut own = named(&subdirectory, &["conf"])?;
         own.sort();
@@ -158,18 +158,34 @@ fn mark(path: &Path) -> (PathBuf, u64, u64, i64, i64) {
     }
 }
 
-fn subdirectories(dir: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-    let mut dirs: Vec<PathBuf> = entries
-        .map(|entry| entry.path())
-        .filter(|path| path.is_dir())
-        .collect();
+fn subdirectories(dir: &Path) -> Result<Vec<PathBuf>, String> {
+    let mut dirs = Vec::new();
+    for path in entries(dir)? {
+        if is(&path, std::fs::Metadata::is_dir)? {
+            dirs.push(path);
+        }
+    }
     dirs.sort();
-    dirs
+    Ok(dirs)
 }
 
 /// Returns the files in `dir` that have a file name extension in `endings`.
 fn named(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
+    let mut files = Vec::new();
+    for path in entries(dir)? {
+        let ending = path.extension().and_then(|ending| ending.to_str());
+        if ending.is_some_and(|ending| endings.contains(&ending))
+            && is(&path, std::fs::Metadata::is_file)?
+        {
+            files.push(path);
+        }
+    }
+    Ok(files)
+}
+
+/// Returns the paths of the entries in `dir`. A directory that does not exist counts as empty. Any
+/// other error must not, because pods would then get another network.
+fn entries(dir: &Path) -> Result<Vec<PathBuf>, String> {
     let failed = |error: &std::io::Error| {
         format!(
             "read the directory of CNI configurations {}: {}",
@@ -182,15 +198,23 @@ fn named(dir: &Path, endings: &[&str]) -> Result<Vec<PathBuf>, String> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
         Err(error) => return Err(failed(&error)),
     };
-    let mut files = Vec::new();
-    for entry in entries {
-        let path = entry.map_err(|error| failed(&error))?.path();
-        let ending = path.extension().and_then(|ending| ending.to_str());
-        if ending.is_some_and(|ending| endings.contains(&ending)) && path.is_file() {
-            files.push(path);
-        }
+    entries
+        .map(|entry| entry.map(|entry| entry.path()))
+        .collect::<Result<_, _>>()
+        .map_err(|error| failed(&error))
+}
+
+/// Returns whether `path` exists and has the given kind.
+fn is(path: &Path, kind: fn(&std::fs::Metadata) -> bool) -> Result<bool, String> {
+    match std::fs::metadata(path) {
+        Ok(metadata) => Ok(kind(&metadata)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(format!(
+            "read the CNI configuration {}: {}",
+            path.display(),
+            describe(&error)
+        )),
     }
-    Ok(files)
 }
 
 /// Reads the first `limit` files, or all files if `limit` is 0. As in containerd, an invalid file

@@ -100,8 +100,11 @@ struct CniState {
 /// The CNI configurations that the server uses, as it last read them from the files.
 struct LoadedConfigurations {
     /// The fingerprint of the configuration files at the time when they were last read. `None`
-    /// means that the files have never been read.
+    /// means that the files must be read again, because the last attempt failed. The failure can
+    /// have a cause that passes, for example a lack of descriptors.
     seen: Option<Fingerprint>,
+    /// True after the first attempt to read the files.
+    was_read: bool,
     lists: std::result::Result<Arc<Vec<ConfigurationList>>, String>,
     /// The number of times that the CNI configurations have changed since the server's start.
     generation: u64,
@@ -138,6 +141,7 @@ impl Cni {
                 store,
                 configured: Mutex::new(LoadedConfigurations {
                     seen: None,
+                    was_read: false,
                     lists: Ok(Arc::default()),
                     generation: 0,
                 }),
@@ -154,8 +158,20 @@ impl Cni {
 
     /// Returns whether a CNI configuration exists, even if the configuration is invalid.
     pub(crate) async fn is_configured(&self) -> bool {
-        let lists = self.lists().await;
+        let lists = self.read_lists().await;
         !lists.is_ok_and(|lists| lists.is_empty())
+    }
+
+    /// Reads the configurations like [`Cni::lists`], but reads them a second time after a failure.
+    /// Another program can be writing a configuration file.
+    async fn read_lists(&self) -> std::result::Result<Arc<Vec<ConfigurationList>>, String> {
+        match self.lists().await {
+            Ok(lists) => Ok(lists),
+            Err(_) => {
+                tokio::time::sleep(REREAD_DELAY).await;
+                self.lists().await
+            }
+        }
     }
 
     /// Returns whether plugins have connected the pod or are going to connect it.
@@ -173,12 +189,7 @@ impl Cni {
     /// Writes the parameters of the pod's ADD to the store. The caller must call this function
     /// before [`Cni::attach`].
     pub(crate) async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
-        let mut lists = self.lists().await;
-        if lists.is_err() {
-            tokio::time::sleep(REREAD_DELAY).await;
-            lists = self.lists().await;
-        }
-        let lists = lists.map_err(Error::internal)?;
+        let lists = self.read_lists().await.map_err(Error::internal)?;
         if lists.is_empty() {
             return Err(Error::internal(self.inner.no_configuration()));
         }
@@ -472,8 +483,8 @@ impl CniState {
         }
         let lists = configuration::load(&files, self.settings.max_conf_num).map(Arc::new);
         let mut configured = lock(&self.configured);
-        let first = configured.seen.is_none();
-        configured.seen = Some(seen);
+        let first = !std::mem::replace(&mut configured.was_read, true);
+        configured.seen = lists.is_ok().then_some(seen);
         if configured.lists == lists && !first {
             return lists;
         }
