@@ -230,11 +230,18 @@ impl Bridge {
             ports: Vec::new(),
         };
         self.change(rules, nftables::remove, &elements, pods)?;
-        if !pods.has_port_on_loopback4() {
-            self.route_loopback4(&mut Socket::route()?, pods)?;
+        let routed = if pods.has_port_on_loopback4() {
+            Ok(())
+        } else {
+            let clear = || self.route_loopback4(&mut Socket::route()?, pods);
+            clear().or_else(|_| clear())
+        };
+        if routed.is_err() {
+            // The sysctl must not stay 1. The next pod repairs the bridge.
+            rules.known = None;
         }
         forget_flows(&elements.mappings, Stale::ToThePod);
-        Ok(())
+        routed
     }
 
     /// Deletes the bridge ports of removed pods from the nftables sets. The function `free` makes

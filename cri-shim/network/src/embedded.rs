@@ -93,8 +93,7 @@ impl EmbeddedNetwork {
             };
             let reserved = reserved.await;
             if reserved.is_err() {
-                state.free_addresses(&pod);
-                state.free_ports(&pod);
+                state.abandon(&pod);
             }
             reserved
         })
@@ -183,10 +182,22 @@ impl EmbeddedNetwork {
             // replaces the whole nftables table.
             self.state.free_ports(pod);
         }
+        let mut detached = Ok(());
         for pod in dead {
-            self.detach(&pod, None).await?;
+            detached = detached.and(self.detach(&pod, None).await);
         }
         self.settled().await;
+        // A failure can have a cause that passes, so the sweep is repeated once. Nothing repeats it
+        // before the next start of the server.
+        if let Err(error) = self.sweep(live_pods).await {
+            log::warn!("{error}; the server tries again");
+            self.sweep(live_pods).await?;
+        }
+        detached
+    }
+
+    /// Removes the interfaces that belong to no pod, and replaces the nftables rules.
+    async fn sweep(&self, live_pods: &HashSet<String>) -> Result<(), NetworkError> {
         let state = Arc::clone(&self.state);
         let mut keep: Vec<DesiredPod> = live_pods
             .iter()

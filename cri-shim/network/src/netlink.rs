@@ -52,6 +52,9 @@ const BYTES_AT_ONCE: usize = 64 << 10;
 /// the dump.
 const DUMP_TRIES: usize = 16;
 
+/// The maximum number of datagrams that [`Socket::discard_replies`] reads.
+const MAX_DISCARDED: usize = 1000;
+
 /// Messages that the kernel executes in order. A batch is not a transaction, because the kernel also
 /// executes the messages after a failed message. [`Socket::execute`] sends a batch in pieces, and
 /// [`Socket::execute_whole`] sends all messages with one `send` call.
@@ -291,6 +294,16 @@ enum Answer {
     Interrupted,
 }
 
+impl Answer {
+    fn of(failure: Option<NetworkError>, interrupted: bool) -> Self {
+        match failure {
+            Some(error) => Answer::Failure(error),
+            None if interrupted => Answer::Interrupted,
+            None => Answer::Success,
+        }
+    }
+}
+
 impl Socket {
     /// Opens a netlink socket for requests about links, addresses, routes and traffic control.
     pub(crate) fn route() -> Result<Self, NetworkError> {
@@ -444,7 +457,10 @@ impl Socket {
                     overrun = true;
                     continue;
                 }
-                Err(errno) => return Err(failed(errno)),
+                Err(errno) => {
+                    self.discard_replies();
+                    return Err(failed(errno));
+                }
             };
             if length > self.buffer.len() {
                 self.buffer.resize(length, 0);
@@ -466,11 +482,18 @@ impl Socket {
                 }
             }
         }
-        Ok(match failure {
-            Some(error) => Answer::Failure(error),
-            None if interrupted => Answer::Interrupted,
-            None => Answer::Success,
-        })
+        Ok(Answer::of(failure, interrupted))
+    }
+
+    /// Reads the queued replies of a request that failed. The next request on this socket would
+    /// otherwise get these replies as its own.
+    fn discard_replies(&mut self) {
+        for _ in 0..MAX_DISCARDED {
+            let received = rustix::net::recv(&self.fd, &mut self.buffer[..], RecvFlags::DONTWAIT);
+            if received.is_err() {
+                return;
+            }
+        }
     }
 
     /// Enlarges the send buffer if it may be too small for a message of `bytes` bytes. An error is

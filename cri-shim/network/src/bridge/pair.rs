@@ -120,9 +120,18 @@ pub(super) fn rejoin(socket: &mut Socket, bridge: &str, index: u32, pods: &[Desi
             bridge: index,
             forwarded_groups: forwarded_groups(pod.is_filtered),
         };
-        // Errors are ignored, because a pod may have no veth pair at this time. Another call is
-        // then attaching or detaching the pod, or will do so soon.
-        let _ = forwarding::refuse_routers(&name).and_then(|()| link::join_bridge(socket, port));
+        let joined =
+            forwarding::refuse_routers(&name).and_then(|()| link::join_bridge(socket, port));
+        match joined {
+            // The pod has no veth pair at this time. Another call is attaching or detaching the
+            // pod, or will do so soon.
+            Err(error) if error.is(Errno::ENODEV) => {}
+            Err(error) => {
+                let pod = &pod.id;
+                log::error!("pod {pod}: add its interface to the new bridge: {error}");
+            }
+            Ok(()) => {}
+        }
     }
 }
 

@@ -225,6 +225,9 @@ impl Cni {
         lock(&self.inner.attachments).insert(pod.to_owned(), attachment);
         let written = written.await.map_err(Error::from);
         if written.is_err() {
+            // Parts of a failed commit can nevertheless be in the store.
+            let deletion = Change::delete(Table::ATTACHMENTS, pod);
+            drop(self.inner.store.commit_soon(vec![deletion]));
             lock(&self.inner.attachments).remove(pod);
         }
         written

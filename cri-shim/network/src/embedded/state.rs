@@ -307,17 +307,11 @@ impl EmbeddedState {
     /// Deletes the entries of `pods` from the store, and then frees the addresses of these pods.
     /// The interfaces of these pods must already be deleted.
     pub(super) async fn forget(self: &Arc<Self>, pods: Vec<String>) -> Result<(), NetworkError> {
-        let mut deletions = Vec::new();
         let mut bridge_ports = Vec::new();
         for pod in &pods {
-            let mut addresses = self.addresses_of(pod);
-            bridge_ports.extend(self.port_of(pod, &addresses));
-            addresses.extend(lock(&self.old_addresses).get(pod).into_iter().flatten());
-            for address in addresses {
-                deletions.push(Change::delete(Table::ADDRESSES, &address.to_string()));
-            }
-            deletions.push(Change::delete(Table::ADDRESSES, &ports_key(pod)));
+            bridge_ports.extend(self.port_of(pod, &self.addresses_of(pod)));
         }
+        let deletions = pods.iter().flat_map(|pod| self.deletions(pod)).collect();
         self.store.commit(deletions).await?;
         let state = Arc::clone(self);
         let what = format!("remove the bridge ports of the pods {}", pods.join(", "));
@@ -332,6 +326,24 @@ impl EmbeddedState {
             state.bridge.retire(bridge_ports, free, &*state)
         })
         .await
+    }
+
+    /// Frees the pod's addresses and host ports after a failed [`EmbeddedState::commit`]. Parts of
+    /// a failed commit can nevertheless be in the store, so the entries are deleted.
+    pub(super) fn abandon(&self, pod: &str) {
+        drop(self.store.commit_soon(self.deletions(pod)));
+        self.free_addresses(pod);
+        self.free_ports(pod);
+    }
+
+    /// Returns the changes that delete the entries of the pod from the store.
+    fn deletions(&self, pod: &str) -> Vec<Change> {
+        let mut addresses = self.addresses_of(pod);
+        addresses.extend(lock(&self.old_addresses).get(pod).into_iter().flatten());
+        let keys = addresses.into_iter().map(|address| address.to_string());
+        keys.chain([ports_key(pod)])
+            .map(|key| Change::delete(Table::ADDRESSES, &key))
+            .collect()
     }
 
     /// Creates the pod's interface with its addresses and host ports. If `committed` is false, the

@@ -6,7 +6,9 @@
 //! A round deletes the interfaces of all waiting pods together. It then deletes the addresses of
 //! these pods from the store in one transaction.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::Notify;
 
@@ -16,10 +18,17 @@ use crate::error::NetworkError;
 use rrun_calls::lock::lock;
 use rrun_calls::wait::blocking;
 
+/// The time between the first failed round and the next attempt. Each further failure doubles the
+/// time, up to about 17 minutes.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+const MAX_DOUBLINGS: u32 = 10;
+
 pub(super) struct Teardown {
     state: Arc<EmbeddedState>,
     queue: Mutex<TeardownQueue>,
     idle: Notify,
+    /// The number of failed rounds since the last successful round.
+    failures: AtomicU32,
 }
 
 #[derive(Default)]
@@ -38,6 +47,7 @@ impl Teardown {
             state,
             queue: Mutex::default(),
             idle: Notify::new(),
+            failures: AtomicU32::new(0),
         }
     }
 
@@ -57,6 +67,20 @@ impl Teardown {
             queue.running = true;
             tokio::spawn(run(Arc::clone(self)));
         }
+    }
+
+    /// Adds the pods again after a failed round, but later. The pods are not locked meanwhile, so
+    /// another detach of a pod does not wait.
+    fn add_later(self: Arc<Self>, pods: Vec<String>) {
+        let failures = self.failures.fetch_add(1, Ordering::Relaxed);
+        let pause = RETRY_INTERVAL * (1 << failures.min(MAX_DOUBLINGS));
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            for pod in pods {
+                let locked = self.state.lock(&pod).await;
+                self.add(locked);
+            }
+        });
     }
 
     /// Waits until the background task has removed the networks of all detached pods.
@@ -86,18 +110,22 @@ impl Teardown {
 async fn run(teardown: Arc<Teardown>) {
     while let Some(locks) = teardown.next() {
         let pods: Vec<String> = locks.iter().map(|locked| locked.pod().to_owned()).collect();
-        if let Err(error) = remove(&teardown.state, pods.clone()).await {
-            log::warn!(
-                "remove the networks of the pods {}: {error}; the server retries the removal when \
-                 the pods are removed again, or after a restart of the server",
-                pods.join(", ")
-            );
-        }
+        let removed = remove(&teardown.state, pods.clone()).await;
         // `removing` must be cleared before the pods are unlocked. A pod can be attached and
         // detached again after the unlock. If this pod were still in `removing`, the detach would
         // do nothing.
         lock(&teardown.queue).removing.clear();
         drop(locks);
+        match removed {
+            Ok(()) => teardown.failures.store(0, Ordering::Relaxed),
+            Err(error) => {
+                log::warn!(
+                    "remove the networks of the pods {}: {error}; the server tries again later",
+                    pods.join(", ")
+                );
+                Arc::clone(&teardown).add_later(pods);
+            }
+        }
     }
     teardown.idle.notify_waiters();
 }
