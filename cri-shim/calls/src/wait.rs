@@ -36,6 +36,27 @@ pub async fn slow<F: Future>(what: impl Display, step: F) -> F::Output {
     }
 }
 
+/// The interval at which [`keep_one_thread`] uses a thread of the pool. tokio ends a thread that was
+/// idle for ten seconds.
+const KEEP_INTERVAL: Duration = Duration::from_secs(5);
+
+/// Starts a thread for [`blocking`], and a task that keeps this thread alive. If the pool has a
+/// thread, work waits for this thread when the kernel refuses to start another, for example because
+/// the limit on processes is reached. If the pool has no thread, tokio panics instead.
+pub async fn keep_one_thread() {
+    use_a_thread().await;
+    tokio::spawn(async {
+        loop {
+            tokio::time::sleep(KEEP_INTERVAL).await;
+            use_a_thread().await;
+        }
+    });
+}
+
+async fn use_a_thread() {
+    let _ = tokio::task::spawn_blocking(|| ()).await;
+}
+
 /// Runs `work` on a separate thread. `work` can block on files or mounts, and a hung file system
 /// must not stall other CRI requests. Logs a warning if the work takes over ten seconds, like
 /// [`slow`].

@@ -5,11 +5,11 @@ use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tokio::process::Command;
-use tokio::sync::OnceCell;
+use tokio::sync::Mutex;
 
 use crate::config::Config;
 use crate::container::idmap;
@@ -35,19 +35,71 @@ pub(crate) struct Features {
     pub after: bool,
 }
 
+/// The time after which a failed query is repeated. A query can fail for a reason that passes, for
+/// example because the node has no process ids left.
+const RETRY_INTERVAL: Duration = Duration::from_secs(60);
+
 /// The handlers' features. The server queries a handler once, at the first use of the handler's
 /// features.
 pub(crate) struct Handlers {
-    features: BTreeMap<String, OnceCell<Features>>,
-    users: OnceCell<bool>,
+    features: BTreeMap<String, Answer<Features>>,
+    users: Answer<bool>,
+}
+
+/// The answer to a query. A successful query is never repeated. After a failed query, the default
+/// value is the answer until [`RETRY_INTERVAL`] has passed.
+#[derive(Default)]
+struct Answer<T>(Mutex<Known<T>>);
+
+#[derive(Clone, Copy, Default)]
+enum Known<T> {
+    #[default]
+    Nothing,
+    Found(T),
+    Failed(Instant),
+}
+
+impl<T: Copy + Default> Answer<T> {
+    async fn found(&self) -> Option<T> {
+        match *self.0.lock().await {
+            Known::Found(value) => Some(value),
+            Known::Nothing | Known::Failed(_) => None,
+        }
+    }
+
+    /// Returns the known answer, or the answer of `query`. An error of `query` is logged only the
+    /// first time.
+    async fn get(&self, query: impl Future<Output = Result<T, String>>) -> T {
+        let mut known = self.0.lock().await;
+        match *known {
+            Known::Found(value) => return value,
+            Known::Failed(at) if at.elapsed() < RETRY_INTERVAL => return T::default(),
+            Known::Nothing | Known::Failed(_) => {}
+        }
+        match query.await {
+            Ok(value) => {
+                *known = Known::Found(value);
+                value
+            }
+            Err(sentence) => {
+                if matches!(*known, Known::Nothing) {
+                    log::info!("{sentence}");
+                }
+                *known = Known::Failed(Instant::now());
+                T::default()
+            }
+        }
+    }
 }
 
 impl Handlers {
     pub(crate) fn new(config: &Config) -> Self {
         let names = config.runtimes.keys();
         Handlers {
-            features: names.map(|name| (name.clone(), OnceCell::new())).collect(),
-            users: OnceCell::new(),
+            features: names
+                .map(|name| (name.clone(), Answer::default()))
+                .collect(),
+            users: Answer::default(),
         }
     }
 
@@ -55,44 +107,38 @@ impl Handlers {
     /// the default handler.
     pub(crate) async fn features(&self, config: &Config, handler: &str) -> Features {
         let name = config.handler_name(handler);
-        let (Some(cell), Some(runtime)) = (self.features.get(name), config.runtimes.get(name))
+        let (Some(known), Some(runtime)) = (self.features.get(name), config.runtimes.get(name))
         else {
             return Features::default();
         };
-        // A missing runtime is not queried. `cell` would otherwise keep the empty result, even
-        // after an administrator has installed the runtime.
+        if let Some(found) = known.found().await {
+            return found;
+        }
+        // A missing runtime is not queried, so its features are known as soon as an administrator
+        // has installed it.
         if runtime.missing().is_some() {
             return Features::default();
         }
-        *cell.get_or_init(|| query(name, runtime.path.clone())).await
+        known.get(query(name, runtime.path.clone())).await
     }
 
     /// Returns whether pods can have user namespaces, which requires id-mapped mounts of the image
     /// layers.
     pub(crate) async fn users(&self, config: &Config) -> bool {
         let root = config.root.clone();
-        *self
-            .users
-            .get_or_init(|| async move {
-                let probe = move || idmap::probe(&root, &rrun_images::empty_layer(&root));
-                match blocking(
-                    "test whether the node supports user namespaces for pods",
-                    probe,
-                )
-                .await
-                {
-                    Ok(()) => true,
-                    Err(error) => {
-                        log::info!("this node does not support user namespaces for pods: {error}");
-                        false
-                    }
-                }
+        let probe = move || idmap::probe(&root, &rrun_images::empty_layer(&root));
+        let what = "test whether the node supports user namespaces for pods";
+        let query = async {
+            let probed = blocking(what, probe).await;
+            probed.map(|()| true).map_err(|error| {
+                format!("this node does not support user namespaces for pods: {error}")
             })
-            .await
+        };
+        self.users.get(query).await
     }
 }
 
-async fn query(name: &str, path: PathBuf) -> Features {
+async fn query(name: &str, path: PathBuf) -> Result<Features, String> {
     let output = Command::new(&path)
         .arg("features")
         .stdin(Stdio::null())
@@ -100,15 +146,14 @@ async fn query(name: &str, path: PathBuf) -> Features {
         .kill_on_drop(true)
         .output();
     let failed = |why: String| {
-        log::info!(
+        Err(format!(
             "the runtime handler {name:?} does not report its features (\"{} features\" failed: {why}); rrun-cri assumes that the runtime has no optional features",
             path.display()
-        );
-        Features::default()
+        ))
     };
     match tokio::time::timeout(FEATURES_TIMEOUT, output).await {
         Ok(Ok(output)) if output.status.success() => match serde_json::from_slice(&output.stdout) {
-            Ok(value) => read(&value, identity(&path).as_deref()),
+            Ok(value) => Ok(read(&value, identity(&path).as_deref())),
             Err(error) => failed(error.to_string()),
         },
         Ok(Ok(output)) => failed(output.status.to_string()),

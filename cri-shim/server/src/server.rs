@@ -30,7 +30,7 @@ use crate::selinux::Selinux;
 use crate::streaming::{self, Shutdown};
 use crate::{directories, metrics, preflight, reconcile, services};
 use rrun_calls::error::{During, Error, Result};
-use rrun_calls::wait::blocking;
+use rrun_calls::wait::{blocking, keep_one_thread};
 use rrun_images::{Images, Registries};
 use rrun_kernel::errno::describe;
 use rrun_kernel::{descriptor_limit, heap};
@@ -66,7 +66,10 @@ pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
         .enable_all()
         .build()
         .during(|| "start the async runtime".to_owned())?;
-    let served = runtime.block_on(serve(source, config));
+    let served = runtime.block_on(async {
+        keep_one_thread().await;
+        serve(source, config).await
+    });
     // Work that blocks, such as the deletion of a writable layer or the count of its files, can take
     // minutes. The server does not wait for its end. The next start of the server repeats the work
     // or removes its remains.

@@ -40,7 +40,10 @@ pub(crate) async fn start(node: Arc<Node>, container: Arc<Container>) -> Result<
     let starting = request_start(&node, &container);
     let started = slow(format!("{name}: wait for the runtime's `start`"), starting).await;
     match started {
-        Ok(()) => record_start(&node, &container),
+        Ok(()) => {
+            record_start(&node, &container);
+            Ok(())
+        }
         Err(error) => {
             record_failed_start(&node, &container, &error.to_string()).await?;
             Err(Error::from(error)).during(|| format!("start {name}"))
@@ -78,7 +81,7 @@ async fn record_failed_start(
     Ok(())
 }
 
-fn record_start(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
+fn record_start(node: &Arc<Node>, container: &Arc<Container>) {
     container.change(|state| {
         if state.started_at == 0 {
             // If the container's exit is already recorded, the recorded start must not be later
@@ -101,9 +104,12 @@ fn record_start(node: &Arc<Node>, container: &Arc<Container>) -> Result<()> {
     if ended {
         status::publish(node, container, ContainerEventType::ContainerStoppedEvent);
     }
-    container.write_container_json(node)?;
+    // The container is running, so the call succeeds even if the file can't be written. The store
+    // contains the start time, too.
+    if let Err(error) = container.write_container_json(node) {
+        log::error!("{}: {error}", container.name());
+    }
     container.save_soon(node);
-    Ok(())
 }
 
 /// Requests the container's start from the pod's monitor. A server process may have requested the

@@ -2,11 +2,12 @@
 //!
 //! RemoveContainer does not wait until all files of a writable layer are deleted. RemoveContainer
 //! renames the layer into the trash directory, and a thread deletes the entries of this directory.
-//! If the server stops before the deletion is complete, the next start of the server continues the
-//! deletion.
+//! If an entry can't be deleted, the server tries again later. If the server stops before the
+//! deletion is complete, the next start of the server continues the deletion.
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -26,7 +27,16 @@ pub(crate) struct Trash {
     more: Mutex<bool>,
     /// True while a deleting thread runs. The value changes only while `more` is locked.
     emptying: watch::Sender<bool>,
+    /// The number of times in a row that the deleting thread failed to delete all entries.
+    failures: AtomicU32,
 }
+
+/// The time between the first failed deletion and the next attempt. Each further failure doubles
+/// the time, up to 2^[`MAX_DOUBLINGS`] seconds.
+const RETRY_INTERVAL: Duration = Duration::from_secs(1);
+
+/// About 17 minutes.
+const MAX_DOUBLINGS: u32 = 10;
 
 impl Trash {
     pub(crate) fn new(root: &Path) -> Self {
@@ -34,6 +44,7 @@ impl Trash {
             dir: root.join("trash"),
             more: Mutex::default(),
             emptying: watch::Sender::new(false),
+            failures: AtomicU32::new(0),
         }
     }
 
@@ -69,7 +80,17 @@ impl Trash {
             }
         }
         let trash = Arc::clone(self);
-        tokio::task::spawn_blocking(move || trash.empty());
+        tokio::spawn(async move {
+            let emptied = Arc::clone(&trash);
+            let done = tokio::task::spawn_blocking(move || emptied.empty()).await;
+            if done.is_ok_and(|done| done) {
+                trash.failures.store(0, Ordering::Relaxed);
+                return;
+            }
+            let failures = trash.failures.fetch_add(1, Ordering::Relaxed);
+            tokio::time::sleep(RETRY_INTERVAL * (1 << failures.min(MAX_DOUBLINGS))).await;
+            trash.empty_soon();
+        });
     }
 
     /// Waits until all entries of the trash are deleted from the disk, but not longer than `limit`.
@@ -78,23 +99,43 @@ impl Trash {
         let _ = tokio::time::timeout(limit, emptying.wait_for(|emptying| !emptying)).await;
     }
 
-    fn empty(&self) {
+    /// Deletes the entries until no entry was added meanwhile. Returns whether the last deletion
+    /// succeeded.
+    fn empty(&self) -> bool {
+        let mut done = true;
         loop {
             {
                 let mut more = lock(&self.more);
                 if !std::mem::take(&mut *more) {
                     self.emptying.send_replace(false);
-                    return;
+                    return done;
                 }
             }
-            let entries = std::fs::read_dir(&self.dir);
-            for path in entries.into_iter().flatten().flatten().map(|e| e.path()) {
-                // If an entry can't be deleted, the deletion is retried after the next removal of a
-                // container.
-                if let Err(errno) = layer::remove_path(&path) {
-                    log::warn!("remove {}: {}", path.display(), describe(&errno.into()));
-                }
+            done = self.delete_entries();
+        }
+    }
+
+    /// Deletes all entries. Returns false if an entry remains.
+    fn delete_entries(&self) -> bool {
+        let what = |error: &io::Error| {
+            log::warn!("empty {}: {}", self.dir.display(), describe(error));
+        };
+        let entries = match std::fs::read_dir(&self.dir) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return true,
+            Err(error) => {
+                what(&error);
+                return false;
+            }
+        };
+        let mut done = true;
+        for entry in entries {
+            let removed = entry.and_then(|entry| Ok(layer::remove_path(&entry.path())?));
+            if let Err(error) = removed {
+                what(&error);
+                done = false;
             }
         }
+        done
     }
 }
