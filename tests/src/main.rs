@@ -90,6 +90,7 @@ suites! {
         selinux,
         calls,
         restart,
+        faults,
         streaming,
         streaming_exec,
         streaming_attach,
@@ -144,6 +145,7 @@ fn main() -> ExitCode {
     let mut args = std::env::args();
     let name = args.next().unwrap_or_default();
     if name.ends_with("/inside")
+        || name.ends_with("/rrun-e2e-inside")
         || name == "inside"
         || std::env::var_os("RRUN_E2E_INSIDE").is_some()
     {

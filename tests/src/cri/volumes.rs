@@ -8,10 +8,11 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
+use crate::support::images::push_with;
 use crate::support::images::server::Server;
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, Node, PORT, WEB, is_rrun, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -131,77 +132,6 @@ fn an_image_can_be_a_volume() -> Result {
         }
         Ok(())
     })
-}
-
-/// Pushes a copy of demo/busybox with the additional key `key` in its configuration, and returns
-/// the copy's reference.
-fn push_with(node: &Node, name: &str, key: &str, value: Value) -> Result<String> {
-    let url = |rest: &str| format!("http://127.0.0.1:{PORT}/v2/demo/{rest}");
-    let accept = "Accept: application/vnd.oci.image.manifest.v1+json";
-    let manifest = command(
-        "curl",
-        ["-fsS", "-H", accept, &url("busybox/manifests/latest")],
-    )
-    .ok()?;
-    let mut manifest: Value = serde_json::from_str(manifest.text())?;
-    let digest = manifest["config"]["digest"].as_str().unwrap_or_default();
-    let config = command("curl", ["-fsSL", &url(&format!("busybox/blobs/{digest}"))]).ok()?;
-    let mut config: Value = serde_json::from_str(config.text())?;
-    config["config"][key] = value;
-    let file = node.join(name);
-    fs::write(&file, config.to_string())?;
-    let sum = command("sha256sum", [&file]).ok()?;
-    let digest = format!(
-        "sha256:{}",
-        sum.text().split(' ').next().unwrap_or_default()
-    );
-    let upload = command(
-        "curl",
-        [
-            "-fsS",
-            "-X",
-            "POST",
-            "-D",
-            "-",
-            &url("busybox/blobs/uploads/"),
-        ],
-    )
-    .ok()?;
-    let place = upload.stdout.lines().find_map(|line| {
-        let (header, value) = line.split_once(": ")?;
-        header
-            .eq_ignore_ascii_case("location")
-            .then(|| value.trim().to_owned())
-    });
-    let place = place.ok_or("the registry returned no upload location")?;
-    let to = format!("{place}&digest={digest}");
-    let data = format!("@{}", file.display());
-    let binary = "Content-Type: application/octet-stream";
-    command(
-        "curl",
-        [
-            "-fsS",
-            "-X",
-            "PUT",
-            "-H",
-            binary,
-            "--data-binary",
-            &data,
-            &to,
-        ],
-    )
-    .ok()?;
-    manifest["config"]["digest"] = json!(digest);
-    manifest["config"]["size"] = json!(fs::metadata(&file)?.len());
-    fs::write(&file, manifest.to_string())?;
-    let kind = "Content-Type: application/vnd.oci.image.manifest.v1+json";
-    let to = url(&format!("busybox/manifests/{name}"));
-    command(
-        "curl",
-        ["-fsS", "-X", "PUT", "-H", kind, "--data-binary", &data, &to],
-    )
-    .ok()?;
-    Ok(format!("127.0.0.1:{PORT}/demo/busybox:{name}"))
 }
 
 fn a_volume_that_an_image_declares_is_a_separate_mount() -> Result {

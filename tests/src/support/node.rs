@@ -21,6 +21,7 @@ use crate::support::machine::{
     Directory, Output, Result, Run, Running, command, deadline, tail, wait_for,
 };
 use crate::support::needs::Need;
+use crate::support::supervisor::Supervisor;
 
 pub(crate) const REGISTRY: Need = Need::Program("docker-registry");
 pub(crate) const IMAGES: Need = Need::File("/images/registry");
@@ -53,6 +54,8 @@ pub(crate) fn is_rrun() -> bool {
 pub(crate) struct Node {
     directory: Directory,
     server: Option<Running>,
+    /// The supervisor to which the server and its child processes report their system calls.
+    supervisor: Option<Supervisor>,
     /// The log of earlier runs of the server.
     old_log: String,
 }
@@ -61,7 +64,16 @@ pub(crate) struct Node {
 /// the node, and checks that nothing remains. If the test fails, the failure message contains the
 /// server's log.
 pub(crate) fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
-    let mut node = Node::start()?;
+    on_node(Node::start(None)?, test)
+}
+
+/// Like [`on_a_node`], but the server and its child processes report their system calls to a
+/// supervisor. The pod ranges are small, so an address that is never freed is noticed.
+pub(crate) fn on_a_supervised_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
+    on_node(Node::start(Some(Supervisor::new()?))?, test)
+}
+
+fn on_node(mut node: Node, test: impl FnOnce(&mut Node) -> Result) -> Result {
     let result = test(&mut node);
     let containers = match &result {
         Ok(()) => String::new(),
@@ -84,7 +96,7 @@ pub(crate) fn on_a_node(test: impl FnOnce(&mut Node) -> Result) -> Result {
 }
 
 impl Node {
-    fn start() -> Result<Self> {
+    fn start(supervisor: Option<Supervisor>) -> Result<Self> {
         let directory = Directory::new("node")?;
         for dir in ["root", "state", "logs", "certs.d", "cni", "cdi", "config.d"] {
             fs::create_dir(directory.join(dir))?;
@@ -92,11 +104,18 @@ impl Node {
         let mut node = Node {
             directory,
             server: None,
+            supervisor,
             old_log: String::new(),
         };
         registry(&["start", PORT])?;
         registry(&["mirrors", &node.join("certs.d").to_string_lossy(), PORT])?;
         node.write_config()?;
+        if let Some(supervisor) = &node.supervisor {
+            supervisor.replace(node.directory.path(), "NODE");
+            let mut config = fs::read_to_string(node.join("config.toml"))?;
+            config += "[network]\nrange = \"10.88.0.0/28\"\nrange6 = \"fd00:88::/124\"\n";
+            fs::write(node.join("config.toml"), config)?;
+        }
         node.start_server()?;
         Ok(node)
     }
@@ -177,22 +196,45 @@ impl Node {
     pub(crate) fn start_server(&mut self) -> Result {
         let program = server_program();
         let config = self.join("config.toml");
-        let mut server = command(&program, ["--config"]).arg(config).start()?;
+        let server = match &self.supervisor {
+            Some(supervisor) => supervisor.command(&program),
+            None => command(&program, [""; 0]),
+        };
+        let mut server = server.arg("--config").arg(config).start()?;
         let answers = wait_for(&format!("the server {program} to listen"), || {
-            ensure!(
-                server.lives(),
-                "the server {program} exited; its standard error:\n{}",
-                tail(&server.stderr(), 4000)
-            );
-            Ok(UnixStream::connect(self.socket()).ok().map(|_| ()))
+            // A server that has exited will not listen any more, so the wait ends.
+            if !server.lives() {
+                return Ok(Some(Err(format!(
+                    "the server {program} exited; its standard error:\n{}",
+                    tail(&server.stderr(), 4000)
+                ))));
+            }
+            Ok(UnixStream::connect(self.socket()).ok().map(Ok))
         });
         self.server = Some(server);
-        answers?;
-        wait_for(
-            &format!("the server {program} to respond to `crictl version`"),
-            || self.crictl(&["version"]).ok().map(Some),
-        )?;
+        answers??;
+        let what = format!("the server {program} to respond to `crictl version`");
+        wait_for(&what, || match self.crictl(&["version"]).ok() {
+            Err(_) if !self.server_lives() => Ok(Some(Err(format!(
+                "the server {program} exited; its standard error:\n{}",
+                tail(&self.log(), 4000)
+            )))),
+            answer => answer.map(|_| Some(Ok(()))),
+        })??;
         Ok(())
+    }
+
+    /// Returns the supervisor of a node that [`on_a_supervised_node`] started.
+    pub(crate) fn supervisor(&self) -> Result<&Supervisor> {
+        Ok(self
+            .supervisor
+            .as_ref()
+            .ok_or("the server is not supervised")?)
+    }
+
+    /// Returns whether the server's process is running.
+    pub(crate) fn server_lives(&mut self) -> bool {
+        self.server.as_mut().is_some_and(Running::lives)
     }
 
     /// Sends SIGHUP to the server, which then reads its configuration again.

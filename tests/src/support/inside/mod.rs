@@ -78,6 +78,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
             std::thread::sleep(Duration::from_secs_f64(seconds.parse().unwrap_or(0.0)));
             return code.parse().unwrap_or(99);
         }
+        ["supervised", socket, program @ ..] => super::supervisor::supervised(socket, program),
         ["net", traffic @ ..] => traffic::main(traffic),
         ["attack", attack @ ..] => attacker::main(attack),
         _ => return 99,
