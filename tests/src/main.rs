@@ -38,6 +38,7 @@ suites! {
         mounts,
         mount_options,
         idmapped_mounts,
+        keyrings,
         process,
         scheduling,
         labels,

@@ -23,6 +23,7 @@ use crate::lifecycle::channel::{self, Channel, ChildMessage};
 use crate::lifecycle::container_dir::ContainerDir;
 use crate::lifecycle::init::Init;
 use crate::lifecycle::notify_socket::{self, NotifySocket, ServiceManager};
+use crate::lifecycle::program::keyring_name;
 use crate::lifecycle::serve_child::{Task, serve_child};
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
@@ -175,7 +176,7 @@ impl<'a> Creation<'a> {
         // creates a cgroup or a process.
         let agent = connect_agent(config, request.waits)?;
         let dir = ContainerDir::create(request.root, request.id)?;
-        let state = new_state(&request, &location);
+        let state = new_state(&request, &location)?;
         let mut creation = Creation {
             state,
             cgroup: None,
@@ -322,7 +323,6 @@ impl<'a> Creation<'a> {
             console_socket: self.request.console_socket,
             start_socket,
             no_pivot: self.request.no_pivot,
-            new_keyring: self.request.new_keyring,
             descriptors: self.request.descriptors,
             unprivileged: self.unprivileged,
             host_pid: None,
@@ -484,9 +484,9 @@ fn clone_from_intermediate(
     }
 }
 
-fn new_state(request: &CreateRequest<'_>, location: &CgroupLocation) -> State {
+fn new_state(request: &CreateRequest<'_>, location: &CgroupLocation) -> Result<State> {
     let config = request.config;
-    State {
+    Ok(State {
         oci_version: config.oci_version.clone(),
         id: request.id.to_owned(),
         pid: 0,
@@ -505,10 +505,15 @@ fn new_state(request: &CreateRequest<'_>, location: &CgroupLocation) -> State {
         personality: config.personality.clone(),
         memory_policy: config.memory_policy.clone(),
         keeps_keyring: !request.new_keyring,
+        keyring: if request.new_keyring {
+            keyring_name(request.id)?
+        } else {
+            String::new()
+        },
         resctrl: ResctrlGroups::default(),
         hooks: config.hooks.clone(),
         seccomp: config.seccomp.clone(),
-    }
+    })
 }
 
 /// Returns the user name of rrun's caller from the host's /etc/passwd. If this file has no entry

@@ -213,8 +213,8 @@ fn run_to_execve(
     if !new_user {
         request.process.apply_limits(0)?;
     }
-    if !state.keeps_keyring {
-        join_keyring(&state.id, &labels)?;
+    if let Some(name) = state.keyring() {
+        join_keyring(&name, &labels)?;
     }
     if request.process.terminal {
         take_terminal(request, channel)?;

@@ -50,7 +50,6 @@ pub(crate) struct Init<'a> {
     /// process does not wait.
     pub(crate) start_socket: Option<OwnedFd>,
     pub(crate) no_pivot: bool,
-    pub(crate) new_keyring: bool,
     pub(crate) descriptors: Descriptors,
     /// True if rrun's caller is not root.
     pub(crate) unprivileged: bool,
@@ -82,8 +81,8 @@ impl Init<'_> {
         leave_callers_cpus();
         let labels = self.enter_container()?;
 
-        if self.new_keyring {
-            make_keyring(self.state, &labels)?;
+        if let Some(name) = self.state.keyring() {
+            join_keyring(&name, &labels)?;
         }
         let mut process = config.process.clone();
         if !config.namespaces.own(Type::User) {
@@ -438,26 +437,4 @@ fn own_pid_on_host() -> Result<i32> {
     let link = rustix::fs::readlink("/proc/self", Vec::new()).doing(doing)?;
     let number = link.to_str().ok().and_then(|text| text.parse().ok());
     number.ok_or_else(|| Error::new(doing()))
-}
-
-/// Gives the container's first process its own session keyring. The container must not see the keys
-/// in the session keyring of rrun's caller.
-fn make_keyring(state: &State, labels: &OpenLabels) -> Result<()> {
-    // The kernel's default permissions of a new keyring. The possessor has all permissions, and the
-    // owning user is allowed to view, read and link the keyring. See linux/keyctl.h.
-    const DEFAULT: u32 = 0x3f00_0000 | 0x0001_0000 | 0x0002_0000 | 0x0010_0000;
-    const USER_MAY_SEARCH: u32 = 0x0008_0000;
-    const OTHERS_MAY_SEARCH: u32 = 0x0000_0008;
-    let Some(keyring) = join_keyring(&state.id, labels)? else {
-        return Ok(());
-    };
-    // With `exec`, the new process searches for the keyring by name. So the new process needs the
-    // search permission for the keyring.
-    let search = if state.namespaces & namespaces::flag(Type::User) != 0 {
-        OTHERS_MAY_SEARCH
-    } else {
-        USER_MAY_SEARCH
-    };
-    syscalls::set_key_permissions(keyring, DEFAULT | search)
-        .doing(|| "set the permissions of the session keyring")
 }

@@ -92,24 +92,43 @@ pub(crate) fn execute(
     }
 }
 
-/// Joins the container's session keyring, and creates the keyring if it does not exist. Returns
-/// `None` if the kernel does not support keyrings.
-pub(crate) fn join_keyring(id: &str, labels: &OpenLabels) -> Result<Option<i64>> {
-    labels.label_keyring(
-        || match syscalls::join_session_keyring(&format!("_ses.{id}")) {
-            // If the kernel does not support keyrings, there are no keys that rrun must hide from
-            // the container.
-            Err(Errno::NOSYS) => {
-                log::warning(
-                    "rrun creates no session keyring, because the kernel does not support keyrings",
-                );
-                Ok(None)
-            }
-            result => result
-                .map(Some)
-                .doing(|| "create a session keyring (--no-new-keyring skips this step)"),
-        },
-    )
+/// Returns a name for the session keyring of a new container. Keyrings have no namespace, and a
+/// process of another container with the same user id can join every keyring whose name it knows.
+/// So the name contains random bytes.
+pub(crate) fn keyring_name(id: &str) -> Result<String> {
+    let random: [u8; 16] =
+        syscalls::random_bytes().doing(|| "choose a name for the session keyring (getrandom)")?;
+    Ok(format!("_ses.{id}.{:032x}", u128::from_ne_bytes(random)))
+}
+
+/// Gives the process the container's session keyring. The container must not see the keys in the
+/// session keyring of rrun's caller. The kernel creates the keyring if it does not exist: for the
+/// first process, and for `exec` after all processes of the container have left the keyring.
+pub(crate) fn join_keyring(name: &str, labels: &OpenLabels) -> Result<()> {
+    // The permissions of the keyring. Only a process that possesses the keyring can read its name
+    // and its keys. `exec` searches for the keyring by its name, for which the keyring's owner needs
+    // the permission to search. The other permissions that the kernel gives to the owner of a new
+    // keyring would apply to every process with the same user id, also in other containers. See
+    // linux/keyctl.h.
+    const POSSESSOR_ALL: u32 = 0x3f00_0000;
+    const OWNER_SEARCH: u32 = 0x0008_0000;
+    let keyring = labels.label_keyring(|| match syscalls::join_session_keyring(name) {
+        // If the kernel does not support keyrings, there are no keys that rrun must hide from the
+        // container.
+        Err(Errno::NOSYS) => {
+            log::warning(
+                "rrun creates no session keyring, because the kernel does not support keyrings",
+            );
+            Ok(None)
+        }
+        result => result
+            .map(Some)
+            .doing(|| "create a session keyring (--no-new-keyring skips this step)"),
+    })?;
+    keyring.map_or(Ok(()), |keyring| {
+        syscalls::set_key_permissions(keyring, POSSESSOR_ALL | OWNER_SEARCH)
+            .doing(|| "set the permissions of the session keyring")
+    })
 }
 
 /// Sends the master side of a terminal to the console socket. Without a console socket, sends the

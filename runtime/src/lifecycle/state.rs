@@ -68,6 +68,10 @@ pub(crate) struct State {
     /// True if the container's processes keep the session keyring of rrun's caller.
     #[serde(default)]
     pub(crate) keeps_keyring: bool,
+    /// The name of the container's session keyring. This field is empty if the container has no
+    /// session keyring, and in the states that rrun 0.1.0 wrote.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub(crate) keyring: String,
     /// The container's resctrl groups.
     #[serde(default, skip_serializing_if = "ResctrlGroups::is_empty")]
     pub(crate) resctrl: ResctrlGroups,
@@ -214,6 +218,16 @@ impl State {
             created: &self.created,
             annotations: &self.annotations,
             owner: &self.owner,
+        }
+    }
+
+    /// Returns the name of the container's session keyring, or `None` if the container's processes
+    /// keep the session keyring of rrun's caller.
+    pub(crate) fn keyring(&self) -> Option<String> {
+        match &*self.keyring {
+            _ if self.keeps_keyring => None,
+            "" => Some(format!("_ses.{}", self.id)),
+            name => Some(name.to_owned()),
         }
     }
 

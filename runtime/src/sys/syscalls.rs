@@ -58,6 +58,20 @@ pub(crate) fn join_session_keyring(name: &str) -> Result<i64, Errno> {
     check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })
 }
 
+/// Returns random bytes from the kernel that no process can guess. See getrandom(2).
+pub(crate) fn random_bytes<const LENGTH: usize>() -> Result<[u8; LENGTH], Errno> {
+    const {
+        assert!(
+            LENGTH <= 256,
+            "the kernel can return fewer bytes than requested"
+        )
+    };
+    let mut bytes = [0; LENGTH];
+    // SAFETY: `bytes` is writable for its whole length.
+    check(unsafe { libc::getrandom(bytes.as_mut_ptr().cast(), LENGTH, 0) } as libc::c_long)?;
+    Ok(bytes)
+}
+
 /// Sets the permissions of a key. See keyctl(2), `KEYCTL_SETPERM`.
 pub(crate) fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
     const KEYCTL_SETPERM: libc::c_int = 5;

@@ -1,5 +1,5 @@
 //! Tests of the scheduler, I/O priority, CPU affinity, personality and memory policy of a
-//! container's processes. One test covers the session keyring of these processes.
+//! container's processes.
 
 use std::fs;
 
@@ -23,7 +23,6 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Rrun,
         Need::File("/proc/self/numa_maps")
     ),
-    test!(a_process_that_exec_starts_joins_the_containers_session_keyring),
     test!(a_setting_that_the_kernel_does_not_support_is_named_in_the_error),
 ];
 
@@ -290,35 +289,6 @@ fn the_memory_policy_is_set_for_the_first_process_and_for_processes_that_exec_st
         "the memory policy of the process that `exec` starts"
     );
     bundle.end()?;
-    Ok(())
-}
-
-fn a_process_that_exec_starts_joins_the_containers_session_keyring() -> Result {
-    let mut bundle = Bundle::new(&["report"])?;
-    let own = format!("_ses.{}", bundle.id());
-    let keyring = |report: &Value| report["keyring"].as_str().unwrap_or_default().to_owned();
-    let first = keyring(&bundle.report()?);
-    ensure!(
-        first.ends_with(&own),
-        "the first process has the session keyring {first}, whose name does not end with {own}"
-    );
-    bundle.args(&["sleep", "600"]).start()?;
-    let further = keyring(&exec_report(&bundle, &[])?);
-    ensure!(
-        further.ends_with(&own),
-        "the process that `exec` starts has the session keyring {further} instead of {own}"
-    );
-    bundle.end()?;
-
-    let shared = bundle
-        .args(&["report"])
-        .call(&["run", "--no-new-keyring"])?
-        .ok()?
-        .json()?;
-    ensure!(
-        !keyring(&shared).ends_with(&own),
-        "the runtime creates the session keyring {own} despite --no-new-keyring"
-    );
     Ok(())
 }
 

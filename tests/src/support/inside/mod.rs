@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 pub(crate) mod attacker;
 mod calls32;
+mod keys;
 mod tracer;
 pub(crate) mod traffic;
 
@@ -80,6 +81,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
         }
         ["supervised", socket, program @ ..] => super::supervisor::supervised(socket, program),
         ["net", traffic @ ..] => traffic::main(traffic),
+        ["keys", keys @ ..] => keys::main(keys),
         ["attack", attack @ ..] => attacker::main(attack),
         _ => return 99,
     };
