@@ -69,7 +69,8 @@ pub(crate) fn fatal(sentence: &str) {
     write("error", sentence);
     let is_file = |log: &Log| matches!(*log.destination(), LogDestination::File(_));
     if LOG.get().is_some_and(is_file) {
-        let _ = writeln!(std::io::stderr(), "{sentence}");
+        let line = without_control_characters(sentence) + "\n";
+        let _ = std::io::stderr().write_all(line.as_bytes());
     }
 }
 
@@ -107,6 +108,9 @@ pub(crate) fn close() {
 
 fn line(format: LogFormat, level: &str, message: &str, time: &str) -> String {
     let quoted = serde_json::Value::from(message).to_string();
+    // JSON allows some of the control characters in a text, for example U+009B, with which a
+    // terminal's escape sequence can begin.
+    let quoted = without_control_characters(&quoted);
     let mut line = String::with_capacity(quoted.len() + 64);
     let _ = match format {
         LogFormat::Json => writeln!(
@@ -118,9 +122,43 @@ fn line(format: LogFormat, level: &str, message: &str, time: &str) -> String {
     line
 }
 
+/// Returns the text with an escape sequence of JSON in place of each control character. A sentence
+/// can contain text of an image or of a pod spec, which must neither begin a new line nor control
+/// the terminal on which the sentence appears.
+fn without_control_characters(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len() + 1);
+    for character in text.chars() {
+        let _ = match character {
+            '\n' => shown.write_str("\\n"),
+            '\t' => shown.write_str("\\t"),
+            '\r' => shown.write_str("\\r"),
+            _ if character.is_control() => write!(shown, "\\u{:04x}", u32::from(character)),
+            _ => shown.write_char(character),
+        };
+    }
+    shown
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_control_character_of_a_message_reaches_the_log_or_the_terminal() {
+        let message = "a\nb\tc\rd\u{1b}[2J\u{7f}\u{9b}1m \u{e9}\\n";
+        assert_eq!(
+            without_control_characters(message),
+            "a\\nb\\tc\\rd\\u001b[2J\\u007f\\u009b1m \u{e9}\\n"
+        );
+        for format in [LogFormat::Json, LogFormat::Text] {
+            let line = line(format, "error", message, "");
+            let line = line.strip_suffix('\n').unwrap();
+            assert!(!line.contains(char::is_control), "{line}");
+        }
+        let json = line(LogFormat::Json, "error", message, "");
+        let parsed: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(parsed["msg"], message);
+    }
 
     #[test]
     fn log_lines_have_the_format_that_callers_of_runc_parse() {
