@@ -1,14 +1,20 @@
-use std::os::fd::AsFd;
+use std::collections::BTreeSet;
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::arguments::{Arguments, switch};
 use crate::cgroup;
 use crate::commands::globals::{Command, Globals};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
-use crate::sys::syscalls::{kill as send, pidfd_send_signal};
+use crate::sys::syscalls::pidfd_send_signal;
 use rrun_kernel::signal::{self, Notation};
+
+/// The number of processes that rrun keeps open at the same time. The usual limit on open
+/// descriptors is 1024.
+const PIDFDS_MAX: usize = 512;
 
 pub(crate) const COMMAND: Command = Command {
     name: "kill",
@@ -35,32 +41,73 @@ fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let signal = signal::parse(signal, Notation::CommandLine)
         .ok_or_else(|| Error::new(format!("unknown signal \"{signal}\"")))?;
     let state = State::load(&globals.root, id)?;
-    let doing = || format!("send signal {signal} to container {id}");
     let process = state.open_process()?;
+    let is_kill = signal == libc::SIGKILL;
+    let requested = arguments.is_set("all");
     // If the container did not get a new PID namespace, the kernel does not kill the other
     // processes when the first process dies. Therefore rrun sends SIGKILL to all processes of the
     // container.
-    let all = arguments.is_set("all") || (signal == libc::SIGKILL && !state.new_pid_namespace);
-    if all && signal == libc::SIGKILL {
+    if !requested && (!is_kill || state.new_pid_namespace) {
+        return send_to_first(&state, process.as_ref(), signal);
+    }
+    if is_kill {
         let left = || cgroup::all_pids(&state.cgroup).is_ok_and(|pids| !pids.is_empty());
-        let running = process.is_some() || arguments.is_set("all") || left();
+        let running = process.is_some() || requested || left();
         cgroup::kill_all(&state.cgroup)?;
         if running {
             return Ok(0);
         }
-    } else if arguments.is_set("all") {
-        for pid in cgroup::all_pids(&state.cgroup)? {
-            match send(pid, signal) {
-                Ok(()) | Err(Errno::SRCH) => {}
-                Err(errno) => return Err(errno).doing(doing),
+        return send_to_first(&state, None, signal);
+    }
+    send_to_all(&state, signal)?;
+    Ok(0)
+}
+
+fn doing(state: &State, signal: i32) -> String {
+    format!("send signal {signal} to container {}", state.id)
+}
+
+fn send_to_first(state: &State, process: Option<&OwnedFd>, signal: i32) -> Result<u8> {
+    let not_running = || {
+        let doing = doing(state, signal);
+        Error::new(format!("{doing}: container not running"))
+    };
+    match pidfd_send_signal(process.ok_or_else(not_running)?.as_fd(), signal) {
+        Err(Errno::SRCH) => Err(not_running()),
+        result => result.doing(|| doing(state, signal)).map(|()| 0),
+    }
+}
+
+/// Sends the signal to all processes in the container's cgroup.
+fn send_to_all(state: &State, signal: i32) -> Result<()> {
+    for pids in cgroup::all_pids(&state.cgroup)?.chunks(PIDFDS_MAX) {
+        let mut processes = Vec::with_capacity(pids.len());
+        for number in pids {
+            // The kernel shows the id 0 for a process outside rrun's PID namespace.
+            let Some(pid) = Pid::from_raw(*number) else {
+                refuse!(
+                    "{}: a process of the container is not in the PID namespace of rrun",
+                    doing(state, signal)
+                );
+            };
+            match pidfd_open(pid, PidfdFlags::empty()) {
+                Ok(pidfd) => processes.push((*number, pidfd)),
+                // EINVAL means that the kernel has reused the process id as a thread id.
+                Err(Errno::SRCH | Errno::INVAL) => {}
+                Err(errno) => return Err(errno).doing(|| format!("open process {number}")),
             }
         }
-        return Ok(0);
+        // A process can have exited before rrun opened it, and the kernel can have given its id to
+        // a process on the host. So read the ids in the cgroup again. If an id is still in the
+        // cgroup, then the opened process was either in the cgroup or has exited.
+        let still: BTreeSet<i32> = cgroup::all_pids(&state.cgroup)?.into_iter().collect();
+        processes.retain(|(number, _)| still.contains(number));
+        for (_, process) in &processes {
+            match pidfd_send_signal(process.as_fd(), signal) {
+                Ok(()) | Err(Errno::SRCH) => {}
+                Err(errno) => return Err(errno).doing(|| doing(state, signal)),
+            }
+        }
     }
-    let not_running = || Error::new(format!("{}: container not running", doing()));
-    let process = process.ok_or_else(not_running)?;
-    match pidfd_send_signal(process.as_fd(), signal) {
-        Err(Errno::SRCH) => Err(not_running()),
-        result => result.doing(doing).map(|()| 0),
-    }
+    Ok(())
 }

@@ -96,13 +96,6 @@ pub(crate) fn pidfd_send_signal(pidfd: BorrowedFd<'_>, signal: i32) -> Result<()
     Ok(())
 }
 
-/// Sends the signal number `signal` to the process with the id `pid`. See kill(2).
-pub(crate) fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
-    // SAFETY: the call has no pointer arguments.
-    check(libc::c_long::from(unsafe { libc::kill(pid, signal) }))?;
-    Ok(())
-}
-
 fn set_disposition(signal: i32, disposition: libc::sighandler_t) -> Result<(), Errno> {
     // SAFETY: the callers pass only SIG_DFL and SIG_IGN, so a signal does not run a function of
     // rrun.

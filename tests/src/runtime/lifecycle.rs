@@ -7,8 +7,10 @@ use std::os::unix::net::UnixListener;
 
 use serde_json::json;
 
-use crate::support::bundle::Bundle;
-use crate::support::machine::{Result, wait_for};
+use crate::support::bundle::{Bundle, runtime_program};
+use crate::support::errnos;
+use crate::support::inject::{Call, trace};
+use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -32,6 +34,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(the_pid_file_contains_the_id_of_the_containers_first_process),
     test!(kill_accepts_signals_by_name_and_by_number),
     test!(kill_with_the_option_all_sends_the_signal_to_every_process),
+    test!(
+        kill_with_the_option_all_sends_no_signal_to_a_process_outside_the_container,
+        Need::Rrun
+    ),
     test!(kill_kills_processes_that_the_first_process_left_behind),
     // crun fails this test. Before `start`, the first process of a crun container ignores the
     // test's signals.
@@ -319,6 +325,49 @@ fn kill_with_the_option_all_sends_the_signal_to_every_process() -> Result {
     })?;
     bundle.wait_status("stopped")?;
     bundle.delete()?;
+    Ok(())
+}
+
+fn kill_with_the_option_all_sends_no_signal_to_a_process_outside_the_container() -> Result {
+    let bundle = Bundle::new(&["wait"])?;
+    let mut running = bundle.run_in_background()?;
+    wait_for("the program to print its first line", || {
+        Ok(running.stdout().contains("ready").then_some(()))
+    })?;
+    // Between the reading of a process id and the sending of the signal, the kernel can give the id
+    // to another process. So the runtime must open the process, and then read the ids again.
+    let mut traced = std::process::Command::new(runtime_program());
+    traced
+        .args(bundle.flags())
+        .args(["kill", "--all", bundle.id(), "USR1"]);
+    let calls = trace(vec![traced], None)?.calls;
+    let is = |call: &Call, name: &str| errnos::name(call.place.number) == name;
+    let last = |found: &dyn Fn(&Call) -> bool| calls.iter().rposition(found);
+    let opened = last(&|call| is(call, "pidfd_open"));
+    let listed = last(&|call| is(call, "read") && call.object.ends_with("/cgroup.procs"));
+    let sent = last(&|call| is(call, "pidfd_send_signal"));
+    ensure!(
+        opened.is_some()
+            && opened < listed
+            && listed < sent
+            && last(&|call| is(call, "kill")).is_none(),
+        "the runtime does not check the process to which it sends the signal: it opens the process \
+         in system call {opened:?}, reads cgroup.procs in system call {listed:?} and sends the \
+         signal in system call {sent:?}"
+    );
+    wait_for("the program to receive the signal", || {
+        Ok(running.stdout().contains("SIGUSR1").then_some(()))
+    })?;
+
+    // The kernel shows the process id 0 for a process outside the reader's PID namespace. kill(2)
+    // would send the signal to the runtime's own process group.
+    let output = command("setsid", ["--wait", "unshare", "--pid", "--fork"])
+        .arg(runtime_program())
+        .args(bundle.flags())
+        .args(["kill", "--all", bundle.id(), "USR1"])
+        .exits(1)?;
+    output.fails_with("a process of the container is not in the PID namespace")?;
+    bundle.end()?;
     Ok(())
 }
 
