@@ -9,6 +9,8 @@ use crate::cgroup;
 use crate::commands::globals::{Command, Globals};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
+use crate::log;
+use crate::sys::files::exists;
 use crate::sys::syscalls::pidfd_send_signal;
 use rrun_kernel::signal::{self, Notation};
 
@@ -50,6 +52,11 @@ fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     if !requested && (!is_kill || state.new_pid_namespace) {
         return send_to_first(&state, process.as_ref(), signal);
     }
+    // The container of an unprivileged caller does not always have a cgroup.
+    if process.is_some() && !exists(&state.cgroup)? {
+        send_to_first(&state, process.as_ref(), signal)?;
+        return all_reached_without_cgroup(&state, signal, requested);
+    }
     if is_kill {
         let left = || cgroup::all_pids(&state.cgroup).is_ok_and(|pids| !pids.is_empty());
         let running = process.is_some() || requested || left();
@@ -76,6 +83,27 @@ fn send_to_first(state: &State, process: Option<&OwnedFd>, signal: i32) -> Resul
         Err(Errno::SRCH) => Err(not_running()),
         result => result.doing(|| doing(state, signal)).map(|()| 0),
     }
+}
+
+/// Returns whether all processes of a container without a cgroup have received the signal that rrun
+/// has sent to the first process.
+///
+/// # Errors
+/// Fails if rrun's caller requested the signal for all processes (`requested`), and if other
+/// processes did not receive it.
+fn all_reached_without_cgroup(state: &State, signal: i32, requested: bool) -> Result<u8> {
+    if signal == libc::SIGKILL && state.new_pid_namespace {
+        return Ok(0);
+    }
+    let sentence = format!(
+        "{}: only the first process received the signal, because the container has no cgroup in which rrun can find its other processes",
+        doing(state, signal)
+    );
+    if requested {
+        return Err(Error::new(sentence));
+    }
+    log::warning(&sentence);
+    Ok(0)
 }
 
 /// Sends the signal to all processes in the container's cgroup.

@@ -10,6 +10,7 @@ use crate::cgroup;
 use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
+use crate::sys::files::exists;
 
 pub(crate) const COMMAND: Command = Command {
     name: "ps",
@@ -25,6 +26,12 @@ fn ps(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         refuse!("the argument for the container id is missing");
     };
     let state = State::load(&globals.root, id)?;
+    // The container of an unprivileged caller does not always have a cgroup.
+    if !exists(&state.cgroup)? && state.open_process()?.is_some() {
+        refuse!(
+            "list the processes of container {id}: the container has no cgroup in which rrun can find its processes"
+        );
+    }
     let pids = cgroup::all_pids(&state.cgroup)?;
     match arguments.value("format").unwrap_or("table") {
         "json" => {

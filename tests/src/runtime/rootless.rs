@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
-use crate::support::machine::{Result, Run, command};
+use crate::support::machine::{Result, Run, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -25,6 +25,7 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Program("newuidmap"),
         Need::Rrun
     ),
+    test!(a_signal_reaches_a_container_that_has_no_cgroup, Need::Rrun),
     test!(a_setting_that_requires_root_is_named_in_the_error),
     test!(the_state_of_a_rootless_container_is_stored_in_xdg_runtime_dir),
     test!(cve_2023_25809_a_rootless_container_can_not_write_to_the_users_cgroup),
@@ -160,6 +161,55 @@ fn a_user_other_than_root_controls_a_container_from_create_to_delete() -> Result
     ensure!(
         !fs::exists(bundle.root().join(&id))?,
         "the container's state still exists after `delete`"
+    );
+    Ok(())
+}
+
+fn a_signal_reaches_a_container_that_has_no_cgroup() -> Result {
+    let all = |bundle: &Bundle, args: &[&str]| runtime(bundle, &[args, &[bundle.id()]].concat());
+    let mut shared = bundle(&["sleep", "600"])?;
+    // Without a new PID namespace, the user may not mount a new procfs.
+    shared.without_namespace("pid");
+    for mount in shared
+        .mounts()
+        .filter(|mount| mount["destination"] == "/proc")
+    {
+        *mount = json!({
+            "destination": "/proc", "type": "bind", "source": "/proc", "options": ["rbind"],
+        });
+    }
+    shared
+        .without("/linux/maskedPaths")
+        .without("/linux/readonlyPaths");
+    let running = all(&shared, &["run"])?.start()?;
+    shared.wait_status("running")?;
+    all(&shared, &["kill"])?.arg("KILL").ok()?;
+    ensure_eq!(
+        running.end()?.code,
+        137,
+        "the exit code of `run` after `kill ID KILL`"
+    );
+
+    let bundle = bundle(&["wait"])?;
+    let mut running = all(&bundle, &["run"])?.start()?;
+    wait_for("the program to print its first line", || {
+        Ok(running.stdout().contains("ready").then_some(()))
+    })?;
+    all(&bundle, &["ps"])?
+        .exits(1)?
+        .fails_with("the container has no cgroup")?;
+    all(&bundle, &["kill", "--all"])?
+        .arg("USR1")
+        .exits(1)?
+        .fails_with("only the first process received the signal")?;
+    wait_for("the first process to receive the signal", || {
+        Ok(running.stdout().contains("SIGUSR1").then_some(()))
+    })?;
+    all(&bundle, &["kill", "--all"])?.arg("KILL").ok()?;
+    ensure_eq!(
+        running.end()?.code,
+        137,
+        "the exit code of `run` after `kill --all ID KILL`"
     );
     Ok(())
 }
