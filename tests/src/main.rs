@@ -39,6 +39,7 @@ suites! {
         mount_options,
         idmapped_mounts,
         keyrings,
+        terminals,
         process,
         scheduling,
         labels,

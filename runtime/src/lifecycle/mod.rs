@@ -9,6 +9,7 @@ pub(crate) mod foreground;
 pub(crate) mod init;
 pub(crate) mod notify_socket;
 pub(crate) mod program;
+mod relay;
 pub(crate) mod serve_child;
 pub(crate) mod start_socket;
 pub(crate) mod state;

@@ -60,6 +60,10 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["huge", pages] => pages.parse().map_err(InsideError::from).and_then(huge),
         ["forks", most] => most.parse().map_err(InsideError::from).and_then(forks),
         ["orphan", seconds] => orphan(seconds),
+        ["reopen", path] => reopen(path),
+        ["leave-writer", code] => {
+            return leave_writer().map_or(98, |()| code.parse().unwrap_or(99));
+        }
         ["count", milliseconds] => milliseconds
             .parse()
             .map_err(InsideError::from)
@@ -424,6 +428,33 @@ fn orphan(seconds: &str) -> Result<(), InsideError> {
         .env("RRUN_E2E_INSIDE", "1")
         .spawn()?;
     say(&child.id().to_string())
+}
+
+/// Prints a line, closes its terminal, opens the terminal at `path` and prints a line again.
+fn reopen(path: &str) -> Result<(), InsideError> {
+    say("before")?;
+    let null = fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?;
+    nix::unistd::dup2_stdin(&null)?;
+    nix::unistd::dup2_stdout(&null)?;
+    nix::unistd::dup2_stderr(&null)?;
+    // In this time, a runtime can notice that no process has the terminal open.
+    std::thread::sleep(Duration::from_millis(200));
+    let mut terminal = fs::File::options().write(true).open(path)?;
+    Ok(terminal.write_all(b"after\n")?)
+}
+
+/// Starts a process that ignores SIGHUP and prints lines forever.
+fn leave_writer() -> Result<(), InsideError> {
+    // SAFETY: SIG_IGN is not a function of this program.
+    unsafe { nix::sys::signal::signal(Signal::SIGHUP, nix::sys::signal::SigHandler::SigIgn)? };
+    std::process::Command::new("/proc/self/exe")
+        .args(["count", "0"])
+        .env("RRUN_E2E_INSIDE", "1")
+        .spawn()?;
+    Ok(())
 }
 
 /// Prints numbered lines forever, and sleeps for `milliseconds` after each line.
