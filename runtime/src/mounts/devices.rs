@@ -6,10 +6,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxDevice, LinuxDeviceType};
-use rustix::fs::{AtFlags, FileType, Gid, Mode, Stat, Uid};
+use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Stat, StatxFlags, Uid};
 use rustix::io::Errno;
 
-use crate::error::{Context, Result, refuse};
+use crate::error::{Context, Error, Result, refuse};
 use crate::mounts::rootfs::{MountTarget, Rootfs};
 use crate::mounts::tree::{clone_tree, move_mount};
 use crate::sys::device_number::device_number;
@@ -109,9 +109,10 @@ pub(crate) fn record_dev(rootfs: &mut Rootfs) -> Result<()> {
 /// mode creation mask (umask) must be 0.
 pub(crate) fn make(rootfs: &Rootfs, devices: &[Device], bind: bool) -> Result<()> {
     let dev = rootfs.open_dev()?;
+    let mut place = None;
     for device in devices {
         device
-            .make(rootfs, &dev, bind)
+            .make(rootfs, &dev, bind, &mut place)
             .map_err(|error| error.while_doing(format!("create {}", device.path.display())))?;
     }
     for (name, to) in LINKS {
@@ -133,8 +134,60 @@ fn link(dev: &OwnedFd, name: &str, to: &str) -> Result<()> {
     }
 }
 
+/// A directory for device nodes, other than /dev.
+struct Place {
+    path: PathBuf,
+    directory: OwnedFd,
+    /// False if the directory is in another mount than the root directory and /dev.
+    is_own: bool,
+}
+
+impl Place {
+    /// Opens the directory at `path`, and creates it if it does not exist. A link of the image can
+    /// lead into a volume, which is a directory of the host. In a volume, this function creates
+    /// nothing.
+    fn open(rootfs: &Rootfs, dev: &OwnedFd, path: &Path) -> Result<Place> {
+        let own = [mount_id(rootfs)?, mount_id(dev)?];
+        let found = rootfs.open(path, OFlags::PATH | OFlags::DIRECTORY);
+        let directory = match found {
+            Err(Errno::NOENT) => {
+                if !own.contains(&mount_id(&rootfs.nearest_directory(path)?)?) {
+                    return Err(in_another_mount());
+                }
+                rootfs.make_directory(path)?
+            }
+            found => found.doing(|| format!("open {} in the container", path.display()))?,
+        };
+        let is_own = own.contains(&mount_id(&directory)?);
+        Ok(Place {
+            path: path.to_owned(),
+            directory,
+            is_own,
+        })
+    }
+}
+
+fn in_another_mount() -> Error {
+    Error::new(
+        "its path leads to another mount than the root directory and /dev, and rrun creates no device file there",
+    )
+}
+
+fn mount_id(directory: impl AsFd) -> Result<u64> {
+    let statx = rustix::fs::statx(directory, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID);
+    Ok(statx
+        .doing(|| "read the mount of a directory (statx)")?
+        .stx_mnt_id)
+}
+
 impl Device {
-    fn make(&self, rootfs: &Rootfs, dev: &OwnedFd, bind: bool) -> Result<()> {
+    fn make(
+        &self,
+        rootfs: &Rootfs,
+        dev: &OwnedFd,
+        bind: bool,
+        last: &mut Option<Place>,
+    ) -> Result<()> {
         if bind {
             let node = clone_tree(&self.path, false).doing(|| "clone the host's device node")?;
             let stat = rustix::fs::fstat(&node).doing(|| "stat the host's device node")?;
@@ -145,12 +198,25 @@ impl Device {
             return move_mount(&node, &target).doing(|| "attach the device node");
         }
         let below_dev = self.path.strip_prefix("/dev").ok();
-        match below_dev.and_then(single_component) {
-            Some(name) => self.make_in(dev, name),
-            None => {
-                let (directory, name) = rootfs.parent(&self.path)?;
-                self.make_in(&directory, &name)
-            }
+        if let Some(name) = below_dev.and_then(single_component) {
+            return self.make_in(dev, name);
+        }
+        let (Some(parent), Some(name)) = (self.path.parent(), self.path.file_name()) else {
+            refuse!("it is not the path of a file in the container");
+        };
+        let place = match last.take().filter(|last| last.path == parent) {
+            Some(place) => place,
+            None => Place::open(rootfs, dev, parent)?,
+        };
+        let place = last.insert(place);
+        if place.is_own {
+            return self.make_in(&place.directory, name);
+        }
+        // A volume can already contain the node, for example if the volume is the host's /dev/dri.
+        match rustix::fs::statat(&place.directory, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if self.is_at(&stat) => Ok(()),
+            Ok(_) | Err(Errno::NOENT) => Err(in_another_mount()),
+            Err(errno) => Err(errno).doing(|| "stat the existing file"),
         }
     }
 

@@ -240,7 +240,7 @@ impl Rootfs {
 
     /// Creates a directory and its missing parents. A directory that already exists is not an
     /// error.
-    fn make_directory(&self, path: &Path) -> Result<OwnedFd> {
+    pub(crate) fn make_directory(&self, path: &Path) -> Result<OwnedFd> {
         use std::os::unix::fs::PermissionsExt as _;
         if let Some(made) = self.make_last(path)? {
             return Ok(made);
@@ -324,9 +324,22 @@ impl Rootfs {
         .map(Some)
     }
 
+    /// Opens the lowest directory that exists on the path to which `path` leads.
+    pub(crate) fn nearest_directory(&self, path: &Path) -> Result<OwnedFd> {
+        let mut place = self.follow(path)?;
+        loop {
+            match self.open(&place, OFlags::PATH | OFlags::DIRECTORY) {
+                Err(Errno::NOENT) if place.pop() => {}
+                found => {
+                    return found.doing(|| format!("open {} in the container", place.display()));
+                }
+            }
+        }
+    }
+
     /// Returns the parent directory of `path` and the last component of `path`. A missing parent
     /// directory is created.
-    pub(crate) fn parent(&self, path: &Path) -> Result<(OwnedFd, OsString)> {
+    fn parent(&self, path: &Path) -> Result<(OwnedFd, OsString)> {
         let Some(name) = path.file_name() else {
             refuse!(
                 "{} is not the path of a file in the container",

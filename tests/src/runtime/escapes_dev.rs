@@ -41,6 +41,10 @@ pub(crate) const TESTS: &[Test] = &[
         the_runtime_creates_no_devices_in_a_volume_to_which_a_link_at_dev_leads,
         Need::Rrun
     ),
+    test!(
+        the_runtime_creates_no_devices_in_a_volume_to_which_another_link_leads,
+        Need::Rrun
+    ),
     test!(a_volume_must_not_replace_dev_through_a_link, Need::Rrun),
     test!(the_runtime_does_not_change_the_hosts_dev, Need::Rrun),
 ];
@@ -457,6 +461,55 @@ fn the_runtime_creates_no_devices_in_a_volume_to_which_a_link_at_dev_leads() -> 
         }
     }
     Ok(())
+}
+
+fn the_runtime_creates_no_devices_in_a_volume_to_which_another_link_leads() -> Result {
+    let volume = volume_with_ptmx()?;
+    for (link, target, device) in [
+        ("dev/net", "/data", "/dev/net/tun"),
+        ("dev/net", "../data", "/dev/net/below/tun"),
+        ("opt", "data", "/opt/tun"),
+        ("opt", "/data/missing", "/opt/below/tun"),
+        ("data/unused", "/", "/data/tun"),
+    ] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        symlink(target, bundle.join("rootfs").join(link))?;
+        remove_dev_mounts(&mut bundle);
+        bundle.add("/mounts", bind(volume.path(), "/data"));
+        bundle.add("/linux/devices", tun(device));
+        let refusal = "its path leads to another mount than the root directory and /dev";
+        refused_without_changes(&bundle, &volume, refusal)?;
+    }
+
+    // The volume contains the node already.
+    let node = volume.join("tun");
+    mknod(
+        &node,
+        SFlag::S_IFCHR,
+        Mode::from_bits_truncate(0o666),
+        makedev(10, 200),
+    )?;
+    let mut bundle = Bundle::new(&["stat", "/data/tun"])?;
+    bundle.add("/mounts", bind(volume.path(), "/data"));
+    bundle.add("/linux/devices", tun("/data/tun"));
+    bundle.run()?;
+
+    // The link leads to a directory of the root file system.
+    let mut bundle = Bundle::new(&["stat", "/run/below/tun"])?;
+    fs::create_dir(bundle.join("rootfs/var"))?;
+    symlink("/run", bundle.join("rootfs/var/run"))?;
+    bundle.add("/linux/devices", tun("/var/run/below/tun"));
+    let stat = bundle.run()?.json()?;
+    ensure_eq!(
+        stat["device"],
+        json!([10, 200]),
+        "the device number of the node"
+    );
+    Ok(())
+}
+
+fn tun(path: &str) -> Value {
+    json!({ "path": path, "type": "c", "major": 10, "minor": 200 })
 }
 
 fn a_volume_must_not_replace_dev_through_a_link() -> Result {
