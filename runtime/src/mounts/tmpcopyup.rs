@@ -7,9 +7,10 @@
 //! [`regular_file`]).
 
 use std::ffi::CStr;
+use std::fs::File;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, Stat, Uid};
+use rustix::fs::{AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, SeekFrom, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
@@ -116,15 +117,44 @@ fn copy_file(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, name: &CStr) -> Resu
     let (from, stat) = regular_file::reopen_by(procfs, &found, OFlags::RDONLY)?;
     let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let to = rustix::fs::openat(to, name, flags, Mode::RUSR).doing(|| "create the copy")?;
-    // rrun copies at most as many bytes as the file had before the copy. Otherwise this loop would
+    copy_contents(&from, &to, &stat).doing(|| "copy its contents")?;
+    copy_owner_and_mode(&to, &stat)
+}
+
+/// Copies the data of a file. The holes of a sparse file become holes of the copy, because the tmpfs
+/// has no room for the zeros of a large hole.
+fn copy_contents(from: &File, to: &OwnedFd, stat: &Stat) -> std::result::Result<(), Errno> {
+    // rrun copies at most as many bytes as the file had before the copy. Otherwise the copy would
     // never end for a file that keeps growing.
-    let mut left = u64::try_from(stat.st_size).unwrap_or(0);
+    let length = u64::try_from(stat.st_size).unwrap_or(0);
+    // st_blocks is a number of units of 512 bytes (stat(3type)).
+    if u64::try_from(stat.st_blocks).unwrap_or(0) >= length.div_ceil(512) {
+        return copy_range(from, to, length);
+    }
+    let mut end = 0;
+    while end < length {
+        let start = match rustix::fs::seek(from, SeekFrom::Data(end)) {
+            // The rest of the file is a hole.
+            Err(Errno::NXIO) => break,
+            start => start?,
+        };
+        end = rustix::fs::seek(from, SeekFrom::Hole(start))?.min(length);
+        rustix::fs::seek(from, SeekFrom::Start(start))?;
+        rustix::fs::seek(to, SeekFrom::Start(start))?;
+        copy_range(from, to, end.saturating_sub(start))?;
+    }
+    rustix::fs::ftruncate(to, length)
+}
+
+/// Copies `length` bytes from the position of `from` to the position of `to`.
+fn copy_range(from: &File, to: &OwnedFd, length: u64) -> std::result::Result<(), Errno> {
+    let mut left = length;
     while left > 0 {
         let most = usize::try_from(left.min(1 << 30)).unwrap_or(1 << 30);
-        match rustix::fs::sendfile(&to, &from, None, most).doing(|| "copy its contents")? {
+        match rustix::fs::sendfile(to, from, None, most)? {
             0 => break,
             copied => left -= copied as u64,
         }
     }
-    copy_owner_and_mode(&to, &stat)
+    Ok(())
 }

@@ -1,6 +1,7 @@
 //! Tests of the container's root file system and of the mounts in it.
 
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::os::unix::fs::symlink;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
@@ -27,6 +28,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(the_runtime_creates_the_file_for_a_bind_mount_of_a_file),
     test!(a_tmpfs_has_the_configured_options),
     test!(a_tmpfs_with_tmpcopyup_contains_a_copy_of_the_covered_files),
+    test!(
+        a_tmpfs_with_tmpcopyup_has_room_for_the_holes_of_a_file,
+        Need::Rrun
+    ),
     test!(a_readonly_tmpfs_can_contain_mounts),
     test!(a_cgroup_mount_in_a_container_without_a_cgroup_namespace_is_readonly),
     test!(
@@ -245,6 +250,28 @@ fn a_tmpfs_has_the_configured_options() -> Result {
     ensure!(
         line.contains("size=1024k"),
         "the size of the tmpfs is not 1024k; its line in mountinfo: {line}"
+    );
+    Ok(())
+}
+
+fn a_tmpfs_with_tmpcopyup_has_room_for_the_holes_of_a_file() -> Result {
+    let mut bundle = Bundle::new(&["cat", "/data/sparse"])?;
+    let file = fs::File::create(bundle.join("rootfs/data/lastlog"))?;
+    file.set_len(40 << 30)?;
+    let file = fs::File::create(bundle.join("rootfs/data/sparse"))?;
+    file.write_all_at(b"middle", 1 << 20)?;
+    file.set_len(2 << 20)?;
+    bundle.add(
+        "/mounts",
+        json!({
+            "destination": "/data", "type": "tmpfs", "source": "x",
+            "options": ["tmpcopyup", "size=8m"],
+        }),
+    );
+    let holes = ["\0".repeat(1 << 20), "\0".repeat((1 << 20) - 6)];
+    ensure!(
+        bundle.run()?.stdout == holes.join("middle"),
+        "the copied sparse file has another content"
     );
     Ok(())
 }
