@@ -63,8 +63,8 @@ fn can_be_short(call: &Call) -> bool {
 /// kernel's answer to a question. If the test injected such an error, the kernel would lie.
 fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
     use nix::errno::Errno::{
-        EACCES, EAGAIN, ECONNREFUSED, ECONNRESET, EEXIST, EINVAL, EIO, ENOENT, ENOSYS, EPIPE,
-        EROFS, ESRCH,
+        EACCES, EAGAIN, ECONNREFUSED, ECONNRESET, EEXIST, EINVAL, EIO, ELOOP, ENOENT, ENOSYS,
+        EPIPE, EROFS, ESRCH,
     };
     let Fault::Error(errno) = fault else {
         return None;
@@ -87,6 +87,7 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
             Some("the kernel does not support the flags")
         }
         ("keyctl", ENOSYS) => Some("the kernel has no keyrings that the container could use"),
+        ("openat2", ELOOP) if object == "/dev" => Some("the path is a symbolic link"),
         ("openat2", ENOENT) if masked() => Some("the path does not exist, so nothing protects it"),
         ("faccessat2", EACCES | EROFS) if object == "/proc/self/exe" => {
             Some("the runtime has no permission to write to its executable file")
