@@ -1,6 +1,8 @@
 //! Directories of the unified hierarchy (cgroup v2) and their interface files. See cgroups(7) and
 //! the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
+mod tree;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -9,6 +11,8 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{FsWord, Mode, OFlags};
 use rustix::io::Errno;
+
+pub use tree::CgroupTree;
 
 /// The mount point of the unified hierarchy (cgroup v2).
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
@@ -51,59 +55,28 @@ fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Returns the paths of the cgroup and of all cgroups below it. Each parent precedes its children.
-///
-/// # Errors
-/// The error contains the path of the cgroup that could not be read, and the errno.
-pub fn tree(cgroup: &Path) -> Result<Vec<PathBuf>, (PathBuf, Errno)> {
-    let mut found = vec![cgroup.to_owned()];
-    let mut next = 0;
-    while let Some(directory) = found.get(next).cloned() {
-        next += 1;
-        match children(&directory) {
-            Ok(children) => found.extend(children),
-            Err(error) => match Errno::from_io_error(&error).unwrap_or(Errno::IO) {
-                // The cgroup has been removed.
-                Errno::NOENT | Errno::NODEV => {}
-                errno => return Err((directory, errno)),
-            },
-        }
-    }
-    Ok(found)
-}
-
-fn children(cgroup: &Path) -> io::Result<Vec<PathBuf>> {
-    let mut children = Vec::new();
-    for entry in std::fs::read_dir(cgroup)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            children.push(entry.path());
-        }
-    }
-    Ok(children)
-}
-
 /// Removes the cgroup and all cgroups below it. These cgroups must not contain any processes.
 /// Children are removed before their parents. If the cgroup does not exist, `remove_tree` returns
 /// `Ok`.
 ///
 /// # Errors
-/// The error contains the path of the first cgroup that could not be removed, and the errno. EBUSY
-/// means that this cgroup still contains processes or other cgroups.
+/// The error contains the path of the first cgroup that could not be removed (see
+/// [`CgroupTree::path`]), and the errno. EBUSY means that this cgroup still contains processes or
+/// other cgroups.
 pub fn remove_tree(cgroup: &Path) -> Result<(), (PathBuf, Errno)> {
     // Usually the cgroup has no children, so a single rmdir(2) is enough.
     match rustix::fs::rmdir(cgroup) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(_) => {}
     }
-    let mut failed = None;
-    for directory in tree(cgroup)?.into_iter().rev() {
-        match rustix::fs::rmdir(&directory) {
-            Ok(()) | Err(Errno::NOENT) => {}
-            Err(errno) => failed = failed.or(Some((directory, errno))),
-        }
+    let Some(tree) = CgroupTree::open(cgroup)? else {
+        return Ok(());
+    };
+    tree.remove_below()?;
+    match rustix::fs::rmdir(cgroup) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(errno) => Err((cgroup.to_owned(), errno)),
     }
-    failed.map_or(Ok(()), Err)
 }
 
 /// Returns the value of `key` in the text of a flat keyed file. An example is the key `populated`

@@ -62,6 +62,7 @@ suites! {
         faults,
         faults_commands,
         races,
+        deep_cgroups,
         limits,
         effects,
         systemd,

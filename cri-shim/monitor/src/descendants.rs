@@ -11,11 +11,14 @@ use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-/// The maximum depth, below the container's cgroup, of the nested cgroups in which the monitor
-/// searches for processes. A container can create nested cgroups, and move its processes into them.
-const MAX_CGROUP_DEPTH: u32 = 16;
+use rrun_kernel::cgroup::CgroupTree;
+
+/// The maximum number of cgroups below the container's cgroup in which the monitor searches for
+/// processes. A container can create nested cgroups, and move its processes into them.
+const MAX_CGROUPS: usize = 1024;
 
 /// The maximum number of searches for processes in the container's cgroup. Processes can fork
 /// during a search. The next search then finds the new processes.
@@ -73,8 +76,7 @@ pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
     }
     for _ in 0..MAX_PASSES {
         let before = family.len();
-        let mut processes = Vec::new();
-        list(cgroup, 0, &mut processes);
+        let mut processes = list(cgroup);
         while let Some(at) = processes
             .iter()
             .position(|process| own == Some(process.session) || family.contains(&process.parent))
@@ -115,22 +117,28 @@ fn stop(pid: i32, seen: Option<Process>) -> Option<OwnedFd> {
     Some(pidfd)
 }
 
-fn list(cgroup: &Path, depth: u32, found: &mut Vec<Process>) {
-    if let Ok(procs) = File::open(cgroup.join("cgroup.procs")) {
-        for line in BufReader::with_capacity(4096, procs).lines() {
-            let Some(pid) = line.ok().and_then(|line| line.parse().ok()) else {
-                break;
-            };
-            found.extend(Process::read(pid));
-        }
-    }
-    if depth < MAX_CGROUP_DEPTH {
-        for entry in std::fs::read_dir(cgroup).into_iter().flatten().flatten() {
-            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-                list(&entry.path(), depth + 1, found);
+/// Returns the processes in the cgroup and in the first [`MAX_CGROUPS`] cgroups below it.
+fn list(cgroup: &Path) -> Vec<Process> {
+    let mut found = Vec::new();
+    let Ok(Some(mut tree)) = CgroupTree::open(cgroup) else {
+        return found;
+    };
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    for _ in 0..=MAX_CGROUPS {
+        let procs = rustix::fs::openat(tree.directory(), "cgroup.procs", flags, Mode::empty());
+        if let Ok(procs) = procs {
+            for line in BufReader::with_capacity(4096, File::from(procs)).lines() {
+                let Some(pid) = line.ok().and_then(|line| line.parse().ok()) else {
+                    break;
+                };
+                found.extend(Process::read(pid));
             }
         }
+        if !matches!(tree.advance(), Ok(true)) {
+            break;
+        }
     }
+    found
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use crate::error::{Context, Error, Kind, Reason as _, Result, refuse};
 use crate::log;
 use crate::sys::path::cleaned;
 
+use rrun_kernel::cgroup::CgroupTree;
 pub(crate) use rrun_kernel::cgroup::MOUNT_POINT;
 
 /// The largest number of bytes that rrun reads from a cgroup's file. The longest cgroup file is
@@ -133,11 +134,18 @@ fn creating(path: &Path) -> String {
 
 /// Returns the content of a cgroup's file, without the final newline.
 pub(crate) fn read(cgroup: &Path, file: &str) -> std::result::Result<String, std::io::Error> {
+    content(std::fs::File::open(cgroup.join(file))?)
+}
+
+fn read_at(cgroup: impl AsFd, file: &str) -> std::result::Result<String, std::io::Error> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    content(rustix::fs::openat(cgroup, file, flags, Mode::empty())?.into())
+}
+
+fn content(file: std::fs::File) -> std::result::Result<String, std::io::Error> {
     use std::io::Read as _;
     let mut text = String::new();
-    std::fs::File::open(cgroup.join(file))?
-        .take(FILE_BYTES_MAX)
-        .read_to_string(&mut text)?;
+    file.take(FILE_BYTES_MAX).read_to_string(&mut text)?;
     text.truncate(text.trim_end().len());
     Ok(text)
 }
@@ -219,14 +227,16 @@ pub(crate) fn freeze(path: &Path, frozen: bool) -> Result<()> {
 
 /// Returns the ids of all processes in a cgroup and in the cgroups below it.
 pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
-    let mut pids = Vec::new();
-    let tree = rrun_kernel::cgroup::tree(path);
-    let tree = tree.map_err(|(directory, errno)| {
-        let doing = format!("list the cgroups below {}", directory.display());
+    let unlisted = |(path, errno): (PathBuf, Errno)| {
+        let doing = format!("list the cgroups below {}", path.display());
         Error::new(errno.reason()).while_doing(doing)
-    })?;
-    for directory in tree {
-        match read(&directory, "cgroup.procs") {
+    };
+    let mut pids = Vec::new();
+    let Some(mut tree) = CgroupTree::open(path).map_err(unlisted)? else {
+        return Ok(pids);
+    };
+    loop {
+        match read_at(tree.directory(), "cgroup.procs") {
             Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
             // EOPNOTSUPP means that the cgroup is threaded. The kernel lists the processes of a
             // threaded cgroup in the cgroup.procs file of an ancestor. So this function skips the
@@ -234,11 +244,13 @@ pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
             Err(error) if cannot_be_listed(&error) => {}
             Err(error) => {
                 return Err(error)
-                    .doing(|| format!("list the processes of cgroup {}", directory.display()));
+                    .doing(|| format!("list the processes of cgroup {}", tree.path().display()));
             }
         }
+        if !tree.advance().map_err(unlisted)? {
+            return Ok(pids);
+        }
     }
-    Ok(pids)
 }
 
 fn cannot_be_listed(error: &std::io::Error) -> bool {

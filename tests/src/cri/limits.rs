@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::calls::Calls;
 use crate::support::cgroup_use::{file, held_to};
-use crate::support::machine::{Result, note, wait_for};
+use crate::support::machine::{Failed, Result, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
@@ -48,6 +48,11 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE,
         CPU,
         MEMORY
+    ),
+    test!(
+        a_pod_whose_container_nests_cgroups_deeply_is_removed,
+        A_NODE,
+        Need::RrunCri
     ),
 ];
 
@@ -347,6 +352,41 @@ fn crictl_stats_reports_the_resource_usage_of_a_container() -> Result {
             let pods = node.json(&["statsp", "--id", &pod_id])?["stats"][0].clone();
             let used = number(pods.pointer("/linux/cpu/usageCoreNanoSeconds/value"));
             ensure!(used > 0, "the pod's statistics have no CPU usage: {pods}");
+        }
+        Ok(())
+    })
+}
+
+/// The paths of the container's nested cgroups are longer than PATH_MAX. Only a privileged container
+/// can create cgroups.
+fn a_pod_whose_container_nests_cgroups_deeply_is_removed() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        for (levels, length) in [("30", "200"), ("1900", "1")] {
+            let mut pod = node.pod("deep");
+            pod["linux"]["security_context"]["privileged"] = json!(true);
+            let pod_id = node.runp(&pod)?;
+            let run = |name: &str| {
+                let command = ["/inside", "nest-cgroups", levels, length];
+                let mut container = node.container(name, &command);
+                container["linux"]["security_context"]["privileged"] = json!(true);
+                let id = node.run(&pod_id, &pod, &container)?;
+                wait_for("the container to create its cgroups", || {
+                    let log = node.log_of("deep", name)?;
+                    Ok(log.contains("ready").then_some(()))
+                })?;
+                Ok::<_, Failed>(id)
+            };
+            let id = run("removed-alone")?;
+            node.asks(&["stop", "--timeout", "0", &id])?;
+            node.asks(&["rm", &id])?;
+            run("removed-with-its-pod")?;
+            node.asks(&["rmp", "--force", &pod_id])?;
+            ensure_eq!(
+                node.asks(&["ps", "--all", "--quiet"])?,
+                "",
+                "ids of the containers after the removal of the pod"
+            );
         }
         Ok(())
     })

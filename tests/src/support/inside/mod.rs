@@ -64,6 +64,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["leave-writer", code] => {
             return leave_writer().map_or(98, |()| code.parse().unwrap_or(99));
         }
+        ["nest-cgroups", levels, length] => nest_cgroups(levels, length),
         ["count", milliseconds] => milliseconds
             .parse()
             .map_err(InsideError::from)
@@ -455,6 +456,19 @@ fn leave_writer() -> Result<(), InsideError> {
         .env("RRUN_E2E_INSIDE", "1")
         .spawn()?;
     Ok(())
+}
+
+/// Creates `levels` nested cgroups below this process's cgroup, each with a name of `length` bytes.
+/// Then moves this process into the deepest cgroup, and waits for signals.
+fn nest_cgroups(levels: &str, length: &str) -> Result<(), InsideError> {
+    let name = "d".repeat(length.parse()?);
+    std::env::set_current_dir("/sys/fs/cgroup")?;
+    for _ in 0..levels.parse::<u64>()? {
+        fs::create_dir(&name)?;
+        std::env::set_current_dir(&name)?;
+    }
+    fs::write("cgroup.procs", "0")?;
+    wait()
 }
 
 /// Prints numbered lines forever, and sleeps for `milliseconds` after each line.
