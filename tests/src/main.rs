@@ -96,6 +96,7 @@ suites! {
         faults,
         streaming,
         streaming_exec,
+        exec_leftovers,
         streaming_attach,
         streaming_ports,
         streaming_server,

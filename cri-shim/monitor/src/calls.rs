@@ -58,6 +58,14 @@ impl Calls {
         self.0.remove(&pid)
     }
 
+    /// Returns the runtime call of the exec with this number.
+    pub(crate) fn of_exec(&self, exec: u64) -> Option<&Call> {
+        let is_it =
+            |purpose: &Purpose| matches!(purpose, Purpose::Exec { number } if *number == exec);
+        let found = self.0.values().find(|(_, purpose)| is_it(purpose));
+        found.map(|(call, _)| call)
+    }
+
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }

@@ -45,10 +45,11 @@ impl Clients {
     }
 
     /// Counts the client's connection as an exec or an attachment. Returns false if [`MAX_SESSIONS`]
-    /// connections already count.
-    pub(crate) fn begin_session(&mut self, client: ClientId) -> bool {
+    /// execs and attachments already exist. `abandoned` is the number of execs whose client has
+    /// disconnected.
+    pub(crate) fn begin_session(&mut self, client: ClientId, abandoned: usize) -> bool {
         let sessions = self.connections.values().filter(|it| it.is_session);
-        if sessions.count() >= MAX_SESSIONS {
+        if sessions.count() + abandoned >= MAX_SESSIONS {
             return false;
         }
         if let Some(connection) = self.connections.get_mut(&client) {

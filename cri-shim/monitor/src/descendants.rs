@@ -61,12 +61,14 @@ impl Process {
 
 /// Kills the process `leader`, which must be an unreaped child of the monitor. Also kills the
 /// descendants of `leader` in `cgroup`, and the processes of `cgroup` in the session of `leader`.
-/// `init` is the container's first process. If `init` is in the session of `leader`, `kill` kills
-/// only `leader` and its descendants. Returns false if even the last of [`MAX_PASSES`] searches
-/// found new processes.
+/// `init` is the container's first process. If `init` or the monitor is in the session of `leader`,
+/// `kill` kills only `leader` and its descendants. Returns false if even the last of [`MAX_PASSES`]
+/// searches found new processes.
 pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
     let session = |pid| Process::read(pid).map(|process| process.session);
-    let own = session(leader).filter(|own| session(init) != Some(*own));
+    let monitor = rustix::process::getpid().as_raw_nonzero().get();
+    let own =
+        session(leader).filter(|own| session(init) != Some(*own) && session(monitor) != Some(*own));
     let mut family: Vec<i32> = Vec::new();
     let mut stopped: Vec<OwnedFd> = Vec::new();
     let mut complete = false;

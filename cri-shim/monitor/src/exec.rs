@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
-use super::calls::Purpose;
+use super::calls::{Calls, Purpose};
+use super::clients::Clients;
 use super::connection::ClientId;
 use super::console::Console;
 use super::container::{Container, State};
@@ -141,13 +142,34 @@ impl Execs {
     }
 
     /// Kills the execs of a client that has disconnected. No other client can read the output of
-    /// these execs or stop them.
-    pub(crate) fn client_gone(&mut self, client: ClientId) {
+    /// these execs or stop them. If an exec's runtime call is still in progress, also kills the
+    /// runtime. The container can have stopped the runtime's child, and the runtime would then wait
+    /// until its deadline.
+    pub(crate) fn client_gone(&mut self, client: ClientId, calls: &Calls) {
         for process in self.running.values() {
             if process.client == client {
                 process.kill();
             }
         }
+        for (number, starting) in &self.starting {
+            if starting.client == client
+                && let Some(call) = calls.of_exec(*number)
+            {
+                // The runtime must still be the parent of its children at this time, because the
+                // monitor may find them only through their parent.
+                starting.scope.kill(call.pid);
+                call.kill();
+            }
+        }
+    }
+
+    /// Returns the number of execs whose client has disconnected and whose processes have not
+    /// exited yet.
+    pub(crate) fn abandoned(&self, clients: &Clients) -> usize {
+        let starting = self.starting.values().map(|it| it.client);
+        let running = self.running.values().map(|it| it.client);
+        let gone = |client: &ClientId| !clients.contains(*client);
+        starting.chain(running).filter(gone).count()
     }
 
     /// Removes the cgroup of an exec that has ended. If the cgroup still contains processes,
@@ -320,5 +342,45 @@ impl Scope {
                 "kill the exec process {pid} and its descendants: they fork faster than the monitor can kill them"
             ));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::clients::MAX_SESSIONS;
+    use super::super::poller::Poller;
+    use super::*;
+
+    #[test]
+    fn an_exec_counts_until_its_processes_have_exited() {
+        let scope = || Scope {
+            init: 0,
+            container: PathBuf::new(),
+            own: None,
+        };
+        let poller = Poller::new().unwrap();
+        let (listener, _other) = rustix::pipe::pipe().unwrap();
+        let mut clients = Clients::new(listener, &poller).unwrap();
+        let mut execs = Execs::default();
+        // Neither of the clients 7 and 8 is connected.
+        let starting = StartingExec {
+            client: 7,
+            pid_file: PathBuf::new(),
+            console: None,
+            scope: scope(),
+        };
+        execs.starting.insert(1, starting);
+        execs.add_running(ExecProcess {
+            client: 8,
+            pid: 9,
+            scope: scope(),
+        });
+        assert_eq!(execs.abandoned(&clients), 2);
+        execs.take_starting(1);
+        assert_eq!(execs.abandoned(&clients), 1);
+        execs.take_running(9);
+        assert_eq!(execs.abandoned(&clients), 0);
+        assert!(clients.begin_session(10, MAX_SESSIONS - 1));
+        assert!(!clients.begin_session(10, MAX_SESSIONS));
     }
 }

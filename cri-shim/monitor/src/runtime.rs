@@ -235,7 +235,7 @@ impl Call {
     /// Kills the runtime's process group. This group contains the runtime and the processes that
     /// the runtime has forked. The pid cannot belong to another process, because the monitor has
     /// not reaped the runtime yet.
-    fn kill(&self) {
+    pub(crate) fn kill(&self) {
         let pid = nix::unistd::Pid::from_raw(self.pid);
         let _ = nix::sys::signal::killpg(pid, Signal::SIGKILL);
         let _ = nix::sys::signal::kill(pid, Signal::SIGKILL);

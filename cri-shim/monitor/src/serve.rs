@@ -241,7 +241,7 @@ impl Monitor {
 
     fn disconnect(&mut self, client: ClientId) {
         if self.clients.remove(client) {
-            self.execs.client_gone(client);
+            self.execs.client_gone(client, &self.calls);
             for container in self.containers.values_mut() {
                 container.client_gone(client);
             }
@@ -272,8 +272,11 @@ impl Monitor {
     }
 
     fn answer(&mut self, client: ClientId, request: Request, fds: Vec<OwnedFd>) {
-        if matches!(request, Request::Exec(_) | Request::Attach(_))
-            && !self.clients.begin_session(client)
+        let is_session = matches!(request, Request::Exec(_) | Request::Attach(_));
+        if is_session
+            && !self
+                .clients
+                .begin_session(client, self.execs.abandoned(&self.clients))
         {
             let message = format!(
                 "the pod already has {MAX_SESSIONS} execs and attachments, and this number is the limit"

@@ -64,6 +64,8 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["leave-writer", code] => {
             return leave_writer().map_or(98, |()| code.parse().unwrap_or(99));
         }
+        ["stop-others"] => stop_others(),
+        ["stop-others-forever"] => stop_others_forever(),
         ["nest-cgroups", levels, length] => nest_cgroups(levels, length),
         ["count", milliseconds] => milliseconds
             .parse()
@@ -456,6 +458,22 @@ fn leave_writer() -> Result<(), InsideError> {
         .env("RRUN_E2E_INSIDE", "1")
         .spawn()?;
     Ok(())
+}
+
+/// Starts a child that stops all other processes of the container again and again, except the
+/// container's first process. Then waits for signals.
+fn stop_others() -> Result<(), InsideError> {
+    std::process::Command::new("/proc/self/exe")
+        .args(["stop-others-forever"])
+        .env("RRUN_E2E_INSIDE", "1")
+        .spawn()?;
+    wait()
+}
+
+fn stop_others_forever() -> ! {
+    loop {
+        let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(-1), Signal::SIGSTOP);
+    }
 }
 
 /// Creates `levels` nested cgroups below this process's cgroup, each with a name of `length` bytes.
