@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::event::epoll::EventFlags;
 use rustix::io::Errno;
 
 use super::calls::{Calls, Purpose};
@@ -14,11 +13,10 @@ use super::console::Console;
 use super::container::{Container, State};
 use super::descendants;
 use super::effect::Effect;
-use super::exec_cgroup::{ExecCgroup, LeftoverCgroup, MAX_LEFTOVERS};
+use super::exec_cgroup::ExecCgroup;
+use super::leftovers::Leftovers;
 use super::own_log;
-use super::poller::{EventSource, Poller};
 use super::runtime::{Call, RuntimeCommand, Stdio, memory_file, path_of, read_pid};
-use super::serials::Serials;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Exec, FailureKind};
 
@@ -29,8 +27,7 @@ pub(crate) struct Execs {
     starting: BTreeMap<u64, StartingExec>,
     /// The running execs, with the pid of the exec's first process as the key.
     running: BTreeMap<i32, ExecProcess>,
-    /// The cgroups of execs that have exited and left processes behind.
-    leftovers: BTreeMap<u64, LeftoverCgroup>,
+    pub(crate) leftovers: Leftovers,
 }
 
 /// An exec whose runtime call is still in progress.
@@ -170,41 +167,6 @@ impl Execs {
         let running = self.running.values().map(|it| it.client);
         let gone = |client: &ClientId| !clients.contains(*client);
         starting.chain(running).filter(gone).count()
-    }
-
-    /// Removes the cgroup of an exec that has ended. If the cgroup still contains processes,
-    /// removes it as soon as these processes have exited.
-    pub(crate) fn remove_cgroup(
-        &mut self,
-        cgroup: Option<ExecCgroup>,
-        poller: &Poller,
-        serials: &mut Serials,
-    ) {
-        let Some(leftover) = cgroup.and_then(ExecCgroup::into_leftover) else {
-            return;
-        };
-        if leftover.is_gone() || self.leftovers.len() >= MAX_LEFTOVERS {
-            return;
-        }
-        let number = serials.next();
-        let source = EventSource::ExecCgroup(number);
-        if poller.watch(&leftover, source, EventFlags::PRI).is_ok() {
-            self.leftovers.insert(number, leftover);
-        }
-    }
-
-    pub(crate) fn cgroup_changed(&mut self, number: u64) {
-        let leftover = self.leftovers.get(&number);
-        if leftover.is_some_and(LeftoverCgroup::is_gone) {
-            self.leftovers.remove(&number);
-        }
-    }
-
-    /// Stops watching the leftover exec cgroups of a container that has been removed. `cgroup` is
-    /// the container's cgroup.
-    pub(crate) fn container_gone(&mut self, cgroup: &Path) {
-        self.leftovers
-            .retain(|_, leftover| !leftover.is_below(cgroup));
     }
 }
 

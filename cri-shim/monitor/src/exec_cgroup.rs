@@ -15,13 +15,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::Mode;
+use rustix::io::Errno;
 
 use rrun_kernel::cgroup;
-
-/// The maximum number of leftover cgroups that the monitor watches. A leftover cgroup is the cgroup
-/// of an exited exec that still contains processes. The monitor does not watch any further leftover
-/// cgroups, and removes them only together with the cgroup of their container.
-pub(crate) const MAX_LEFTOVERS: usize = 64;
 
 /// The cgroup of an exec. Dropping the `ExecCgroup` removes the cgroup if it is empty.
 #[derive(Debug)]
@@ -57,14 +53,16 @@ impl ExecCgroup {
         cgroup::is_populated(&self.path) && cgroup::kill(&self.path).is_ok()
     }
 
-    /// Removes the cgroup and returns `None`, if the cgroup is empty. Returns the cgroup, if the
-    /// cgroup still contains processes. The exec's first process must have exited.
-    pub(crate) fn into_leftover(self) -> Option<LeftoverCgroup> {
-        if cgroup::remove_tree(&self.path).is_ok() {
-            return None;
+    /// Removes the cgroup if it contains no processes. Returns true if the cgroup no longer exists.
+    pub(crate) fn remove_if_empty(&self) -> bool {
+        match rustix::fs::rmdir(&self.path) {
+            Ok(()) | Err(Errno::NOENT) => true,
+            Err(_) => !cgroup::is_populated(&self.path) && cgroup::remove_tree(&self.path).is_ok(),
         }
-        let events = File::open(self.path.join("cgroup.events")).ok()?;
-        Some(LeftoverCgroup { own: self, events })
+    }
+
+    pub(crate) fn is_below(&self, container: &Path) -> bool {
+        self.path.starts_with(container)
     }
 }
 
@@ -77,14 +75,24 @@ impl Drop for ExecCgroup {
     }
 }
 
-/// The cgroup of an exec that has exited and left processes running.
+/// The cgroup of an exec that has exited and left processes running. The kernel reports the
+/// cgroup's changes.
 #[derive(Debug)]
-pub(crate) struct LeftoverCgroup {
+pub(crate) struct WatchedCgroup {
     own: ExecCgroup,
     events: File,
 }
 
-impl LeftoverCgroup {
+impl WatchedCgroup {
+    /// Opens the descriptor through which the kernel reports changes. If this fails, returns the
+    /// cgroup.
+    pub(crate) fn open(own: ExecCgroup) -> Result<Self, ExecCgroup> {
+        match File::open(own.path.join("cgroup.events")) {
+            Ok(events) => Ok(WatchedCgroup { own, events }),
+            Err(_) => Err(own),
+        }
+    }
+
     /// Removes the cgroup if it is empty. Returns true if the cgroup no longer exists. If the
     /// cgroup still exists, the kernel reports the cgroup's next change through the descriptor
     /// [`Self::as_fd`].
@@ -99,14 +107,18 @@ impl LeftoverCgroup {
         !populated && cgroup::remove_tree(&self.own.path).is_ok()
     }
 
-    pub(crate) fn is_below(&self, container: &Path) -> bool {
-        self.own.path.starts_with(container)
+    pub(crate) fn cgroup(&self) -> &ExecCgroup {
+        &self.own
+    }
+
+    pub(crate) fn into_cgroup(self) -> ExecCgroup {
+        self.own
     }
 }
 
 /// The descriptor of the file cgroup.events. The kernel reports `POLLPRI` when the file has changed
 /// since the last read.
-impl AsFd for LeftoverCgroup {
+impl AsFd for WatchedCgroup {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.events.as_fd()
     }

@@ -169,7 +169,7 @@ impl Monitor {
                 Some(EventSource::Stderr(serial)) => self.output_ready(serial, Stream::Stderr),
                 Some(EventSource::Memory(serial)) => self.act_on(serial, Container::check_oom),
                 Some(EventSource::Logs) => self.logs_ready(),
-                Some(EventSource::ExecCgroup(number)) => self.execs.cgroup_changed(number),
+                Some(EventSource::ExecCgroup(number)) => self.execs.leftovers.changed(number),
                 Some(EventSource::Control) => pending.control = true,
                 None => {}
             }
@@ -493,7 +493,7 @@ impl Monitor {
         let Some(container) = self.containers.remove(&serial) else {
             return;
         };
-        self.execs.container_gone(&container.spec.cgroup);
+        self.execs.leftovers.container_gone(&container.spec.cgroup);
         exit::forget(&container.spec.bundle);
         for client in container.deletion.map(|it| it.clients).unwrap_or_default() {
             self.reply(client, &Reply::Done);
@@ -647,8 +647,11 @@ impl Monitor {
     }
 
     fn remove_exec_cgroup(&mut self, cgroup: Option<ExecCgroup>) {
-        self.execs
-            .remove_cgroup(cgroup, &self.poller, &mut self.serials);
+        if let Some(cgroup) = cgroup {
+            let (poller, serials) = (&self.poller, &mut self.serials);
+            let now = Instant::now();
+            self.execs.leftovers.add(cgroup, now, poller, serials);
+        }
     }
 
     // The functions below handle deadlines.
@@ -658,6 +661,7 @@ impl Monitor {
         let next = containers
             .chain(self.calls.next_check())
             .chain(self.clients.next_check())
+            .chain(self.execs.leftovers.next_examination())
             .min()?;
         let left = next.saturating_duration_since(Instant::now());
         Timespec::try_from(left).ok()
@@ -667,6 +671,8 @@ impl Monitor {
         let now = Instant::now();
         self.clients.end_accept_pause(now, &self.poller);
         self.calls.check(now);
+        let (poller, serials) = (&self.poller, &mut self.serials);
+        self.execs.leftovers.examine(now, poller, serials);
         for client in self.clients.overdue(now) {
             self.disconnect(client);
         }
