@@ -66,6 +66,8 @@ pub(crate) enum ReadOutcome {
     Empty,
     /// All writers have closed the stream.
     End,
+    /// No process has the terminal's other side open. A process can open it again.
+    HungUp,
 }
 
 /// One container's log.
@@ -136,8 +138,8 @@ impl ContainerLog {
             Ok(0) => return ReadOutcome::End,
             Ok(count) => count,
             Err(Errno::AGAIN | Errno::INTR) => return ReadOutcome::Empty,
-            // Reading from a terminal's master fails when no process has the terminal's other side
-            // open. This failure means that the output has ended.
+            // No process has the other side of the terminal open.
+            Err(Errno::IO) => return ReadOutcome::HungUp,
             Err(_) => return ReadOutcome::End,
         };
         buffer.last_read = length..length + count;

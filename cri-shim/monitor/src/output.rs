@@ -3,6 +3,8 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
+
 use super::connection::ClientId;
 use super::container_log::{ContainerLog, ReadBuffer, ReadOutcome, Stream};
 use super::effect::Effect;
@@ -30,6 +32,9 @@ pub(crate) struct Output {
     /// The reading end of the stdout pipe, or the master of the container's terminal.
     stdout: Option<OwnedFd>,
     stderr: Option<OwnedFd>,
+    /// The other side of the container's terminal. `None` until all processes have closed it for the
+    /// first time.
+    slave: Option<OwnedFd>,
     /// The streams that the monitor does not watch, because the log accepts no more output.
     paused: Vec<Stream>,
     /// The streams whose pipe the monitor has already tried to enlarge.
@@ -57,6 +62,7 @@ impl Output {
             log,
             stdout: None,
             stderr: None,
+            slave: None,
             paused: Vec::new(),
             enlarged: Vec::new(),
             followers: Vec::new(),
@@ -97,11 +103,25 @@ impl Output {
         match self.pump(stream, buffer) {
             ReadOutcome::Data => StreamState::Read(buffer.last_read().len()),
             ReadOutcome::Empty => StreamState::Idle,
-            ReadOutcome::End => {
+            ReadOutcome::HungUp if self.hold_terminal_open(stream) => StreamState::Idle,
+            ReadOutcome::End | ReadOutcome::HungUp => {
                 self.close(stream);
                 StreamState::Idle
             }
         }
+    }
+
+    /// Opens the other side of the terminal `stream`, and keeps it open. As long as no process has
+    /// the other side open, reads fail and epoll permanently reports a hang-up. The container's
+    /// processes can close their terminal and open it again later, or hang it up with vhangup(2).
+    /// Returns false if `stream` is not a terminal, or if the other side can't be opened.
+    fn hold_terminal_open(&mut self, stream: Stream) -> bool {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        let master = self.stream(stream);
+        let slave = master.and_then(|master| ioctl_tiocgptpeer(master, flags).ok());
+        let is_open = slave.is_some();
+        self.slave = slave;
+        is_open
     }
 
     /// Returns the streams that can be watched again because the log has room.
@@ -146,6 +166,7 @@ impl Output {
 
     /// Reads the remaining output and closes both streams.
     pub(crate) fn drain(&mut self, buffer: &mut ReadBuffer) {
+        self.slave = None;
         for stream in [Stream::Stdout, Stream::Stderr] {
             for _ in 0..MAX_DRAIN_READS {
                 if self.pump(stream, buffer) != ReadOutcome::Data {
@@ -232,5 +253,59 @@ impl Output {
                 Some(message) => Effect::fail(client, FailureKind::Monitor, message.as_str()),
             })
             .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pty::{openpt, unlockpt};
+
+    fn open(master: impl AsFd) -> OwnedFd {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        ioctl_tiocgptpeer(master, flags).unwrap()
+    }
+
+    #[test]
+    fn the_output_of_a_terminal_that_was_closed_and_opened_again_is_read() {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
+        unlockpt(&master).unwrap();
+        rustix::io::ioctl_fionbio(&master, true).unwrap();
+        let slave = open(&master);
+        let wake = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let mut output = Output::new(ContainerLog::open(None, &wake).unwrap());
+        output.set_terminal(rustix::io::dup(&master).unwrap());
+        let mut buffer = ReadBuffer::new();
+        let mut read = |output: &mut Output| match output.ready(Stream::Stdout, &mut buffer) {
+            StreamState::Read(_) => Some(buffer.last_read().to_owned()),
+            _ => None,
+        };
+
+        rustix::io::write(&slave, b"one").unwrap();
+        assert_eq!(read(&mut output).unwrap(), b"one");
+        drop(slave);
+        assert!(read(&mut output).is_none());
+        assert!(read(&mut output).is_none());
+        let slave = open(&master);
+        rustix::io::write(&slave, b"two").unwrap();
+        assert_eq!(read(&mut output).unwrap(), b"two");
+        rustix::io::write(&slave, b"three").unwrap();
+        drop(slave);
+        output.drain(&mut buffer);
+        assert_eq!(buffer.last_read(), b"three");
+        assert!(output.terminal().is_none());
+    }
+
+    #[test]
+    fn a_pipe_without_writers_is_closed() {
+        let (stdout, writer) = rustix::pipe::pipe().unwrap();
+        let (stderr, _open) = rustix::pipe::pipe().unwrap();
+        let wake = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
+        let mut output = Output::new(ContainerLog::open(None, &wake).unwrap());
+        output.set_pipes(stdout, stderr);
+        drop(writer);
+        output.ready(Stream::Stdout, &mut ReadBuffer::new());
+        assert!(output.stream(Stream::Stdout).is_none());
+        assert!(output.stream(Stream::Stderr).is_some());
     }
 }

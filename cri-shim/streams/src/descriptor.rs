@@ -2,8 +2,10 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 
 use rustix::io::Errno;
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use tokio::io::unix::{AsyncFd, AsyncFdReadyGuard};
 
 use crate::pipe::Pipe;
@@ -15,6 +17,8 @@ pub(crate) const READ_BYTES: usize = 64 << 10;
 pub struct Descriptor {
     fd: AsyncFd<OwnedFd>,
     is_terminal: bool,
+    /// The other side of the terminal, if this process holds it open.
+    slave: Mutex<Option<OwnedFd>>,
 }
 
 impl Descriptor {
@@ -27,7 +31,26 @@ impl Descriptor {
         Ok(Descriptor {
             fd: registered.map_err(io::Error::from)?,
             is_terminal,
+            slave: Mutex::new(None),
         })
+    }
+
+    /// Like [`Descriptor::new`], but holds the other side of the terminal open. The data then does
+    /// not end when the processes close their terminal, because they can open it again. After
+    /// [`Descriptor::release`], the data ends when no process has the terminal open.
+    pub fn held_open(master: OwnedFd) -> io::Result<Self> {
+        let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+        // If the other side can't be opened, the data ends when the processes close it.
+        let slave = ioctl_tiocgptpeer(&master, flags).ok();
+        let mut held = Descriptor::new(master)?;
+        held.slave = Mutex::new(slave);
+        Ok(held)
+    }
+
+    /// Closes the other side of the terminal, which [`Descriptor::held_open`] opened.
+    pub(crate) fn release(&self) {
+        let mut slave = self.slave.lock().unwrap_or_else(PoisonError::into_inner);
+        *slave = None;
     }
 
     pub(crate) fn is_terminal(&self) -> bool {

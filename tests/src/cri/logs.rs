@@ -28,6 +28,11 @@ pub(crate) const TESTS: &[Test] = &[
         the_log_of_a_container_with_a_terminal_has_one_stream,
         A_NODE
     ),
+    test!(
+        the_log_contains_output_to_a_terminal_that_was_closed_and_opened_again,
+        A_NODE,
+        Need::RrunCri
+    ),
     test!(an_absolute_log_path_is_inside_the_log_directory, A_NODE),
     test!(
         a_log_path_outside_the_log_directory_is_refused,
@@ -309,6 +314,28 @@ fn a_log_path_outside_the_log_directory_is_refused() -> Result {
         ensure!(
             written.len() == 1,
             "the refused log paths left files behind: {written:?}"
+        );
+        Ok(())
+    })
+}
+
+/// Processes can close their terminal and open it again later. The monitor reads at once that the
+/// terminal is closed.
+fn the_log_contains_output_to_a_terminal_that_was_closed_and_opened_again() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("terminal");
+        let pod_id = node.runp(&pod)?;
+        let script = "echo before; exec <&- >&- 2>&-; sleep 1; echo after >/dev/console; exit 4";
+        let mut container = node.container("c", &["sh", "-c", script]);
+        container["tty"] = json!(true);
+        let id = node.run(&pod_id, &pod, &container)?;
+        let status = node.exited(&id)?;
+        ensure_eq!(status["exitCode"], 4, "exit code of the container");
+        let log = node.log_of("terminal", "c")?;
+        ensure!(
+            log.contains("before") && log.contains("after"),
+            "the log lacks output of the container: {log}"
         );
         Ok(())
     })

@@ -27,6 +27,11 @@ pub(crate) const TESTS: &[Test] = &[
         clients_of_protocol_version_3_and_later_can_resize_a_terminal,
         A_NODE
     ),
+    test!(
+        the_output_to_a_terminal_that_was_closed_and_opened_again_reaches_the_client,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 const VERSIONS: [&str; 4] = [
@@ -167,6 +172,34 @@ fn clients_of_protocol_version_3_and_later_can_resize_a_terminal() -> Result {
                 "the terminal has the wrong size with protocol version {version:?}; received data: {received:?}"
             );
         }
+        Ok(())
+    })
+}
+
+/// Processes can close their terminal and open it again later.
+fn the_output_to_a_terminal_that_was_closed_and_opened_again_reaches_the_client() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "reopened")?;
+        let calls = Calls::new(node)?;
+        let script =
+            "tty=$(tty); echo before; exec <&- >&- 2>&-; sleep 1; echo after >$tty; exit 3";
+        let url = exec_url(&calls, &id, script, true)?;
+        let mut client = SpdyClient::upgraded(&url, "v4.channel.k8s.io")?;
+        for kind in ["error", "stdin", "stdout", "resize"] {
+            client.open(kind)?;
+        }
+        let received = client.all()?;
+        let of = |kind| received.get(kind).map(String::as_str).unwrap_or_default();
+        ensure_eq!(
+            of("stdout"),
+            "before\r\nafter\r\n",
+            "the output of the command"
+        );
+        ensure!(
+            of("error").contains('3'),
+            "the error stream does not contain the exit code 3: {}",
+            of("error")
+        );
         Ok(())
     })
 }

@@ -141,7 +141,7 @@ async fn start(
             .terminal
             .take()
             .ok_or_else(|| Error::internal("the monitor did not pass the command's terminal"))?;
-        stdio.terminal = Some(Descriptor::new(terminal).during(making_stdio)?);
+        stdio.terminal = Some(Descriptor::held_open(terminal).during(making_stdio)?);
     }
     Ok((process, stdio))
 }

@@ -125,6 +125,7 @@ async fn copy_rest(
     sender: &ClientSender,
     buffer: &mut Vec<u8>,
 ) -> io::Result<()> {
+    from.release();
     let mut left = if from.is_terminal() {
         MAX_TERMINAL_DRAIN_BYTES
     } else {
