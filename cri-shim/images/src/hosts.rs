@@ -161,9 +161,10 @@ fn refuse(path: &Path, why: &str) -> ImageError {
 /// Returns the error for a file or directory that cannot be read. The configuration is wrong, except
 /// if this node lacks a resource or has a broken device.
 fn unreadable(path: &Path, error: &std::io::Error) -> ImageError {
-    let kind = match error.raw_os_error().is_some_and(is_of_the_machine) {
-        true => Kind::Internal,
-        false => Kind::InvalidArgument,
+    let kind = if error.raw_os_error().is_some_and(is_of_the_machine) {
+        Kind::Internal
+    } else {
+        Kind::InvalidArgument
     };
     let (path, reason) = (path.display(), describe(error));
     ImageError::new(

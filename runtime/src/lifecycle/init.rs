@@ -275,16 +275,18 @@ impl Init<'_> {
             // process can reach `config.rootfs`. The container's root is allowed to cover the old
             // root, because rrun has already opened the sources of all bind mounts.
             Some(root) => attach_root(root, old_root)?,
-            None if self.no_pivot => attach_root(
-                clone_root(&config.rootfs, config.root_is_slave())?,
-                old_root,
-            )?,
-            // Attach the container's root at its own path on the host. If the root were attached on
-            // `/`, a recursive bind mount of `/` would include the container's root.
-            None => attach_root(
-                clone_root(&config.rootfs, config.root_is_slave())?,
-                &config.rootfs,
-            )?,
+            // Attach the container's root at its own path on the host, unless --no-pivot requires
+            // `/`. If the root were attached on `/`, a recursive bind mount of `/` would include
+            // the container's root.
+            None => {
+                let clone = clone_root(&config.rootfs, config.root_is_slave())?;
+                let path = if self.no_pivot {
+                    old_root
+                } else {
+                    &config.rootfs
+                };
+                attach_root(clone, path)?
+            }
         };
         if config.uses_dev_of_rootfs() {
             devices::record_dev(&mut rootfs)?;
