@@ -105,6 +105,7 @@ suites! {
         systemd,
         wedge,
         hangs,
+        stalls,
         images,
         images_registries,
         images_faults,

@@ -18,10 +18,14 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
 use rrun_protocol::Exec;
 
-/// The maximum number of bytes of stdout, and of stderr, that are returned. Further output is read
-/// and dropped. The process therefore never blocks on a full pipe, and the server's memory use is
-/// limited (CVE-2022-1708).
-const MAX_OUTPUT_BYTES: usize = 16 << 20;
+/// The maximum number of bytes of stdout and stderr together that are returned. kubelet and crictl
+/// refuse a message of more than 16 MiB. The response's fields need at most 32 bytes in addition to
+/// the output. Further output is read and dropped. The process therefore never blocks on a full
+/// pipe, and the server's memory use is limited (CVE-2022-1708).
+const MAX_OUTPUT_BYTES: usize = (16 << 20) - 32;
+
+/// The maximum number of bytes that one read returns.
+const READ_BYTES: usize = 16 << 10;
 
 /// The text that the server appends to truncated output.
 const TRUNCATION_NOTE: &[u8] = b"\n[rrun: the rest of the output was dropped]\n";
@@ -85,13 +89,23 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
     // The command has exited, so the pipes contain all its output. The command may have left a
     // child process running, which can keep the pipes open forever. The server therefore does not
     // wait until the pipes are closed.
-    out.drain()?;
-    err.drain()?;
-    Ok(ExecSyncResponse {
-        stdout: out.bytes(),
-        stderr: err.bytes(),
+    out.drain().await?;
+    err.drain().await?;
+    Ok(response(out, err, exit_code))
+}
+
+/// Returns the response with the command's output. If the output of both streams does not fit into
+/// the response, each stream gets half of the room, and the part that the other stream does not
+/// need.
+fn response(out: CapturedOutput, err: CapturedOutput, exit_code: i32) -> ExecSyncResponse {
+    let half = MAX_OUTPUT_BYTES / 2;
+    let room = |other: &CapturedOutput| MAX_OUTPUT_BYTES - other.kept.len().min(half);
+    let (out_room, err_room) = (room(&err), room(&out));
+    ExecSyncResponse {
+        stdout: out.bytes(out_room),
+        stderr: err.bytes(err_room),
         exit_code,
-    })
+    }
 }
 
 fn pipe() -> Result<(Receiver, OwnedFd)> {
@@ -125,23 +139,38 @@ impl CapturedOutput {
             .readable()
             .await
             .during(|| "wait for a command's output".to_owned())?;
-        self.take(Receiver::try_read)
+        self.take(usize::MAX, Receiver::try_read).await
     }
 
-    /// Reads the available output directly from the kernel. `try_read` is not used, because it
-    /// depends on tokio's reactor. The process can write output immediately before its exit, and
-    /// the reactor may not have noticed this output yet.
-    fn drain(&mut self) -> Result<()> {
-        self.take(|pipe, buffer| Ok(rustix::io::read(pipe, buffer)?))
+    /// Reads the output that is in the pipe now, directly from the kernel. `try_read` is not used,
+    /// because it depends on tokio's reactor. The process can write output immediately before its
+    /// exit, and the reactor may not have noticed this output yet. The function does not read the
+    /// output that other processes write later, because this output may never end.
+    async fn drain(&mut self) -> Result<()> {
+        let pending = rustix::io::ioctl_fionread(&self.pipe)
+            .during(|| "measure the rest of a command's output".to_owned())?;
+        let room = MAX_OUTPUT_BYTES.saturating_sub(self.kept.len());
+        // One byte more than the room is enough to detect that output was dropped.
+        let most = usize::try_from(pending).unwrap_or(usize::MAX).min(room + 1);
+        self.take(most, |pipe, buffer| Ok(rustix::io::read(pipe, buffer)?))
+            .await
     }
 
-    /// Reads until no more output is available.
-    fn take(&mut self, read: impl Fn(&Receiver, &mut [u8]) -> io::Result<usize>) -> Result<()> {
-        let mut buffer = [0_u8; 16 << 10];
-        while self.open {
-            match read(&self.pipe, &mut buffer) {
+    /// Reads until no more output is available, at most `most` bytes. Between the reads, the
+    /// function lets other tasks run, because processes can write as fast as the server reads.
+    async fn take(
+        &mut self,
+        most: usize,
+        read: impl Fn(&Receiver, &mut [u8]) -> io::Result<usize>,
+    ) -> Result<()> {
+        let mut buffer = [0_u8; READ_BYTES];
+        let mut left = most;
+        while self.open && left > 0 {
+            let part = buffer.get_mut(..left.min(READ_BYTES)).unwrap_or_default();
+            match read(&self.pipe, part) {
                 Ok(0) => self.open = false,
                 Ok(length) => {
+                    left -= length.min(left);
                     let room = MAX_OUTPUT_BYTES.saturating_sub(self.kept.len()).min(length);
                     self.dropped |= room < length;
                     self.kept
@@ -151,13 +180,16 @@ impl CapturedOutput {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error).during(|| "read a command's output".to_owned()),
             }
+            tokio::task::consume_budget().await;
         }
         Ok(())
     }
 
-    fn bytes(mut self) -> Vec<u8> {
-        if self.dropped {
-            self.kept.truncate(MAX_OUTPUT_BYTES - TRUNCATION_NOTE.len());
+    /// Returns the output, of which at most `room` bytes are kept.
+    fn bytes(mut self, room: usize) -> Vec<u8> {
+        if self.dropped || self.kept.len() > room {
+            self.kept
+                .truncate(room.saturating_sub(TRUNCATION_NOTE.len()));
             self.kept.extend_from_slice(TRUNCATION_NOTE);
         }
         self.kept
@@ -166,7 +198,10 @@ impl CapturedOutput {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
     use std::io::Write;
+
+    use rrun_proto::Message;
 
     use super::*;
 
@@ -179,12 +214,12 @@ mod tests {
         written.during(|| "write".to_owned())?;
         output.read().await?;
         // The pipe is open and empty, so `drain` must return without waiting.
-        output.drain()?;
+        output.drain().await?;
         assert!(output.open);
         drop(file);
         output.read().await?;
         assert!(!output.open);
-        assert_eq!(output.bytes(), b"one\n");
+        assert_eq!(output.bytes(MAX_OUTPUT_BYTES), b"one\n");
         Ok(())
     }
 
@@ -196,21 +231,76 @@ mod tests {
         written.during(|| "write".to_owned())?;
         // The test has not awaited anything since the write, so the reactor has not noticed the
         // write.
-        output.drain()?;
-        assert!(!output.open);
-        assert_eq!(output.bytes(), b"late\n");
+        output.drain().await?;
+        assert_eq!(output.bytes(MAX_OUTPUT_BYTES), b"late\n");
+        Ok(())
+    }
+
+    /// Returns a stream whose command has written `length` bytes. The server keeps at most
+    /// [`MAX_OUTPUT_BYTES`] of them.
+    fn written(length: usize) -> Result<CapturedOutput> {
+        let mut output = CapturedOutput::new(pipe()?.0);
+        output.kept = vec![b'x'; length.min(MAX_OUTPUT_BYTES)];
+        output.dropped = length > MAX_OUTPUT_BYTES;
+        Ok(output)
+    }
+
+    #[tokio::test]
+    async fn a_response_is_never_larger_than_kubelet_accepts() -> Result<()> {
+        const HALF: usize = MAX_OUTPUT_BYTES / 2;
+        const ALL: usize = MAX_OUTPUT_BYTES + 1;
+        for (out, err, expected) in [
+            (ALL, 0, (MAX_OUTPUT_BYTES, 0)),
+            (0, ALL, (0, MAX_OUTPUT_BYTES)),
+            (ALL, ALL, (HALF, HALF)),
+            (ALL, 5, (MAX_OUTPUT_BYTES - 5, 5)),
+            (HALF + 1, HALF, (HALF, HALF)),
+            (HALF, HALF, (HALF, HALF)),
+        ] {
+            let response = response(written(out)?, written(err)?, -1);
+            let message = response.encoded_len();
+            let lengths = (response.stdout.len(), response.stderr.len());
+            assert_eq!(lengths, expected, "lengths for {out} and {err} bytes");
+            for (bytes, length) in [(response.stdout, out), (response.stderr, err)] {
+                let cut = bytes.ends_with(TRUNCATION_NOTE);
+                assert_eq!(cut, bytes.len() < length, "note for {out} and {err} bytes");
+            }
+            assert!(message <= 16 << 20, "a message of {message} bytes");
+        }
+        Ok(())
+    }
+
+    /// A read that always returns data, as if processes wrote without a pause.
+    fn endless(reads: &Cell<usize>) -> impl Fn(&Receiver, &mut [u8]) -> io::Result<usize> {
+        |_, buffer| {
+            reads.set(reads.get() + 1);
+            match reads.get() {
+                1..10_000 => Ok(buffer.len()),
+                _ => Err(io::Error::other("the server reads without end")),
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn endless_output_does_not_prevent_other_tasks() -> Result<()> {
+        let (receiver, _write) = pipe()?;
+        let mut output = CapturedOutput::new(receiver);
+        let reads = Cell::new(0);
+        tokio::select! {
+            biased;
+            read = output.take(usize::MAX, endless(&reads)) => read?,
+            () = tokio::task::yield_now() => {}
+        }
+        assert!(reads.get() < 10_000);
         Ok(())
     }
 
     #[tokio::test]
-    async fn dropped_output_is_replaced_by_a_note() -> Result<()> {
+    async fn output_after_the_exit_is_not_read() -> Result<()> {
         let (receiver, _write) = pipe()?;
         let mut output = CapturedOutput::new(receiver);
-        output.kept = vec![b'x'; MAX_OUTPUT_BYTES];
-        output.dropped = true;
-        let bytes = output.bytes();
-        assert_eq!(bytes.len(), MAX_OUTPUT_BYTES);
-        assert!(bytes.ends_with(TRUNCATION_NOTE));
+        output.take(READ_BYTES + 5, endless(&Cell::new(0))).await?;
+        assert_eq!(output.kept.len(), READ_BYTES + 5);
         Ok(())
     }
 }

@@ -114,6 +114,9 @@ async fn copy_until(
             Some(_) => {}
             None => ready.clear_ready(),
         }
+        // A process can write as fast as the server reads. Other tasks must run nevertheless, even
+        // if the client has not opened the channel and the data is dropped.
+        tokio::task::consume_budget().await;
     }
 }
 
