@@ -1,6 +1,10 @@
 //! Tests of containers, images and requests that try to give the server work without end. The
 //! server limits this work, and answers other requests in the meantime.
 
+use std::fs;
+
+use serde_json::json;
+
 use crate::support::machine::Result;
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, on_a_node};
@@ -14,6 +18,11 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         the_client_accepts_the_output_of_a_command_that_writes_too_much,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_path_that_is_too_long_is_refused_immediately,
         A_NODE,
         Need::RrunCri
     ),
@@ -68,6 +77,51 @@ fn the_client_accepts_the_output_of_a_command_that_writes_too_much() -> Result {
                 "crictl receives {length} bytes from {script:?}, which do not end with {end:?}"
             );
         }
+        Ok(())
+    })
+}
+
+/// The creation of a million nested directories would take hours, and the pod could not be removed
+/// in the meantime.
+fn a_path_that_is_too_long_is_refused_immediately() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("long");
+        let pod_id = node.runp(&pod)?;
+        let long = "/a".repeat(1_000_000);
+        let path = node.join("volume");
+        fs::create_dir(&path)?;
+        let mount = |image: serde_json::Value, host: &str, to: &str, sub_path: &str| {
+            json!([{
+                "container_path": to, "host_path": host, "image": image,
+                "image_sub_path": sub_path, "readonly": true,
+            }])
+        };
+        let image = json!({ "image": BUSYBOX });
+        let host = path.to_string_lossy();
+        for (number, (key, value)) in [
+            ("working_dir", json!(long)),
+            ("mounts", mount(json!(null), &host, &long, "")),
+            ("mounts", mount(json!(null), &long, "/mnt", "")),
+            ("mounts", mount(image, "", "/mnt", &long[1..])),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let mut container = node.container(&format!("long-{number}"), &["sleep", "600"]);
+            container[key] = value;
+            let output = node.try_create(&pod_id, &pod, &container)?;
+            // The middle of a long error is left out, so only one reason is checked.
+            ensure!(
+                output.code == 1
+                    && (key != "working_dir" || output.stderr.contains("at most 4095 bytes")),
+                "the creation of a container with a long path in {key} (number {number}) ended with the exit code {} and the error {:.500}",
+                output.code,
+                output.stderr
+            );
+        }
+        node.asks(&["stopp", &pod_id])?;
+        node.asks(&["rmp", &pod_id])?;
         Ok(())
     })
 }

@@ -69,6 +69,9 @@ const READONLY: [&str; 5] = [
     "/proc/sysrq-trigger",
 ];
 
+/// The maximum length of a path in bytes, without the terminating zero byte (PATH_MAX).
+const MAX_PATH_BYTES: usize = 4095;
+
 /// The namespaces that a container joins. `None` instead of a path means that the container uses
 /// the node's namespace.
 #[derive(Debug, Default)]
@@ -265,7 +268,9 @@ pub(crate) fn name_of(pair: &str) -> &str {
     pair.split('=').next().unwrap_or_default()
 }
 
-/// Returns the working directory of the container's process, which is an absolute path.
+/// Returns the working directory of the container's process, which is an absolute path. An image or
+/// a pod spec can contain a longer path than Linux accepts. The creation of its directories would
+/// take hours.
 pub(crate) fn working_dir<'a>(
     config: &'a ContainerConfig,
     image: &'a ImageConfig,
@@ -275,6 +280,10 @@ pub(crate) fn working_dir<'a>(
         .find(|dir| !dir.is_empty());
     match dir {
         None => Ok("/"),
+        Some(dir) if dir.len() > MAX_PATH_BYTES => Err(Error::invalid(format!(
+            "the path of the working directory has {} bytes, but Linux allows at most {MAX_PATH_BYTES} bytes",
+            dir.len()
+        ))),
         Some(dir) if dir.starts_with('/') => Ok(dir),
         Some(dir) => Err(Error::invalid(format!(
             "the working directory {dir:?} is not an absolute path"
@@ -447,6 +456,33 @@ mod tests {
             env: vec!["PATH=/bin".into(), "A=image".into()],
             working_dir: "/srv".into(),
             ..ImageConfig::default()
+        }
+    }
+
+    #[test]
+    fn a_working_directory_that_linux_does_not_accept_is_refused() {
+        let longest = format!("/{}", "a/".repeat(MAX_PATH_BYTES / 2));
+        assert_eq!(longest.len(), MAX_PATH_BYTES);
+        for (path, accepted) in [
+            (longest.clone(), true),
+            (format!("{longest}a"), false),
+            ("/a".repeat(1_000_000), false),
+            ("a".to_owned(), false),
+        ] {
+            let from_image = ImageConfig {
+                working_dir: path.clone(),
+                ..image()
+            };
+            let from_request = ContainerConfig {
+                working_dir: path.clone(),
+                ..ContainerConfig::default()
+            };
+            for result in [
+                working_dir(&ContainerConfig::default(), &from_image),
+                working_dir(&from_request, &image()),
+            ] {
+                assert_eq!(result.is_ok(), accepted, "a path of {} bytes", path.len());
+            }
         }
     }
 
