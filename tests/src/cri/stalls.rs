@@ -3,12 +3,14 @@
 
 use std::fs;
 
+use rrun_proto::v1::{ListPodSandboxMetricsRequest, ListPodSandboxStatsRequest, PodSandboxMetrics};
 use serde_json::json;
 
+use crate::support::calls::Calls;
 use crate::support::machine::Result;
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, on_a_node};
-use crate::{ensure, test};
+use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
+use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
@@ -23,6 +25,11 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         a_path_that_is_too_long_is_refused_immediately,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_pod_with_too_many_descriptors_or_cgroups_affects_only_its_own_statistics,
         A_NODE,
         Need::RrunCri
     ),
@@ -122,6 +129,86 @@ fn a_path_that_is_too_long_is_refused_immediately() -> Result {
         }
         node.asks(&["stopp", &pod_id])?;
         node.asks(&["rmp", &pod_id])?;
+        Ok(())
+    })
+}
+
+/// Returns the value of a metric of the pod's only container.
+fn metric(pod: &PodSandboxMetrics, name: &str) -> Option<u64> {
+    let container = pod.container_metrics.first()?;
+    let metric = container
+        .metrics
+        .iter()
+        .find(|metric| metric.name == name)?;
+    metric.value.as_ref().map(|value| value.value)
+}
+
+/// Sets limits that the first pod exceeds.
+fn a_pod_with_too_many_descriptors_or_cgroups_affects_only_its_own_statistics() -> Result {
+    on_a_node(|node| {
+        node.terminate_server()?;
+        let file = node.join("config.toml");
+        let text = fs::read_to_string(&file)?;
+        fs::write(
+            &file,
+            format!("stats_descriptors = 10\nstats_cgroups = 4\n{text}"),
+        )?;
+        node.start_server()?;
+        node.pull(BUSYBOX)?;
+        let run = |node: &Node, name: &str, command: &str| -> Result<(String, String)> {
+            let pod = node.pod(name);
+            let pod_id = node.runp(&pod)?;
+            let container = node.container(name, &["sh", "-c", command]);
+            let id = node.run(&pod_id, &pod, &container)?;
+            Ok((pod_id, id))
+        };
+        let command = "for n in 1 2 3 4 5 6 7; do sleep 600 & done; wait";
+        let (large, container) = run(node, "large", command)?;
+        let (small, _) = run(node, "small", "exec sleep 600")?;
+        let group = node.cgroup(&container)?;
+        let nested = group.join("1/2/3/4/5/6");
+        fs::create_dir_all(&nested)?;
+
+        let calls = Calls::new(node)?;
+        let mut client = calls.runtime();
+        let request = ListPodSandboxMetricsRequest {};
+        let answer =
+            calls.wait(async move { client.list_pod_sandbox_metrics(request).await })??;
+        let all = answer.into_inner().pod_metrics;
+        let find = |id: &str| all.iter().find(|pod| pod.pod_sandbox_id == id);
+        let (Some(one), Some(other)) = (find(&large), find(&small)) else {
+            return Err(format!("the metrics contain only the pods {all:?}").into());
+        };
+        let sockets = metric(one, "container_sockets");
+        let descriptors = metric(one, "container_file_descriptors");
+        ensure!(
+            sockets.is_none() && descriptors.is_none_or(|count| count >= 24),
+            "the container with eight processes has {sockets:?} sockets and {descriptors:?} descriptors"
+        );
+        ensure_eq!(
+            metric(other, "container_sockets"),
+            Some(0),
+            "number of sockets of the other pod's container"
+        );
+
+        let mut client = calls.runtime();
+        let request = ListPodSandboxStatsRequest::default();
+        let answer = calls.wait(async move { client.list_pod_sandbox_stats(request).await })??;
+        ensure_eq!(answer.into_inner().stats.len(), 2, "number of pods");
+        let log = node.log();
+        for key in ["stats_descriptors", "stats_cgroups"] {
+            let lines = log
+                .lines()
+                .filter(|line| line.contains(&format!("({key})")));
+            ensure_eq!(
+                lines.count(),
+                1,
+                "number of log lines about the limit {key}"
+            );
+        }
+        for dir in nested.ancestors().take(6) {
+            fs::remove_dir(dir)?;
+        }
         Ok(())
     })
 }

@@ -52,6 +52,11 @@ pub(crate) struct Config {
     pub(super) stream_idle_timeout: u64,
     /// See [`Config::stream_sessions`].
     pub(super) stream_sessions: NonZeroUsize,
+    /// The maximum number of open descriptors of a pod whose targets are read for one report of
+    /// metrics.
+    pub stats_descriptors: u64,
+    /// The maximum number of cgroups whose processes are counted for a pod or a container.
+    pub stats_cgroups: NonZeroUsize,
     pub monitor: PathBuf,
     /// See [`Config::namespaces`].
     pub(super) netns_dir: PathBuf,
@@ -123,6 +128,8 @@ impl Default for Config {
             // The default of kubelet's streamingConnectionIdleTimeout is also four hours.
             stream_idle_timeout: 4 * 60 * 60,
             stream_sessions: NonZeroUsize::new(1024).unwrap_or(NonZeroUsize::MIN),
+            stats_descriptors: 65_536,
+            stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),

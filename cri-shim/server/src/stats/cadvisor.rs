@@ -5,12 +5,15 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock};
 
 use rrun_proto::v1::{
     ContainerMetrics, Metric, MetricDescriptor, MetricType, PodSandboxMetrics, UInt64Value,
 };
 
 use super::cgroup_files;
+use super::cgroup_files::Processes;
+use super::descriptors::OpenDescriptors;
 use crate::cgroup::{MOUNT_POINT, directory, keyed, number, read};
 use crate::clock::now;
 use crate::container::{Container, Phase};
@@ -152,9 +155,14 @@ impl LabelledMetrics {
     }
 }
 
-/// Returns a pod's metrics, including the metrics of its running containers. Blocks only while it
-/// reads several dozen kernel files for the pod and for each container.
-pub(crate) fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> PodSandboxMetrics {
+/// Returns a pod's metrics, including the metrics of its running containers. This call blocks. It
+/// reads several dozen kernel files for the pod and for each container, and a limited number of
+/// cgroups and open descriptors.
+pub(crate) fn sandbox(
+    node: &Arc<Node>,
+    sandbox: &Sandbox,
+    counters: &Counters,
+) -> PodSandboxMetrics {
     let metadata = sandbox.config.metadata.clone().unwrap_or_default();
     let dir = directory(&sandbox.cgroup);
     let labels = [
@@ -197,24 +205,29 @@ pub(crate) fn sandbox(node: &Node, sandbox: &Sandbox, counters: &Counters) -> Po
         }
     }
     let containers = node.containers_of(&sandbox.id);
+    let mut descriptors = node.config.stats_descriptors;
     let running = containers
         .iter()
         .filter(|one| one.phase() == Phase::Running);
     PodSandboxMetrics {
         pod_sandbox_id: sandbox.id.clone(),
         metrics: metrics.all,
-        container_metrics: running.map(|one| container(node, one)).collect(),
+        container_metrics: running
+            .map(|one| container(node, one, &mut descriptors))
+            .collect(),
     }
 }
 
-fn container(node: &Node, container: &Container) -> ContainerMetrics {
+/// Returns a container's metrics. `descriptors` is the number of open descriptors that the server
+/// can still read for the pod.
+fn container(node: &Node, container: &Container, descriptors: &mut u64) -> ContainerMetrics {
     let dir = container.cgroup_dir();
     let mut metrics = LabelledMetrics {
         labels: labels(container, &dir),
         all: Vec::new(),
     };
     of_cgroup(&mut metrics, &dir);
-    of_processes(&mut metrics, &dir);
+    of_processes(&mut metrics, node, container, &dir, descriptors);
     of_disk(&mut metrics, node, container);
     of_specification(&mut metrics, container);
     ContainerMetrics {
@@ -328,14 +341,36 @@ fn of_cgroup(metrics: &mut LabelledMetrics, dir: &Path) {
         }
     }
     of_devices(metrics, &read(dir, "io.stat").unwrap_or_default());
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let size = name
-            .strip_prefix("hugetlb.")
-            .and_then(|rest| rest.strip_suffix(".current"));
-        if let Some(size) = size.filter(|size| !size.ends_with(".rsvd")) {
-            metrics.add("container_hugetlb_usage_bytes", &[size], number(dir, &name));
-        }
+    for size in HUGE_PAGES.iter() {
+        let used = number(dir, &format!("hugetlb.{size}.current"));
+        metrics.add("container_hugetlb_usage_bytes", &[size], used);
+    }
+}
+
+/// The sizes of the kernel's huge pages, as the hugetlb controller names them, such as `2MB`. The
+/// sizes are not read from the files in a cgroup's directory, which can contain any number of other
+/// cgroups.
+static HUGE_PAGES: LazyLock<Vec<String>> = LazyLock::new(|| {
+    let entries = std::fs::read_dir("/sys/kernel/mm/hugepages");
+    let names = entries.into_iter().flatten().flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut sizes: Vec<u64> = names.filter_map(|name| kilobytes(&name)).collect();
+    sizes.sort_unstable();
+    sizes.into_iter().map(page_size).collect()
+});
+
+/// Returns the size in the name of a directory such as `hugepages-2048kB`.
+fn kilobytes(name: &str) -> Option<u64> {
+    let size = name.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+    size.parse().ok()
+}
+
+/// Formats the size of huge pages like the kernel's function `mem_fmt`.
+fn page_size(kilobytes: u64) -> String {
+    match kilobytes {
+        1_048_576.. => format!("{}GB", kilobytes >> 20),
+        1_024.. => format!("{}MB", kilobytes >> 10),
+        _ => format!("{kilobytes}KB"),
     }
 }
 
@@ -430,25 +465,33 @@ fn device_name(number: &str) -> String {
     name.map_or_else(|| number.to_owned(), |name| format!("/dev/{name}"))
 }
 
-fn of_processes(metrics: &mut LabelledMetrics, dir: &Path) {
-    let processes = cgroup_files::process_ids(dir);
-    let count = u64::try_from(processes.len()).ok();
-    metrics.add("container_processes", &[], count);
+fn of_processes(
+    metrics: &mut LabelledMetrics,
+    node: &Node,
+    container: &Container,
+    dir: &Path,
+    left: &mut u64,
+) {
+    let processes = Processes::of(dir, node.config.stats_cgroups.get());
+    metrics.add("container_processes", &[], Some(processes.count(dir)));
     let threads = number(dir, "pids.current");
     metrics.add("container_threads", &[], threads);
     let max_threads = read(dir, "pids.max").map(|text| text.trim().parse().unwrap_or(0));
     metrics.add("container_threads_max", &[], max_threads);
-    let (mut descriptors, mut sockets) = (0, 0);
-    for pid in processes.iter().take(MAX_PROCESSES) {
-        let open = std::fs::read_dir(format!("/proc/{pid}/fd"));
-        for entry in open.into_iter().flatten().flatten() {
-            descriptors += 1;
-            let target = std::fs::read_link(entry.path()).unwrap_or_default();
-            sockets += u64::from(target.to_string_lossy().starts_with("socket:"));
-        }
+    let processes = processes.ids;
+    let counted = processes.get(..MAX_PROCESSES).unwrap_or(&processes);
+    let open = OpenDescriptors::of(counted, left);
+    if open.sockets.is_none() {
+        node.stats.warn_once(&container.id, "stats_descriptors", || {
+            format!(
+                "count the sockets of {}: the metric container_sockets is omitted, because the pod has more than the limit of {} open descriptors",
+                container.name(),
+                node.config.stats_descriptors
+            )
+        });
     }
-    metrics.add("container_file_descriptors", &[], Some(descriptors));
-    metrics.add("container_sockets", &[], Some(sockets));
+    metrics.add("container_file_descriptors", &[], open.all);
+    metrics.add("container_sockets", &[], open.sockets);
     let first = processes.first().copied().unwrap_or_default();
     let limits = std::fs::read_to_string(format!("/proc/{first}/limits")).unwrap_or_default();
     let open_files = limits
@@ -507,6 +550,19 @@ mod tests {
             read.and_then(|labels| labels.last()).map(String::as_str),
             Some("4095:7")
         );
+    }
+
+    #[test]
+    fn huge_pages_have_the_names_of_the_kernel() {
+        let names = [
+            "hugepages-64kB",
+            "hugepages-2048kB",
+            "hugepages-1048576kB",
+            "x",
+        ];
+        let sizes = names.map(|name| kilobytes(name).map(page_size));
+        let expected = [Some("64KB"), Some("2MB"), Some("1GB"), None];
+        assert_eq!(sizes.each_ref().map(Option::as_deref), expected);
     }
 
     #[test]

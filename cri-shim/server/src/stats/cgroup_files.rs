@@ -1,5 +1,6 @@
 //! Converts the files of a cgroup v2 directory, which cgroup-v2.rst describes, to CRI messages.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use rrun_proto::v1::{CpuUsage, IoUsage, MemoryUsage, PsiData, PsiStats, SwapUsage};
@@ -66,33 +67,62 @@ pub(super) fn io(dir: &Path) -> Option<IoUsage> {
     })
 }
 
-/// The maximum depth below a container's cgroup at which processes are listed.
-const MAX_DEPTH: u32 = 4;
-/// The maximum number of processes that are listed for one container.
-const MAX_PROCESSES: usize = 1 << 16;
+/// The maximum number of processes that are listed for one cgroup.
+pub(super) const MAX_PROCESSES: usize = 1 << 16;
 
-/// Returns the ids of the processes in the cgroup and in its descendants.
-pub(super) fn process_ids(dir: &Path) -> Vec<i32> {
-    let mut all = Vec::new();
-    list_processes(dir, 0, &mut all);
-    all
+/// The processes in a cgroup and in its descendants.
+pub(super) struct Processes {
+    pub ids: Vec<i32>,
+    /// False if the cgroup has more descendants or processes than the server lists.
+    pub complete: bool,
 }
 
-fn list_processes(dir: &Path, depth: u32, all: &mut Vec<i32>) {
-    // The function `read` has a buffer of 16 KiB, and cgroup.procs can be longer.
-    let processes = std::fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    let room = MAX_PROCESSES.saturating_sub(all.len());
-    let listed = processes
-        .lines()
-        .filter_map(|line| line.parse::<i32>().ok());
-    all.extend(listed.take(room));
-    if depth == MAX_DEPTH {
-        return;
-    }
-    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            list_processes(&entry.path(), depth + 1, all);
+impl Processes {
+    /// Lists the processes in at most `limit` cgroups. A container with a writable cgroup can create
+    /// any number of cgroups at any depth. This call blocks.
+    pub(super) fn of(dir: &Path, limit: usize) -> Self {
+        let mut ids = Vec::new();
+        let mut complete = true;
+        let mut cgroups = vec![dir.to_owned()];
+        let mut room = limit.saturating_sub(1);
+        while let Some(dir) = cgroups.pop() {
+            // The function `read` has a buffer of 16 KiB, and cgroup.procs can be longer.
+            match std::fs::read_to_string(dir.join("cgroup.procs")) {
+                Ok(listed) => ids.extend(listed.lines().filter_map(|id| id.parse::<i32>().ok())),
+                // The path is too long (ENAMETOOLONG).
+                Err(error) if error.kind() == ErrorKind::InvalidFilename => complete = false,
+                // The cgroup was removed, or its processes are listed in its ancestor (threaded).
+                Err(_) => {}
+            }
+            for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+                if !entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                    continue;
+                }
+                if room == 0 {
+                    complete = false;
+                    break;
+                }
+                room -= 1;
+                cgroups.push(entry.path());
+            }
+            if ids.len() > MAX_PROCESSES {
+                complete = false;
+                ids.truncate(MAX_PROCESSES);
+                break;
+            }
         }
+        Processes { ids, complete }
+    }
+
+    /// Returns the number of processes in the cgroup `dir`. If some processes were not listed, the
+    /// result is the number of threads, which is at least as high. If the node has too few process
+    /// ids, kubelet evicts the pods with the highest numbers.
+    pub(super) fn count(&self, dir: &Path) -> u64 {
+        let listed = u64::try_from(self.ids.len()).unwrap_or(u64::MAX);
+        if self.complete {
+            return listed;
+        }
+        listed.max(number(dir, "pids.current").unwrap_or_default())
     }
 }
 
@@ -130,6 +160,27 @@ fn parse_pressure(text: &str) -> Option<PsiStats> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_number_of_listed_cgroups_is_limited() -> std::io::Result<()> {
+        let name = format!("rrun-cgroups-{}", std::process::id());
+        let top = std::env::temp_dir().join(name);
+        let deep = top.join("1/2/3/4/5/6");
+        std::fs::create_dir_all(&deep)?;
+        for dir in deep.ancestors().take(7) {
+            std::fs::write(dir.join("cgroup.procs"), "7\n")?;
+        }
+        std::fs::write(top.join("pids.current"), "40\n")?;
+        for (limit, listed, complete, count) in [(7, 7, true, 7), (6, 6, false, 40)] {
+            let processes = Processes::of(&top, limit);
+            assert_eq!(
+                (processes.ids.len(), processes.complete),
+                (listed, complete)
+            );
+            assert_eq!(processes.count(&top), count);
+        }
+        std::fs::remove_dir_all(&top)
+    }
 
     #[test]
     fn pressure_is_reported_in_nanoseconds() {

@@ -3,9 +3,10 @@
 
 pub(crate) mod cadvisor;
 mod cgroup_files;
+mod descriptors;
 mod writable;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
@@ -35,6 +36,9 @@ const RATE_WINDOW_NANOSECONDS: i64 = 1_000_000_000;
 pub(crate) struct StatsCache {
     cpu: Mutex<HashMap<String, Reading>>,
     writable: writable::UsageCache,
+    /// The pods and containers that have reached a limit, each with the limit's key. A warning about
+    /// each of them was logged.
+    warned: Mutex<HashSet<(String, &'static str)>>,
 }
 
 /// A measurement of a pod's or a container's CPU time. `used` is the CPU time in nanoseconds until
@@ -51,6 +55,15 @@ impl StatsCache {
         let mut cpu = lock(&self.cpu);
         cpu.remove(id);
         self.writable.forget(id);
+        lock(&self.warned).retain(|(warned, _)| warned != id);
+    }
+
+    /// Logs a warning that the pod or container `id` has reached the limit with the key `key`. Each
+    /// warning is logged only once.
+    fn warn_once(&self, id: &str, key: &'static str, sentence: impl FnOnce() -> String) {
+        if lock(&self.warned).insert((id.to_owned(), key)) {
+            log::warn!("{} ({key})", sentence());
+        }
     }
 
     /// Counts the disk usage of `containers` again. If the count takes too long, the previous disk
@@ -94,7 +107,7 @@ fn cpu(cache: &StatsCache, id: &str, dir: &Path) -> Option<CpuUsage> {
     Some(usage)
 }
 
-/// Returns a container's statistics. Blocks only while it reads a few kernel files.
+/// Returns a container's statistics. This call blocks, because it reads a few kernel files.
 pub(crate) fn container(node: &Arc<Node>, container: &Arc<Container>) -> ContainerStats {
     let config = &container.config;
     let attributes = ContainerAttributes {
@@ -134,7 +147,8 @@ fn writable_layer(node: &Node, container: &Container, usage: Usage) -> Filesyste
     }
 }
 
-/// Returns a pod's statistics, including the statistics of its running containers.
+/// Returns a pod's statistics, including the statistics of its running containers. This call
+/// blocks, because it reads a limited number of cgroups.
 pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) -> PodSandboxStats {
     let config = &sandbox.config;
     let attributes = PodSandboxAttributes {
@@ -150,7 +164,17 @@ pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) 
         .filter(|one| one.phase() == Phase::Running)
         .map(|one| container(node, one))
         .collect();
-    let processes = u64::try_from(cgroup_files::process_ids(&dir).len()).ok();
+    let limit = node.config.stats_cgroups.get();
+    let processes = cgroup_files::Processes::of(&dir, limit);
+    if !processes.complete {
+        node.stats.warn_once(&sandbox.id, "stats_cgroups", || {
+            format!(
+                "count the processes of {}: its threads are reported as processes, because it has more than the limit of {limit} cgroups or of {} processes",
+                sandbox.name(),
+                cgroup_files::MAX_PROCESSES
+            )
+        });
+    }
     let mut interfaces = counters.of(&sandbox.id).into_iter().map(usage);
     let network = interfaces.next().map(|default| NetworkUsage {
         timestamp: now(),
@@ -163,9 +187,9 @@ pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) 
             cpu: cpu(&node.stats, &sandbox.id, &dir),
             memory: Some(cgroup_files::memory(&dir)),
             network,
-            process: processes.map(|count| ProcessUsage {
+            process: Some(ProcessUsage {
                 timestamp: now(),
-                process_count: value(count),
+                process_count: value(processes.count(&dir)),
             }),
             containers,
             io: cgroup_files::io(&dir),
