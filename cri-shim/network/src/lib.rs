@@ -26,7 +26,7 @@ pub use address::{Range, RangeError};
 pub use choice::PodNetwork;
 pub use cni::{Cni, CniSettings, DetachOutcome, RetryBy};
 pub use config::{Family, Mode, NetworkConfig, OptionalRange};
-pub use counters::{Counters, InterfaceCounters};
+pub use counters::{Counters, InterfaceCounters, PodCounters};
 pub use embedded::{Attachment, EmbeddedNetwork};
 pub use error::NetworkError;
 pub use host_ports::{HostPort, Protocol};

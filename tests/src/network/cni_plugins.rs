@@ -44,6 +44,12 @@ pub(crate) const TESTS: &[Test] = &[
         PLUGINS,
         Need::RrunCri
     ),
+    test!(
+        strange_interfaces_of_a_pod_do_not_affect_the_statistics,
+        A_NODE,
+        PLUGINS,
+        Need::RrunCri
+    ),
     test!(pods_reach_each_other_with_the_plugin_ptp, A_NODE, PLUGINS),
     test!(
         pods_reach_each_other_with_the_plugin_macvlan,
@@ -417,6 +423,59 @@ fn pods_reach_each_other_with_the_plugin_macvlan() -> Result {
         Ok(())
     });
     command("ip", ["link", "delete", "wire0"]).ok()?;
+    tidy();
+    tested
+}
+
+/// Returns the names of the pod's interfaces in its statistics.
+fn reported(node: &Node, pod_id: &str) -> Result<Vec<String>> {
+    let stats = node.json(&["statsp", "--id", pod_id])?["stats"][0].clone();
+    let network = &stats["linux"]["network"];
+    let more = network["interfaces"].as_array().into_iter().flatten();
+    let all = std::iter::once(&network["defaultInterface"]).chain(more);
+    Ok(all
+        .filter_map(|one| one["name"].as_str())
+        .map(str::to_owned)
+        .collect())
+}
+
+/// A pod with the capability NET_ADMIN can create interfaces with any name.
+fn strange_interfaces_of_a_pod_do_not_affect_the_statistics() -> Result {
+    let tested = on_a_node(|node| {
+        let list = json!({ "cniVersion": "1.0.0", "name": "strange", "plugins": [
+            { "type": "bridge", "bridge": "cni0", "isGateway": true,
+              "ipam": ipam(node, &["10.94.0.0/24"]) },
+        ]});
+        write(node, "10-strange.conflist", &list.to_string())?;
+        let pod_id = node.runp(&node.pod("strange"))?;
+        let namespace = format!("--net={}", node.join("state/netns").join(&pod_id).display());
+        let add = |lines: Vec<u8>| -> Result {
+            let file = node.join("interfaces");
+            fs::write(&file, lines)?;
+            let file = file.display().to_string();
+            command("nsenter", [&namespace, "ip", "-batch", &file]).ok()?;
+            Ok(())
+        };
+        add(b"link add \xff type veth peer name \xfe".to_vec())?;
+        ensure_eq!(
+            reported(node, &pod_id)?,
+            ["eth0", "\u{fffd}"],
+            "the names of the pod's interfaces"
+        );
+        let many =
+            (0..40).map(|number| format!("link add a{number} type veth peer name b{number}\n"));
+        add(many.collect::<String>().into_bytes())?;
+        let names = reported(node, &pod_id)?;
+        ensure!(
+            names.len() == 64 && names[0] == "eth0",
+            "the statistics of a pod with 83 interfaces contain {names:?}"
+        );
+        ensure!(
+            node.log().contains("(stats_interfaces)"),
+            "the server does not log that the pod has too many interfaces"
+        );
+        Ok(())
+    });
     tidy();
     tested
 }

@@ -57,6 +57,8 @@ pub(crate) struct Config {
     pub stats_descriptors: u64,
     /// The maximum number of cgroups whose processes are counted for a pod or a container.
     pub stats_cgroups: NonZeroUsize,
+    /// The maximum number of interfaces of a pod whose counters are reported.
+    pub stats_interfaces: NonZeroUsize,
     pub monitor: PathBuf,
     /// See [`Config::namespaces`].
     pub(super) netns_dir: PathBuf,
@@ -130,6 +132,7 @@ impl Default for Config {
             stream_sessions: NonZeroUsize::new(1024).unwrap_or(NonZeroUsize::MIN),
             stats_descriptors: 65_536,
             stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
+            stats_interfaces: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),

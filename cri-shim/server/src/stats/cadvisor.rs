@@ -14,6 +14,7 @@ use rrun_proto::v1::{
 use super::cgroup_files;
 use super::cgroup_files::Processes;
 use super::descriptors::OpenDescriptors;
+use super::interfaces;
 use crate::cgroup::{MOUNT_POINT, directory, keyed, number, read};
 use crate::clock::now;
 use crate::container::{Container, Phase};
@@ -178,7 +179,7 @@ pub(crate) fn sandbox(
         all: Vec::new(),
     };
     of_cgroup(&mut metrics, &dir);
-    for counted in counters.of(&sandbox.id) {
+    for counted in interfaces(node, sandbox, counters) {
         for (name, value) in [
             ("container_network_receive_bytes_total", counted.rx_bytes),
             ("container_network_receive_errors_total", counted.rx_errors),

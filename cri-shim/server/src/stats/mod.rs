@@ -175,7 +175,7 @@ pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) 
             )
         });
     }
-    let mut interfaces = counters.of(&sandbox.id).into_iter().map(usage);
+    let mut interfaces = interfaces(node, sandbox, counters).into_iter().map(usage);
     let network = interfaces.next().map(|default| NetworkUsage {
         timestamp: now(),
         default_interface: Some(default),
@@ -196,6 +196,21 @@ pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) 
         }),
         windows: None,
     }
+}
+
+/// Returns the counters of the pod's interfaces, of which the first is eth0.
+fn interfaces(node: &Node, sandbox: &Sandbox, counters: &Counters) -> Vec<InterfaceCounters> {
+    let limit = node.config.stats_interfaces.get();
+    let counted = counters.of(&sandbox.id, limit);
+    if counted.limited {
+        node.stats.warn_once(&sandbox.id, "stats_interfaces", || {
+            format!(
+                "read the counters of the interfaces of {}: only the limit of {limit} interfaces are reported, because the pod has more",
+                sandbox.name()
+            )
+        });
+    }
+    counted.interfaces
 }
 
 fn usage(counted: InterfaceCounters) -> NetworkInterfaceUsage {
