@@ -43,7 +43,7 @@ fn processes_that_a_command_leaves_behind_do_not_delay_its_result() -> Result {
         let pod = node.pod("floods");
         let pod_id = node.runp(&pod)?;
         let id = node.run(&pod_id, &pod, &node.container("floods", &["sleep", "600"]))?;
-        let script = "for n in 1 2 3 4 5 6 7 8; do setsid yes & done; exec echo started >&2";
+        let script = "for n in 1 2 3 4 5 6 7 8; do setsid dd if=/dev/zero bs=1M & done; sleep 1; exec echo started >&2";
         let exec = ["exec", "-s", &id, "sh", "-c", script];
         let commands = [node.crictl(&exec).start()?, node.crictl(&exec).start()?];
         for _ in 0..5 {
