@@ -269,25 +269,7 @@ impl Init<'_> {
         )
         .doing(|| "stop mounts from propagating to the host (make / a slave mount)")?;
 
-        let old_root = Path::new("/");
-        let mut rootfs = match self.host_mounts.root.take() {
-            // Attach the container's root on `/`: every process can reach `/`, but not every
-            // process can reach `config.rootfs`. The container's root is allowed to cover the old
-            // root, because rrun has already opened the sources of all bind mounts.
-            Some(root) => attach_root(root, old_root)?,
-            // Attach the container's root at its own path on the host, unless --no-pivot requires
-            // `/`. If the root were attached on `/`, a recursive bind mount of `/` would include
-            // the container's root.
-            None => {
-                let clone = clone_root(&config.rootfs, config.root_is_slave())?;
-                let path = if self.no_pivot {
-                    old_root
-                } else {
-                    &config.rootfs
-                };
-                attach_root(clone, path)?
-            }
-        };
+        let mut rootfs = self.attach_own_root()?;
         if config.uses_dev_of_rootfs() {
             devices::record_dev(&mut rootfs)?;
         }
@@ -303,6 +285,30 @@ impl Init<'_> {
             devices::make(&rootfs, &config.devices, new_user)?;
         }
         Ok(rootfs)
+    }
+
+    /// Attaches the container's root file system to the mounts of this process.
+    fn attach_own_root(&mut self) -> Result<Rootfs> {
+        let config = self.config;
+        let old_root = Path::new("/");
+        match self.host_mounts.root.take() {
+            // Attach the container's root on `/`: every process can reach `/`, but not every
+            // process can reach `config.rootfs`. The container's root is allowed to cover the old
+            // root, because rrun has already opened the sources of all bind mounts.
+            Some(root) => attach_root(root, old_root),
+            // Attach the container's root at its own path on the host, unless --no-pivot requires
+            // `/`. If the root were attached on `/`, a recursive bind mount of `/` would include
+            // the container's root.
+            None => {
+                let clone = clone_root(&config.rootfs, config.root_is_slave())?;
+                let path = if self.no_pivot {
+                    old_root
+                } else {
+                    &config.rootfs
+                };
+                attach_root(clone, path)
+            }
+        }
     }
 
     fn make_terminal(&self, rootfs: &Rootfs) -> Result<Option<Terminal>> {
