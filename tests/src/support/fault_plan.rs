@@ -99,10 +99,10 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
         ("statfs", ENOENT) if object == "/sys/fs/cgroup" => {
             Some("no cgroup file system is mounted at its usual place")
         }
-        ("openat", ENOENT) if object.starts_with("/sys/module/") => {
+        ("open" | "openat", ENOENT) if object.starts_with("/sys/module/") => {
             Some("the kernel does not have the module")
         }
-        ("statx", _) if object == "/sys/fs/cgroup/cgroup.controllers" => {
+        ("stat" | "statx", _) if object == "/sys/fs/cgroup/cgroup.controllers" => {
             Some("libcgroups only checks whether the file exists")
         }
         ("read", EIO) if object.ends_with("ptmx") => Some("all processes have closed the terminal"),
@@ -115,8 +115,8 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
         ("pidfd_open" | "pidfd_send_signal", ESRCH) => Some("the process has exited"),
         ("ioctl", _) if second == FIONBIO => Some("an open descriptor accepts this request"),
         ("rmdir" | "unlink" | "unlinkat", ENOENT) => Some("another process has removed the file"),
-        ("open", ENOENT) if object == "/proc" => Some("the container has no /proc"),
-        ("open", ENOENT) if object.contains("/state/e2e-") => {
+        ("open" | "openat", ENOENT) if object == "/proc" => Some("the container has no /proc"),
+        ("open" | "openat", ENOENT) if object.contains("/state/e2e-") => {
             Some("another process has removed the container")
         }
         ("mkdir" | "mkdirat" | "mknodat" | "symlinkat", EEXIST) => Some("the file exists"),

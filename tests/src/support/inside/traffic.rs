@@ -298,7 +298,7 @@ fn hardware_address(interface: &str) -> Result<[u8; 6], InsideError> {
     // SAFETY: an ifreq consists of integers and arrays of integers, which can all be zero.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (to, from) in request.ifr_name.iter_mut().zip(interface.bytes()).take(15) {
-        *to = from.cast_signed();
+        *to = libc::c_char::from_ne_bytes([from]);
     }
     let descriptor = std::os::fd::AsRawFd::as_raw_fd(&socket);
     // SAFETY: `request` is valid for reads and writes during the system call. A successful system
@@ -309,7 +309,7 @@ fn hardware_address(interface: &str) -> Result<[u8; 6], InsideError> {
         }
         request.ifr_ifru.ifru_hwaddr.sa_data
     };
-    let [a, b, c, d, e, f, ..] = hardware.map(i8::cast_unsigned);
+    let [a, b, c, d, e, f, ..] = hardware.map(|byte| byte.to_ne_bytes()[0]);
     Ok([a, b, c, d, e, f])
 }
 
