@@ -10,8 +10,10 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::cgroup::dbus::{Body, Bus, BusValue, Property, Refusal};
+use crate::cgroup::directory::of_process;
 use crate::error::{Context, Error, Result, refuse};
 use crate::log;
 use crate::sys::child::{exit_now, kill_and_reap};
@@ -20,6 +22,10 @@ use crate::sys::clone::{Cloned, clone3};
 /// The prefix of the annotations that set properties of the systemd unit. The value of such an
 /// annotation is in GVariant text format.
 pub(crate) const ANNOTATION: &str = "org.systemd.property.";
+
+/// The time in which systemd processes a request whose answer rrun could not read.
+const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
+const ABANDON_INTERVAL: Duration = Duration::from_millis(10);
 
 /// The systemd scope that `linux.cgroupsPath` specifies.
 #[derive(Debug, PartialEq, Eq)]
@@ -94,14 +100,32 @@ impl Scope {
     /// Fails if a scope with the same name already contains processes, or if systemd refuses the
     /// request. If systemd refuses the request, the error contains systemd's message.
     pub(crate) fn start(&self, id: &str, limits: Vec<Property>) -> Result<Placeholder> {
-        let doing = || format!("start {} in {} through systemd", self.unit, self.slice);
         let mut bus = Bus::connect()?;
         let placeholder = Placeholder::new()?;
+        match self.request(&mut bus, id, limits, placeholder.pid) {
+            Ok(answer) => answer.map(|()| placeholder),
+            Err(error) => {
+                self.abandon(placeholder);
+                Err(error)
+            }
+        }
+    }
+
+    /// Returns systemd's answer, which is an error if systemd has refused the request. Fails if rrun
+    /// cannot read the answer.
+    fn request(
+        &self,
+        bus: &mut Bus,
+        id: &str,
+        limits: Vec<Property>,
+        pid: u32,
+    ) -> Result<Result<()>> {
+        let doing = || format!("start {} in {} through systemd", self.unit, self.slice);
         let mut properties = vec![
             text("Description", &format!("libcontainer container {id}")),
             text("Slice", &self.slice),
             flag("Delegate", true),
-            ("PIDs".to_owned(), BusValue::U32s(vec![placeholder.pid])),
+            ("PIDs".to_owned(), BusValue::U32s(vec![pid])),
             flag("MemoryAccounting", true),
             flag("CPUAccounting", true),
             flag("IOAccounting", true),
@@ -126,20 +150,43 @@ impl Scope {
                 // unit. rrun resets this unit and tries again.
                 Err(refusal) if refusal.is("UnitExists") && !retried => {
                     retried = true;
-                    reset_failed(&mut bus, &self.unit)?;
+                    reset_failed(bus, &self.unit)?;
                 }
-                Err(refusal) => return Err(refusal_error(doing(), &refusal)),
+                Err(refusal) => return Ok(Err(refusal_error(doing(), &refusal))),
             }
         };
         let result = bus.await_job(&job, &doing())?;
-        if result != "done" {
-            let _ = reset_failed(&mut bus, &self.unit);
-            refuse!(
-                "{}: systemd finished the job with the result {result}",
-                doing()
-            );
+        if result == "done" {
+            return Ok(Ok(()));
         }
-        Ok(placeholder)
+        let _ = reset_failed(bus, &self.unit);
+        let sentence = format!(
+            "{}: systemd finished the job with the result {result}",
+            doing()
+        );
+        Ok(Err(Error::new(sentence)))
+    }
+
+    /// Stops the scope if systemd has started it, although rrun could not read systemd's answer.
+    /// The scope is rrun's own only if it contains the placeholder. Another container can have a
+    /// scope with the same name.
+    fn abandon(&self, placeholder: Placeholder) {
+        let started = Instant::now();
+        let is_own = || {
+            of_process(placeholder.pid.cast_signed()).is_ok_and(|path| path.ends_with(&self.unit))
+        };
+        let is_known = || -> Result<bool> {
+            let body = Body::default().text(&self.unit);
+            Ok(Bus::connect()?.call("GetUnit", body)?.is_ok())
+        };
+        while !is_own() && started.elapsed() < ABANDON_TIMEOUT && is_known().unwrap_or(true) {
+            std::thread::sleep(ABANDON_INTERVAL);
+        }
+        let is_own = is_own();
+        drop(placeholder);
+        if is_own && let Err(error) = stop(&self.unit) {
+            log::warning(&error.to_string());
+        }
     }
 }
 
