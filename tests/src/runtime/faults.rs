@@ -19,7 +19,7 @@ use crate::support::bundle::Bundle;
 use crate::support::errnos;
 use crate::support::fault_runs::{Subject, is_one_of, not_created, reported, words};
 use crate::support::inject::{Call, Fault};
-use crate::support::machine::Result;
+use crate::support::machine::{Result, command};
 use crate::support::needs::{Need, Test};
 use crate::support::observed;
 use crate::support::terminal::{read_to_end, receive_terminal};
@@ -388,13 +388,13 @@ fn create_with_a_seccomp_agent_reports_each_error() -> Result {
 }
 
 fn create_by_systemd_reports_each_error() -> Result {
-    let mut bundle = Bundle::in_slice("e2e.slice", &["report"])?;
+    let mut bundle = Bundle::in_slice("e2efaults.slice", &["report"])?;
     bundle.set(
         "/linux/resources",
         json!({ "pids": { "limit": 100 }, "memory": { "limit": 64 << 20 } }),
     );
     let id = bundle.id();
-    Subject {
+    let result = Subject {
         name: "create by systemd",
         commands: vec![words(&["create", id]), words(&["start", id])],
         sample: 15,
@@ -405,7 +405,10 @@ fn create_by_systemd_reports_each_error() -> Result {
         },
         ..Subject::new(&bundle)
     }
-    .run()
+    .run();
+    // systemd keeps a slice after its last scope has ended.
+    command("systemctl", ["stop", "e2efaults.slice"]).ok()?;
+    result
 }
 
 fn run_reports_each_error() -> Result {
