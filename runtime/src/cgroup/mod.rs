@@ -103,11 +103,17 @@ impl CgroupLocation {
         let mut limits = properties::from_resources(resources, true)?;
         limits.extend(properties::only_at_start(resources)?);
         let placeholder = scope.start(id, limits)?;
-        Ok(Cgroup {
-            directory: Directory::open(&self.path)?,
-            placeholder: Some(placeholder),
-            devices_deferred: false,
-        })
+        match Directory::open(&self.path) {
+            Ok(directory) => Ok(Cgroup {
+                directory,
+                placeholder: Some(placeholder),
+                devices_deferred: false,
+            }),
+            Err(error) => {
+                scope.abandon(placeholder);
+                Err(error)
+            }
+        }
     }
 }
 

@@ -167,10 +167,10 @@ impl Scope {
         Ok(Err(Error::new(sentence)))
     }
 
-    /// Stops the scope if systemd has started it, although rrun could not read systemd's answer.
-    /// The scope is rrun's own only if it contains the placeholder. Another container can have a
-    /// scope with the same name.
-    fn abandon(&self, placeholder: Placeholder) {
+    /// Stops the scope after a failure. If rrun could not read systemd's answer, the scope exists,
+    /// will exist soon or does not exist. The scope is rrun's own only if it contains the
+    /// placeholder. Another container can have a scope with the same name.
+    pub(crate) fn abandon(&self, placeholder: Placeholder) {
         let started = Instant::now();
         let is_own = || {
             of_process(placeholder.pid.cast_signed()).is_ok_and(|path| path.ends_with(&self.unit))
