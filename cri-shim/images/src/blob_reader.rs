@@ -1,6 +1,7 @@
 //! Passes the bytes of a layer from the network to the thread that unpacks them.
 
 use std::io::{self, Read};
+use std::rc::Rc;
 
 use bytes::{Buf, Bytes};
 use tokio::sync::mpsc;
@@ -18,7 +19,7 @@ pub(crate) struct BlobReader {
     current: Bytes,
     /// The turn of the thread that unpacks the blob. The reader gives the turn back while it waits
     /// for bytes from the network.
-    turn: UnpackTurn,
+    turn: Rc<UnpackTurn>,
     partial: Option<Partial>,
     /// The number of kept bytes from an earlier attempt to fetch the blob.
     pub replay: u64,
@@ -32,7 +33,7 @@ pub(crate) struct BlobReader {
 impl BlobReader {
     pub(crate) fn new(
         chunks: mpsc::Receiver<Bytes>,
-        turn: UnpackTurn,
+        turn: Rc<UnpackTurn>,
         partial: Option<Partial>,
     ) -> Self {
         BlobReader {

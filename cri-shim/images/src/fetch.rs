@@ -6,10 +6,12 @@
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot};
 
 use crate::archive::ImageArchive;
 use crate::blob_reader::BlobReader;
@@ -19,6 +21,7 @@ use crate::layer::{self, Bounds, LayerDescriptor, LayerError, LowerLayer, Unpack
 use crate::limits::MinRate;
 use crate::pace::RateWatch;
 use crate::partial::{self, DiscardOnDrop, Partial};
+use crate::places::{Place, Places};
 use crate::settings::ImageSettings;
 use crate::slots::{Slot, Slots};
 use crate::source::Source;
@@ -29,6 +32,9 @@ use rrun_calls::wait::{blocking, slow};
 /// The maximum number of chunks that wait for the unpacking thread. A chunk from the HTTP client
 /// has at most 400 KiB, so one queue contains at most about 3 MiB.
 const CHUNK_QUEUE_LENGTH: usize = 8;
+
+/// The interval at which a fetch that waits for a place checks whether another pull needs its slot.
+const GIVE_WAY_INTERVAL: Duration = Duration::from_millis(500);
 
 /// The origin of an image's layers.
 pub(crate) enum Origin {
@@ -48,10 +54,7 @@ pub(crate) struct LayerRequest {
 /// The queues in which a fetch waits.
 pub(crate) struct Queues {
     pub slots: Arc<Slots>,
-    /// The permits for partly unpacked layers. A layer is partly unpacked from the start of its
-    /// thread until all its data is unpacked. Each partly unpacked layer uses a thread and the
-    /// memory of a decoder. The number of permits is therefore limited.
-    pub places: Arc<Semaphore>,
+    pub places: Arc<Places>,
     pub turns: Arc<UnpackTurns>,
     pub min_rate: MinRate,
 }
@@ -61,11 +64,7 @@ impl Queues {
         let fetched = settings.parallel_layers.max(1);
         Queues {
             slots: Slots::new(fetched, settings.layers_per_host()),
-            places: Arc::new(Semaphore::new(
-                fetched
-                    .saturating_add(settings.parallel_unpacks)
-                    .min(Semaphore::MAX_PERMITS),
-            )),
+            places: Places::new(fetched.saturating_add(settings.parallel_unpacks)),
             turns: UnpackTurns::new(settings.parallel_unpacks),
             min_rate: settings.min_rate(),
         }
@@ -86,36 +85,52 @@ pub(crate) async fn fetch(
     let fetched = match &*origin {
         Origin::Registry(source) => {
             let slot = queues.slots.slot(pull, what.clone());
-            download(source, &request, slot, queues, progress).await
+            download(source, &request, (pull, slot), queues, progress).await
         }
-        Origin::Archive(archive) => extract(archive, request, queues, progress).await,
+        Origin::Archive(archive) => extract(archive, request, pull, queues, progress).await,
     };
     fetched.map_err(|error| error.context(what))
 }
 
-/// Waits for a permit from [`Queues::places`]. `what` names the layer in the log, for example
-/// "layer sha256:…".
-async fn place(queues: &Queues, what: &str) -> Option<OwnedSemaphorePermit> {
+/// Waits for a place. `what` names the layer in the log, for example "layer sha256:…".
+async fn place(queues: &Queues, pull: u64, what: &str) -> Place {
     let what = format!("{what}: wait until other layers are unpacked");
-    // Acquiring a permit fails only if the semaphore is closed. This semaphore is never closed.
-    slow(what, Arc::clone(&queues.places).acquire_owned())
-        .await
-        .ok()
+    slow(what, queues.places.take(pull)).await
+}
+
+/// Waits for a place for a layer that has a slot. Returns `None` if another pull gets the slot
+/// during the wait.
+async fn place_or_give_way(queues: &Queues, pull: u64, slot: &Slot, digest: &str) -> Option<Place> {
+    let what = format!("layer {digest}");
+    let mut place = std::pin::pin!(place(queues, pull, &what));
+    loop {
+        match tokio::time::timeout(GIVE_WAY_INTERVAL, &mut place).await {
+            Ok(place) => return Some(place),
+            Err(_) if slot.gives_way(true) => return None,
+            Err(_) => {}
+        }
+    }
 }
 
 async fn extract(
     archive: &ImageArchive,
     request: LayerRequest,
+    pull: u64,
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
     let LayerDescriptor { digest, size, .. } = request.descriptor.clone();
     let reader = archive.blob(&digest)?;
     let what = format!("layer {digest}");
-    let _place = place(queues, &what).await;
-    let turn = UnpackTurn::new(&queues.turns, what);
-    let unpacked = on_a_thread(request.number, move || {
-        receive(ReaderInTurns { reader, turn }, &request)
+    let _place = place(queues, pull, &what).await;
+    let turns = Arc::clone(&queues.turns);
+    let unpacked = on_a_thread(request.number, move |is_abandoned| {
+        let turn = Rc::new(UnpackTurn::new(&turns, what));
+        let in_turns = ReaderInTurns {
+            reader,
+            turn: Rc::clone(&turn),
+        };
+        receive(in_turns, &turn, is_abandoned, &request)
     })?;
     let fetched = unpacked.await.unwrap_or_else(|_| Err(ended_early()))?;
     progress(size);
@@ -125,7 +140,7 @@ async fn extract(
 async fn download(
     source: &Source,
     request: &LayerRequest,
-    slot: Slot,
+    (pull, slot): (u64, Slot),
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<Layer, ImageError> {
@@ -140,6 +155,11 @@ async fn download(
     let mut restarted = false;
     loop {
         slot.begin_turn();
+        if let Some(host) = source.first_host() {
+            slot.at(&host).await;
+        }
+        let place = place_or_give_way(queues, pull, &slot, &descriptor.digest);
+        let Some(_place) = place.await else { continue };
         let before = farthest.load(Ordering::Relaxed);
         let at = AtomicU64::new(0);
         let progress = |bytes: u64| {
@@ -202,22 +222,18 @@ async fn attempt(
     progress: impl Fn(u64),
 ) -> Result<Layer, (u64, ImageError)> {
     let descriptor = &request.descriptor;
-    if let Some(host) = source.first_host() {
-        slot.at(&host).await;
-    }
-    let what = format!("layer {}", descriptor.digest);
-    let _place = place(queues, &what).await;
     let (to_thread, chunks) = mpsc::channel(CHUNK_QUEUE_LENGTH);
     let (send_had, had) = oneshot::channel();
     let for_thread = request.clone();
-    let turn = UnpackTurn::new(&queues.turns, what);
+    let turns = Arc::clone(&queues.turns);
     let gave_way = slot.gave_way_flag();
-    let unpacked = on_a_thread(request.number, move || {
+    let unpacked = on_a_thread(request.number, move |is_abandoned| {
         let LayerDescriptor { digest, size, .. } = &for_thread.descriptor;
+        let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}")));
         let partial = Partial::open(&for_thread.root, digest, *size);
-        let mut blob = BlobReader::new(chunks, turn, partial);
+        let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
         let _ = send_had.send(blob.replay);
-        let result = receive(&mut blob, &for_thread);
+        let result = receive(&mut blob, &turn, is_abandoned, &for_thread);
         blob.end(
             result.as_ref().err(),
             *size,
@@ -253,6 +269,10 @@ async fn attempt(
     }
 }
 
+fn abandoned() -> io::Error {
+    io::Error::other("the pull was abandoned")
+}
+
 fn ended_early() -> LayerError {
     LayerError::Stream(io::Error::other(
         "the thread that unpacks the layer ended unexpectedly",
@@ -260,18 +280,19 @@ fn ended_early() -> LayerError {
 }
 
 /// Runs blocking work on a separate thread, and returns a receiver for the result of the work. If
-/// the receiver is dropped early, the result is dropped at the end of the work. Dropping the result
-/// removes the unpacked layer.
+/// the receiver is dropped early, the argument of `work` returns true, and the result is dropped at
+/// the end of the work. Dropping the result removes the unpacked layer.
 fn on_a_thread(
     number: u64,
-    work: impl FnOnce() -> Result<UnpackedLayer, LayerError> + Send + 'static,
+    work: impl FnOnce(&dyn Fn() -> bool) -> Result<UnpackedLayer, LayerError> + Send + 'static,
 ) -> Result<oneshot::Receiver<Result<UnpackedLayer, LayerError>>, ImageError> {
     let (done, unpacked) = oneshot::channel();
     std::thread::Builder::new()
         .name(format!("layer-{number}"))
         .stack_size(512 << 10)
         .spawn(move || {
-            let _ = done.send(work());
+            let result = work(&|| done.is_closed());
+            let _ = done.send(result);
         })
         .map_err(|error| {
             ImageError::new(
@@ -282,29 +303,45 @@ fn on_a_thread(
     Ok(unpacked)
 }
 
-fn receive(compressed: impl Read, request: &LayerRequest) -> Result<UnpackedLayer, LayerError> {
+/// Unpacks a layer. The thread keeps `turn` for at most its time slice, and stops soon after
+/// `is_abandoned` returns true.
+fn receive(
+    compressed: impl Read,
+    turn: &UnpackTurn,
+    is_abandoned: &dyn Fn() -> bool,
+    request: &LayerRequest,
+) -> Result<UnpackedLayer, LayerError> {
+    let go_on = || {
+        turn.take();
+        if is_abandoned() {
+            Err(abandoned())
+        } else {
+            Ok(())
+        }
+    };
     let made = make(&request.root, request.number, |into| {
-        let unpacked = layer::unpack(compressed, into, &request.descriptor, &request.bounds)?;
-        Ok(Some(unpacked))
+        let LayerRequest {
+            descriptor, bounds, ..
+        } = request;
+        layer::unpack(compressed, into, descriptor, bounds, &go_on).map(Some)
     })?;
     made.ok_or_else(ended_early)
 }
 
 /// Creates an image's directory layer, if the image needs one. A directory layer sets the owner and
 /// mode of directories, and is placed on top of the layers in `stack`. `stack` lists the uppermost
-/// layer first. `pull` names the pull in the log.
+/// layer first. `pull_name` names the pull in the log.
 ///
 /// For a hostile image, creating the directory layer can be as expensive as unpacking a large
 /// layer. Creating the directory layer also needs several open files for each layer of the image.
 /// The creation of a directory layer therefore waits in the same queues as unpacking a layer. A
-/// separate thread creates the directory layer, and keeps its permit from [`Queues::places`] until
-/// the thread ends. If the pull is abandoned, the thread stops before its next step.
+/// separate thread creates the directory layer, and keeps its place until the thread ends. If the pull is abandoned, the thread stops before its next step.
 pub(crate) async fn make_directory_layer(
     queues: &Queues,
     root: &Path,
     number: u64,
     stack: &[Layer],
-    pull: &str,
+    (pull, pull_name): (u64, &str),
 ) -> Result<Option<UnpackedLayer>, ImageError> {
     let layers: Vec<LowerLayer> = stack
         .iter()
@@ -315,9 +352,9 @@ pub(crate) async fn make_directory_layer(
         .collect();
     let root = root.to_owned();
     let what = "set the owner and mode of directories that the image's layers do not list";
-    let whole = format!("pull {pull}: {what}");
-    let place = place(queues, &whole).await;
-    let mut turn = UnpackTurn::new(&queues.turns, whole.clone());
+    let whole = format!("pull {pull_name}: {what}");
+    let place = place(queues, pull, &whole).await;
+    let turn = UnpackTurn::new(&queues.turns, whole.clone());
     let waits = Arc::new(());
     let waiter = Arc::downgrade(&waits);
     let made = blocking(whole, move || {
@@ -325,9 +362,7 @@ pub(crate) async fn make_directory_layer(
         let go_on = || {
             turn.take();
             match waiter.strong_count() {
-                0 => Err(LayerError::Stream(io::Error::other(
-                    "the pull was abandoned",
-                ))),
+                0 => Err(LayerError::Stream(abandoned())),
                 _ => Ok(()),
             }
         };

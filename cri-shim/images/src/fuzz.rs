@@ -83,7 +83,13 @@ fn layer(input: &[u8]) {
         bytes: 8 << 20,
         entries: 10_000,
     };
-    let _ = layer::unpack(input, &scratch.0.join("layer"), &descriptor, &bounds);
+    let _ = layer::unpack(
+        input,
+        &scratch.0.join("layer"),
+        &descriptor,
+        &bounds,
+        &|| Ok(()),
+    );
     assert_eq!(names(&canary), ["file"]);
     assert_eq!(std::fs::read(canary.join("file")).unwrap(), b"unchanged");
     assert_eq!(names(&scratch.0), ["canary", "layer"]);

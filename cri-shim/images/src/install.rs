@@ -158,7 +158,8 @@ async fn bring_layers(
         None
     } else {
         let number = store.next_layer.fetch_add(1, Ordering::Relaxed);
-        fetch::make_directory_layer(&store.queues, &store.root, number, &stack, log_name).await?
+        let named = (pull, log_name);
+        fetch::make_directory_layer(&store.queues, &store.root, number, &stack, named).await?
     };
     // The layers must be on the disk before the store lists them.
     if !recorded || made.is_some() {

@@ -28,6 +28,7 @@ mod manifest;
 mod pace;
 mod partial;
 mod pin;
+mod places;
 pub mod position;
 mod preload;
 mod pull;

@@ -3,10 +3,13 @@
 //! A turn is the permission to unpack. A thread takes a turn when it has bytes to unpack. While it
 //! waits for more bytes, it gives the turn back. A layer that arrives slowly therefore delays no
 //! other layer. After a time slice ([`TURN_SLICE`]), a thread gives its turn to a waiting thread,
-//! and queues again.
+//! and queues again. The thread checks the time slice after each piece of unpacked data, because a
+//! few received bytes can decompress to gigabytes.
 
+use std::cell::Cell;
 use std::collections::VecDeque;
 use std::io::{self, Read};
+use std::rc::Rc;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -86,7 +89,7 @@ impl UnpackTurns {
 pub(crate) struct UnpackTurn {
     turns: Arc<UnpackTurns>,
     what: String,
-    since: Option<Instant>,
+    since: Cell<Option<Instant>>,
 }
 
 impl UnpackTurn {
@@ -96,24 +99,24 @@ impl UnpackTurn {
         UnpackTurn {
             turns: Arc::clone(turns),
             what,
-            since: None,
+            since: Cell::new(None),
         }
     }
 
     /// Waits until this thread has a turn. If this thread already has a turn, keeps it for at most
     /// [`TURN_SLICE`]. If other threads wait after this time, gives the turn back and queues again.
     /// This call blocks.
-    pub(crate) fn take(&mut self) {
-        match self.since {
+    pub(crate) fn take(&self) {
+        match self.since.get() {
             Some(since) if since.elapsed() < TURN_SLICE || !self.turns.has_waiters() => return,
             Some(_) => self.give_back(),
             None => {}
         }
         self.turns.take(&self.what);
-        self.since = Some(Instant::now());
+        self.since.set(Some(Instant::now()));
     }
 
-    pub(crate) fn give_back(&mut self) {
+    pub(crate) fn give_back(&self) {
         if self.since.take().is_some() {
             self.turns.give_back();
         }
@@ -130,7 +133,7 @@ impl Drop for UnpackTurn {
 /// between the reads. `reader` must therefore never wait for bytes from the network.
 pub(crate) struct ReaderInTurns<R> {
     pub reader: R,
-    pub turn: UnpackTurn,
+    pub turn: Rc<UnpackTurn>,
 }
 
 impl<R: Read> Read for ReaderInTurns<R> {
@@ -154,7 +157,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
-                    let mut turn = UnpackTurn::new(&turns, "a layer".to_owned());
+                    let turn = UnpackTurn::new(&turns, "a layer".to_owned());
                     for _ in 0..200 {
                         turn.take();
                         most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);

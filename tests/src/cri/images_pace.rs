@@ -28,6 +28,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        layers_that_need_hours_to_be_unpacked_delay_no_other_pull,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         a_pull_ends_when_no_caller_waits_for_it,
         A_NODE,
         Need::RrunCri
@@ -80,6 +85,29 @@ fn dripping(image: &Image) -> impl Fn(&Request) -> Option<Answer> + Send + Sync 
             .find(|(layer, _)| request.path.ends_with(layer.as_str()))?;
         Some(Answer::new(200, blob.clone()).dripping(DRIP_INTERVAL))
     }
+}
+
+/// Returns an image with `count` layers. Each layer is a zstd frame of 2 MiB that decompresses to
+/// almost 64 GiB of zeros (RFC 8878, section 3.1.1.2).
+fn of_bombs(name: &str, count: usize) -> Image {
+    const BLOCK: u32 = 128 << 10;
+    let block = |last: u32| {
+        let header = (BLOCK << 3 | 1 << 1 | last).to_le_bytes();
+        [&header[..3], &[0]].concat()
+    };
+    let layers: Vec<_> = (0..count)
+        .map(|number| {
+            let skipped = format!("{name}-{number:10}");
+            let mut frame = b"\x50\x2a\x4d\x18".to_vec();
+            frame.extend((skipped.len() as u32).to_le_bytes());
+            frame.extend(skipped.into_bytes());
+            frame.extend([0x28, 0xb5, 0x2f, 0xfd, 0, 0x38]);
+            frame.extend(block(0).repeat((1 << 19) - 2));
+            frame.extend(block(1));
+            (frame, Compression::None)
+        })
+        .collect();
+    image(&layers, json!({ "Labels": { "name": name } }))
 }
 
 fn configure(node: &mut Node, image: &str) -> Result {
@@ -154,6 +182,37 @@ fn a_slow_pull_gives_up_a_download_slot_to_another_pull_from_the_same_registry()
         );
         node.asks(&["rmi", &format!("{host}/small:1")])?;
         ends(node, hanging)
+    })
+}
+
+/// The layers of two hostile images need all places of partly unpacked layers, and the images'
+/// further layers need all slots. A pull nevertheless gets slots, places and turns.
+fn layers_that_need_hours_to_be_unpacked_delay_no_other_pull() -> Result {
+    on_a_node(|node| {
+        let mut hanging = Vec::new();
+        for name in ["first", "second"] {
+            let bombs = of_bombs(name, 9);
+            let server = serve(&[(name, &bombs)], |_| None)?;
+            let pull = format!("{}/{name}:1", server.host());
+            hanging.push(node.crictl(&["pull", &pull]).start()?);
+            wait_for("the registry to send layers of the hostile image", || {
+                let sent = |layer: &&String| server.count(layer) > 0;
+                Ok((bombs.layers.iter().filter(sent).count() >= 1).then_some(()))
+            })?;
+        }
+        node.pull(BUSYBOX)?;
+        let small = of_layers("small", 5);
+        let server = serve(&[("small", &small)], |_| None)?;
+        node.pull(&format!("{}/small:1", server.host()))?;
+        for pull in &mut hanging {
+            ensure!(
+                pull.lives(),
+                "the pull of a hostile image ended before the pulls of the other images"
+            );
+        }
+        node.terminate_server()?;
+        drop(hanging);
+        Ok(())
     })
 }
 

@@ -17,7 +17,7 @@ mod tree;
 mod unpack;
 
 use std::cell::Cell;
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -35,13 +35,15 @@ pub use unpack::UnpackSummary;
 use digest::{HashingReader, drain};
 
 /// Reads a layer from `compressed`, unpacks it into the new directory `into`, and verifies the
-/// layer's size and digests. This call blocks on disk I/O. After an error, the content of `into` is
-/// unusable.
+/// layer's size and digests. Calls `go_on` after each piece of uncompressed data. An error from
+/// `go_on` ends the unpacking. This call blocks on disk I/O. After an error, the content of `into`
+/// is unusable.
 pub fn unpack(
     compressed: impl Read,
     into: &Path,
     descriptor: &LayerDescriptor,
     bounds: &Bounds,
+    go_on: &dyn Fn() -> io::Result<()>,
 ) -> Result<UnpackSummary, LayerError> {
     let path = into.as_os_str().as_encoded_bytes();
     let make = |errno| LayerError::system("create the directory", path, errno);
@@ -58,7 +60,7 @@ pub fn unpack(
 
     let too_long = Cell::new(false);
     let mut received = HashingReader::new(compressed, descriptor.size, &too_long);
-    match unpack_plain(&mut received, root, bounds) {
+    match unpack_plain(&mut received, root, bounds, go_on) {
         Ok((unpacked, diff_id)) => {
             let drained = drain(&mut received, u64::MAX);
             received.verify(descriptor, drained)?;
@@ -106,11 +108,16 @@ fn unpack_plain(
     compressed: impl Read,
     root: OwnedFd,
     bounds: &Bounds,
+    go_on: &dyn Fn() -> io::Result<()>,
 ) -> Result<(UnpackSummary, String), LayerError> {
     let too_large = Cell::new(false);
-    let plain = HashingReader::new(decompress::decoder(compressed)?, bounds.bytes, &too_large);
+    let plain = CheckedReader {
+        reader: decompress::decoder(compressed)?,
+        go_on,
+    };
+    let plain = HashingReader::new(plain, bounds.bytes, &too_large);
     let mut archive = archive::TarArchive::new(plain);
-    let unpacked = unpack::unpack(&mut archive, root, bounds);
+    let unpacked = unpack::unpack(&mut archive, root, bounds, go_on);
     let mut plain = archive.into_inner();
     // Read the bytes after the end of the archive, because the digest also covers these bytes.
     let unpacked = unpacked.and_then(|unpacked| {
@@ -123,7 +130,111 @@ fn unpack_plain(
     Ok((unpacked?, plain.digest()))
 }
 
+/// A reader that calls `go_on` after each read.
+struct CheckedReader<'a, R> {
+    reader: R,
+    go_on: &'a dyn Fn() -> io::Result<()>,
+}
+
+impl<R: Read> Read for CheckedReader<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.reader.read(buffer)?;
+        (self.go_on)()?;
+        Ok(count)
+    }
+}
+
 /// The maximum number of bytes that [`unpack`] reads after an error in the archive. If the layer
 /// ends within this number of bytes, its digest shows whether the layer was damaged during the
 /// transfer.
 const DRAIN_AFTER_FAILURE_BYTES: u64 = 64 << 20;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The largest length of a zstd block.
+    const BLOCK: u32 = 128 << 10;
+
+    /// Returns a zstd frame of `blocks` blocks. Each block has four bytes, and decompresses to
+    /// [`BLOCK`] zeros (RFC 8878, section 3.1.1.2).
+    fn bomb(blocks: usize) -> Vec<u8> {
+        let header = |last: u32| (BLOCK << 3 | 1 << 1 | last).to_le_bytes();
+        let block = |last| [&header(last)[..3], &[0]].concat();
+        let mut frame = vec![0x28, 0xb5, 0x2f, 0xfd, 0, 0x38];
+        frame.extend(block(0).repeat(blocks - 1));
+        frame.extend(block(1));
+        frame
+    }
+
+    /// Unpacks `blob` without a check of its digests.
+    fn unpack_unchecked(
+        name: &str,
+        blob: &[u8],
+        go_on: &dyn Fn() -> io::Result<()>,
+    ) -> Result<(), LayerError> {
+        let into = std::env::temp_dir().join(format!("rrun-layer-{name}-{}", std::process::id()));
+        let descriptor = LayerDescriptor {
+            digest: String::new(),
+            size: u64::MAX,
+            diff_id: String::new(),
+        };
+        let bounds = Bounds {
+            bytes: 1 << 30,
+            entries: 100_000,
+        };
+        let unpacked = unpack(blob, &into, &descriptor, &bounds, go_on);
+        let removed = remove_path(&into);
+        removed.map_err(|errno| LayerError::system("remove", b"", errno))?;
+        unpacked.map(drop)
+    }
+
+    #[test]
+    fn a_few_bytes_that_decompress_to_gigabytes_are_unpacked_in_small_pieces() {
+        let (pieces, most) = (Cell::new(0), 1000);
+        let go_on = || {
+            pieces.set(pieces.get() + 1);
+            if pieces.get() < most {
+                Ok(())
+            } else {
+                Err(io::Error::other("the pull was abandoned"))
+            }
+        };
+        let blob = bomb(8000);
+        assert!(blob.len() < 64 << 10);
+        let result = unpack_unchecked("bomb", &blob, &go_on);
+        assert!(result.is_err());
+        assert_eq!(pieces.get(), most);
+    }
+
+    #[test]
+    fn the_removal_of_a_replaced_directory_can_be_ended() -> io::Result<()> {
+        let mut archive = ::tar::Builder::new(Vec::new());
+        for number in 0..1000 {
+            let mut header = ::tar::Header::new_gnu();
+            header.set_size(0);
+            archive.append_data(&mut header, format!("a/{number}"), io::empty())?;
+        }
+        let mut header = ::tar::Header::new_gnu();
+        header.set_size(0);
+        archive.append_data(&mut header, "a", io::empty())?;
+        let archive = archive.into_inner()?;
+        let steps = |limit: usize| {
+            let steps = Cell::new(0);
+            let result = unpack_unchecked("replaced", &archive, &|| {
+                steps.set(steps.get() + 1);
+                if steps.get() < limit {
+                    Ok(())
+                } else {
+                    Err(io::Error::other("the pull was abandoned"))
+                }
+            });
+            (steps.get(), result)
+        };
+        let (all, _) = steps(usize::MAX);
+        assert!(all >= 2000, "number of steps: {all}");
+        let (ended, result) = steps(all - 500);
+        assert_eq!(ended, all - 500, "{result:?}");
+        Ok(())
+    }
+}

@@ -28,11 +28,16 @@ pub fn remove_path(path: &Path) -> Result<(), Errno> {
         Err(Errno::NOENT) => return Ok(()),
         other => other?,
     };
-    remove(&parent, name.as_encoded_bytes())
+    remove(&parent, name.as_encoded_bytes(), &|| Ok(()))
 }
 
-/// Removes the file or directory `name` in the directory `parent`.
-pub(super) fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
+/// Removes the file or directory `name` in the directory `parent`. Calls `go_on` before the removal
+/// of each file in the directory. An error from `go_on` ends the removal.
+pub(super) fn remove(
+    parent: impl AsFd,
+    name: &[u8],
+    go_on: &dyn Fn() -> Result<(), Errno>,
+) -> Result<(), Errno> {
     let parent = parent.as_fd();
     match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
@@ -42,6 +47,7 @@ pub(super) fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
     let top = rustix::fs::openat(parent, name, OPEN, Mode::empty())?;
     let mut removal = Removal {
         top: top.as_fd(),
+        go_on,
         moved: 0,
         waiting: Vec::new(),
     };
@@ -64,6 +70,7 @@ pub(super) fn remove(parent: impl AsFd, name: &[u8]) -> Result<(), Errno> {
 struct Removal<'a> {
     /// The directory that is being removed.
     top: BorrowedFd<'a>,
+    go_on: &'a dyn Fn() -> Result<(), Errno>,
     /// The number of directories that were moved to `top`.
     moved: u64,
     /// The numbers of the directories in `top` that were nested too deep and must be removed later.
@@ -82,6 +89,7 @@ impl Removal<'_> {
                 continue;
             }
             removed = true;
+            (self.go_on)()?;
             let directory = directory.fd()?;
             if !is_directory(directory, name, entry.file_type())? {
                 rustix::fs::unlinkat(directory, name, AtFlags::empty())?;

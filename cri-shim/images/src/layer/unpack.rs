@@ -1,6 +1,6 @@
 //! Writes an archive's entries into a tree that overlayfs can use as a lower directory.
 
-use std::io::Read;
+use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::fs::{AtFlags, FileType, Gid, Mode, OFlags, Uid, XattrFlags};
@@ -47,8 +47,10 @@ pub(super) fn unpack<R: Read>(
     archive: &mut TarArchive<R>,
     root: OwnedFd,
     bounds: &Bounds,
+    go_on: &dyn Fn() -> io::Result<()>,
 ) -> Result<UnpackSummary, LayerError> {
     let mut unpacking = Unpacking {
+        go_on,
         tree: Tree::new(root),
         bytes: 0,
         max_bytes: bounds.bytes,
@@ -82,7 +84,8 @@ pub(super) fn unpack<R: Read>(
     })
 }
 
-struct Unpacking {
+struct Unpacking<'a> {
+    go_on: &'a dyn Fn() -> io::Result<()>,
     tree: Tree,
     bytes: u64,
     max_bytes: u64,
@@ -90,7 +93,7 @@ struct Unpacking {
     buffer: Vec<u8>,
 }
 
-impl Unpacking {
+impl Unpacking<'_> {
     fn place<R: Read>(
         &mut self,
         archive: &mut TarArchive<R>,
@@ -123,7 +126,7 @@ impl Unpacking {
                 }
                 self.tree.count_link(&entry.link);
                 let parent = self.tree.enter(directory)?;
-                replacing(parent, last, || {
+                replacing(parent, last, self.go_on, || {
                     rustix::fs::symlinkat(entry.link.as_slice(), parent, last)
                 })
                 .map_err(|e| LayerError::system("create the symbolic link", &entry.path, e))?;
@@ -137,7 +140,7 @@ impl Unpacking {
                 };
                 let device = rustix::fs::makedev(entry.device.0, entry.device.1);
                 let parent = self.tree.enter(directory)?;
-                replacing(parent, last, || {
+                replacing(parent, last, self.go_on, || {
                     rustix::fs::mknodat(parent, last, kind, Mode::from_raw_mode(0o600), device)
                 })
                 .map_err(|e| LayerError::system("create the device", &entry.path, e))?;
@@ -261,7 +264,7 @@ impl Unpacking {
         let (directory, last) = name.split();
         let parent = self.tree.enter(directory)?;
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
-        let file = replacing(parent, last, || {
+        let file = replacing(parent, last, self.go_on, || {
             rustix::fs::openat(
                 parent,
                 last,
@@ -367,7 +370,7 @@ impl Unpacking {
         let parent = self.tree.enter(directory)?;
         // Without AT_SYMLINK_FOLLOW, linkat(2) does not follow a symbolic link in the last
         // component of the target's path.
-        replacing(parent, last, || {
+        replacing(parent, last, self.go_on, || {
             rustix::fs::linkat(&target_parent, target_last, parent, last, AtFlags::empty())
         })
         .map_err(|e| match e {
@@ -422,15 +425,17 @@ impl Unpacking {
 }
 
 /// Calls `make`, which creates the file `name` in `parent`. If an earlier entry of the same archive
-/// already created this file, removes the file and calls `make` again.
+/// already created this file, removes the file and calls `make` again. The file can be a directory
+/// with millions of files, so the removal calls `go_on` before each step.
 fn replacing<T>(
     parent: impl AsFd,
     name: &[u8],
+    go_on: &dyn Fn() -> io::Result<()>,
     mut make: impl FnMut() -> Result<T, Errno>,
 ) -> Result<T, Errno> {
     match make() {
         Err(Errno::EXIST) => {
-            removal::remove(parent, name)?;
+            removal::remove(parent, name, &|| go_on().map_err(|_| Errno::CANCELED))?;
             make()
         }
         other => other,

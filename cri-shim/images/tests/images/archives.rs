@@ -69,7 +69,13 @@ fn descriptor(archive: &[u8], blob: &[u8]) -> LayerDescriptor {
 }
 
 fn unpack(archive: &[u8], into: &Path) -> Result<UnpackSummary, LayerError> {
-    layer::unpack(archive, into, &descriptor(archive, archive), &BOUNDS)
+    layer::unpack(
+        archive,
+        into,
+        &descriptor(archive, archive),
+        &BOUNDS,
+        &|| Ok(()),
+    )
 }
 
 /// Unpacks `archive` into a subdirectory of a new directory. A file that escapes from the layer is
@@ -591,6 +597,7 @@ async fn bounds() -> Result<(), Failure> {
         &dir.0.join("a"),
         &descriptor(&bomb, &blob),
         &tight,
+        &|| Ok(()),
     );
     assert!(matches!(result, Err(LayerError::Bound(_))), "{result:?}");
     let many = (0..20).fold(Archive::new(), |archive, n| {
@@ -602,6 +609,7 @@ async fn bounds() -> Result<(), Failure> {
         &dir.0.join("b"),
         &descriptor(&many, &many),
         &tight,
+        &|| Ok(()),
     );
     assert!(matches!(result, Err(LayerError::Bound(_))), "{result:?}");
     // Each piece of a sparse file needs a whole block on the disk. These 1,000 pieces of one byte
@@ -629,6 +637,7 @@ async fn bounds() -> Result<(), Failure> {
             &dir.0.join(format!("sparse{size}")),
             &descriptor(&pieces, &pieces),
             &tight,
+            &|| Ok(()),
         );
         assert!(
             matches!(&result, Err(LayerError::Bound(why)) if why.contains("image.layer_bytes")),
@@ -642,6 +651,7 @@ async fn bounds() -> Result<(), Failure> {
         &dir.0.join("c"),
         &descriptor(&deep, &deep),
         &tight,
+        &|| Ok(()),
     );
     assert!(result.is_ok_and(|unpacked| unpacked.inodes == 41));
     Ok(())
@@ -700,7 +710,7 @@ async fn promised() -> Result<(), Failure> {
     let good = descriptor(&archive, &blob);
     let try_with = |blob: &[u8], descriptor: &LayerDescriptor| -> Result<String, Failure> {
         let dir = Dir::new()?;
-        match layer::unpack(blob, &dir.0.join("fs"), descriptor, &BOUNDS) {
+        match layer::unpack(blob, &dir.0.join("fs"), descriptor, &BOUNDS, &|| Ok(())) {
             Err(LayerError::Digest(what)) => Ok(what),
             other => Err(format!(
                 "the layer must be refused for its digest; the result: {other:?}"
