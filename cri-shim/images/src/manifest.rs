@@ -30,6 +30,11 @@ pub(crate) const MAX_LAYERS: usize = 498;
 /// configuration together. The server keeps them in memory as long as the image is on the node.
 const MAX_STRINGS: usize = 1 << 16;
 
+/// The maximum number of bytes of the user in an image's configuration. ListImages returns the users
+/// of all images in one message of at most 16 MiB. On Linux, a name has at most 256 bytes,
+/// useradd(8), and the user can consist of the names of a user and a group.
+const MAX_USER_BYTES: usize = 1024;
+
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "camelCase")]
 pub(crate) struct Descriptor {
@@ -354,6 +359,13 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
             "the image's configuration has {count} arguments, variables, labels and volumes, and the limit is {MAX_STRINGS}"
         )));
     }
+    let user = config.user.unwrap_or_default();
+    if user.len() > MAX_USER_BYTES {
+        return Err(broken(format!(
+            "the user in the image's configuration has {} bytes, and the limit is {MAX_USER_BYTES} bytes",
+            user.len()
+        )));
+    }
     let diff_ids = raw
         .rootfs
         .and_then(|rootfs| rootfs.diff_ids)
@@ -366,7 +378,7 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
             entrypoint: config.entrypoint.unwrap_or_default(),
             cmd: config.cmd.unwrap_or_default(),
             env: config.env.unwrap_or_default(),
-            user: config.user.unwrap_or_default(),
+            user,
             working_dir: config.working_dir.unwrap_or_default(),
             volumes: config.volumes.unwrap_or_default().into_keys().collect(),
             stop_signal: config.stop_signal.filter(|signal| !signal.is_empty()),
@@ -517,6 +529,17 @@ mod tests {
         assert!(of(20_000).is_ok());
         let error = of(30_000);
         assert!(error.is_err_and(|e| e.to_string().contains("70000 arguments, variables")));
+    }
+
+    #[test]
+    fn a_configuration_with_a_too_long_user_is_refused() {
+        let of = |length| {
+            let config = json!({ "config": { "User": "u".repeat(length) } });
+            parse_configuration(config.to_string().as_bytes())
+        };
+        assert!(of(MAX_USER_BYTES).is_ok());
+        let error = of(7 << 20);
+        assert!(error.is_err_and(|e| e.to_string().contains("7340032 bytes")));
     }
 
     #[test]

@@ -26,6 +26,10 @@ pub struct Name {
 const REPOSITORY_BYTES: usize = 255;
 const TAG_BYTES: usize = 128;
 
+/// The maximum length in bytes of a registry: a host name of the DNS (RFC 1035, section 2.3.4), a
+/// colon and a port.
+const REGISTRY_BYTES: usize = 253 + 6;
+
 /// The name of Docker Hub, and its former name.
 const HUB: &str = "docker.io";
 const OLD_HUB: &str = "index.docker.io";
@@ -135,7 +139,7 @@ fn is_host(text: &str) -> bool {
         Some(address) => address.parse::<std::net::Ipv6Addr>().is_ok(),
         None => host.split('.').all(is_label),
     };
-    host && port.is_none_or(|port| port.parse::<u16>().is_ok())
+    text.len() <= REGISTRY_BYTES && host && port.is_none_or(|port| port.parse::<u16>().is_ok())
 }
 
 /// Returns whether `text` consists of lower-case letters and digits with `.`, `_`, `__` or any
@@ -230,6 +234,7 @@ mod tests {
             "a:b:c",
             "a.b:port/c",
             "-a.b/c",
+            &format!("{}/c", "a.".repeat(150) + "b"),
         ] {
             let error = Name::parse(bad);
             assert!(
