@@ -29,6 +29,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        immutable_files_are_removed_with_their_container,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         the_disk_usage_of_a_container_contains_deep_files_and_volumes,
         A_NODE,
         Need::RrunCri
@@ -315,6 +320,32 @@ fn the_copy_of_a_volume_ends_when_its_pod_is_removed() -> Result {
             "number of directories of containers after the removal of the pod"
         );
         Ok(())
+    })
+}
+
+fn immutable_files_are_removed_with_their_container() -> Result {
+    on_a_node(|node| {
+        let image = push_with(node, "immutable", "Volumes", json!({ "/data": {} }))?;
+        node.pull(&image)?;
+        let pod = node.pod("immutable");
+        let pod_id = node.runp(&pod)?;
+        let mut container = node.container("immutable", &["sleep", "600"]);
+        container["image"]["image"] = json!(image);
+        container["linux"]["security_context"]["capabilities"] =
+            json!({ "add_capabilities": ["LINUX_IMMUTABLE"] });
+        let id = node.run(&pod_id, &pod, &container)?;
+        for directory in ["/data", "/upper"] {
+            let script = format!(
+                "mkdir -p {directory}/a/b && cd {directory} && echo x > a/b/file && echo x > log
+                 chattr +i a/b/file && chattr +a a/b log && chattr +i a && ! rm -rf a"
+            );
+            inside(node, &id, &script)?;
+        }
+        node.asks(&["rm", "--force", &id])?;
+        wait_for("the server to delete the container's files", || {
+            let left = fs::read_dir(node.join("root/trash"))?.count();
+            Ok((left == 0).then_some(()))
+        })
     })
 }
 

@@ -4,12 +4,20 @@
 //! in a hostile tree is not limited. A directory that is nested too deep is therefore moved to the
 //! top of the tree, and removed later. The time for the removal grows linearly with the number of
 //! files: each directory is read once, even while its entries are being removed.
+//!
+//! A container with the capability LINUX_IMMUTABLE can make files immutable or append-only,
+//! ioctl_iflags(2). The kernel does not remove such a file, and removes no entry of such a
+//! directory. If a step fails for this reason, the flags are cleared, and the step is repeated.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Dir, FileType, Mode, OFlags, RenameFlags};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, IFlags, Mode, OFlags, RenameFlags, ioctl_getflags, ioctl_setflags,
+};
 use rustix::io::Errno;
+
+use rrun_kernel::regular_file;
 
 const OPEN: OFlags = OFlags::RDONLY
     .union(OFlags::DIRECTORY)
@@ -39,7 +47,7 @@ pub(super) fn remove(
     go_on: &dyn Fn() -> Result<(), Errno>,
 ) -> Result<(), Errno> {
     let parent = parent.as_fd();
-    match rustix::fs::unlinkat(parent, name, AtFlags::empty()) {
+    match unlink(parent, name, AtFlags::empty()) {
         Ok(()) | Err(Errno::NOENT) => return Ok(()),
         Err(Errno::ISDIR | Errno::PERM) => {}
         Err(error) => return Err(error),
@@ -60,7 +68,7 @@ pub(super) fn remove(
                 Err(error) => return Err(error),
             }
         }
-        match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+        match unlink(parent, name, AtFlags::REMOVEDIR) {
             Err(Errno::NOTEMPTY | Errno::EXIST) if removed => {}
             other => return other,
         }
@@ -92,7 +100,7 @@ impl Removal<'_> {
             (self.go_on)()?;
             let directory = directory.fd()?;
             if !is_directory(directory, name, entry.file_type())? {
-                rustix::fs::unlinkat(directory, name, AtFlags::empty())?;
+                unlink(directory, name, AtFlags::empty())?;
             } else if depth < MAX_DEPTH {
                 self.remove_directory(directory, name, depth)?;
             } else {
@@ -112,7 +120,7 @@ impl Removal<'_> {
             let opened = rustix::fs::openat(parent, name, OPEN, Mode::empty())?;
             let removed = self.empty(&mut Dir::new(opened)?, depth + 1)?;
             // A file system can skip entries if a directory changes while it is being read.
-            match rustix::fs::unlinkat(parent, name, AtFlags::REMOVEDIR) {
+            match unlink(parent, name, AtFlags::REMOVEDIR) {
                 Err(Errno::NOTEMPTY | Errno::EXIST) if removed => {}
                 other => return other,
             }
@@ -124,7 +132,9 @@ impl Removal<'_> {
         loop {
             self.moved += 1;
             let to = moved_name(self.moved);
-            match rustix::fs::renameat_with(from, name, self.top, to, RenameFlags::NOREPLACE) {
+            let rename =
+                || rustix::fs::renameat_with(from, name, self.top, &to, RenameFlags::NOREPLACE);
+            match unlocked([self.top, from], (from, name), rename) {
                 Err(Errno::EXIST) => {}
                 Err(error) => return Err(error),
                 Ok(()) => {
@@ -134,6 +144,44 @@ impl Removal<'_> {
             }
         }
     }
+}
+
+fn unlink(parent: BorrowedFd<'_>, name: &[u8], flags: AtFlags) -> Result<(), Errno> {
+    unlocked([parent], (parent, name), || {
+        rustix::fs::unlinkat(parent, name, flags)
+    })
+}
+
+/// Calls `act`. If `act` fails because a file is immutable or append-only, clears these flags of
+/// `directories` and of the file `name` in `parent`, and calls `act` again.
+fn unlocked<const N: usize>(
+    directories: [BorrowedFd<'_>; N],
+    (parent, name): (BorrowedFd<'_>, &[u8]),
+    act: impl Fn() -> Result<(), Errno>,
+) -> Result<(), Errno> {
+    match act() {
+        Err(Errno::PERM) => {}
+        done => return done,
+    }
+    let mut cleared = false;
+    for directory in directories {
+        cleared |= unlock(directory);
+    }
+    // Only regular files and directories are opened. The kernel refuses to set the flags of other
+    // files with ioctl_iflags(2).
+    cleared |= match rustix::fs::openat(parent, name, OPEN, Mode::empty()) {
+        Ok(directory) => unlock(directory),
+        Err(_) => regular_file::open_at(parent, name, OFlags::RDONLY, false).is_ok_and(unlock),
+    };
+    if cleared { act() } else { Err(Errno::PERM) }
+}
+
+/// Clears the flags that prevent the removal of a file. Returns whether the file had such a flag.
+fn unlock(file: impl AsFd) -> bool {
+    let locked = IFlags::IMMUTABLE | IFlags::APPEND;
+    ioctl_getflags(&file).is_ok_and(|flags| {
+        flags.intersects(locked) && ioctl_setflags(&file, flags.difference(locked)).is_ok()
+    })
 }
 
 fn moved_name(number: u64) -> String {
@@ -151,6 +199,49 @@ fn is_directory(parent: BorrowedFd<'_>, name: &[u8], kind: FileType) -> Result<b
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn immutable_and_append_only_files_are_removed() -> Result<(), Box<dyn std::error::Error>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: setting the flags of a file needs root");
+            return Ok(());
+        }
+        let root = std::env::temp_dir().join(format!("rrun-immutable-{}", std::process::id()));
+        // The innermost directory is moved to the top before it is removed.
+        let deep = root.join("a/".repeat(MAX_DEPTH + 1));
+        std::fs::create_dir_all(&deep)?;
+        std::fs::write(root.join("file"), "")?;
+        std::fs::write(deep.join("file"), "")?;
+        let parent = deep.parent().ok_or("the path has no parent")?;
+        let locked = [
+            (root.join("file"), IFlags::APPEND),
+            (deep.join("file"), IFlags::IMMUTABLE),
+            (deep.clone(), IFlags::APPEND),
+            (parent.to_owned(), IFlags::IMMUTABLE),
+            (root.join("a"), IFlags::IMMUTABLE),
+            (root.clone(), IFlags::APPEND),
+        ];
+        for (path, flag) in &locked {
+            let file = std::fs::File::open(path)?;
+            let flags = ioctl_getflags(&file)?;
+            match ioctl_setflags(&file, flags | *flag) {
+                Err(Errno::OPNOTSUPP | Errno::NOTTY) => {
+                    eprintln!("skipped: the file system has no such flags");
+                    return Ok(remove_path(&root)?);
+                }
+                set => set?,
+            }
+        }
+        remove_path(&root)?;
+        assert!(!root.exists());
+        // The removal of a single file clears its flags, too.
+        std::fs::write(&root, "")?;
+        let file = std::fs::File::open(&root)?;
+        ioctl_setflags(&file, ioctl_getflags(&file)? | IFlags::IMMUTABLE)?;
+        remove_path(&root)?;
+        assert!(!root.exists());
+        Ok(())
+    }
 
     #[test]
     fn a_tree_far_deeper_than_path_max_is_removed() -> Result<(), Box<dyn std::error::Error>> {
