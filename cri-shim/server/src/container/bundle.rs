@@ -179,9 +179,17 @@ fn prepare_mounts(
     propagation::check(&all)?;
     let images = &inputs.image_volumes;
     let users = ids.users.as_ref();
-    image_volume::mount(inputs.node, inputs.dir, images, users, label, &mut all)?;
     // The work ends early when the pod is stopped. A removal of the pod waits for this work.
     let go_on = || must_be_ready(inputs.sandbox);
+    image_volume::mount(
+        inputs.node,
+        inputs.dir,
+        images,
+        users,
+        label,
+        &mut all,
+        go_on,
+    )?;
     let settings = &inputs.node.config.image;
     let volumes = Volumes {
         declared: &inputs.image.config.volumes,

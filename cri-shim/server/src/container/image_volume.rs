@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
+use futures_util::future::try_join_all;
 use rrun_proto::v1::Mount;
 use rustix::mount::OpenTreeFlags;
 
@@ -78,7 +79,8 @@ pub(crate) fn check(mount: &Mount) -> Result<()> {
 }
 
 /// Finds the images that the mounts request, acquires leases on their layers, and sets the mounts'
-/// `image_ref`.
+/// `image_ref`. The leases are acquired in parallel, because the store then writes many leases to
+/// the disk at once.
 pub(crate) async fn lease(
     node: &Node,
     container: &str,
@@ -101,24 +103,24 @@ pub(crate) async fn lease(
         })?;
         requested.image_ref = image.repo_digests.first().unwrap_or(&image.id).clone();
         let owner = owner(container, number);
-        let leased = node.images.lease(&owner, &image.id);
-        let lower = slow(
-            format!("acquire a lease on the image {name} for a mount"),
-            leased,
-        )
-        .await?;
-        found.push(ResolvedImage {
-            number,
-            lower,
-            sub_path: PathBuf::from(&mount.image_sub_path),
+        let sub_path = PathBuf::from(&mount.image_sub_path);
+        found.push(async move {
+            let what = format!("acquire a lease on the image {name} for a mount");
+            let lower = slow(what, node.images.lease(&owner, &image.id)).await?;
+            Ok::<_, Error>(ResolvedImage {
+                number,
+                lower,
+                sub_path,
+            })
         });
     }
-    Ok(found)
+    try_join_all(found).await
 }
 
 /// Mounts the images in the bundle, and changes each requested image volume into a bind mount of
 /// its mounted image. `users` is the pod's user namespace, and `label` is the SELinux label of the
-/// images' files. This call blocks.
+/// images' files. Calls `go_on` before each mount; an error from `go_on` ends the work. This call
+/// blocks.
 pub(crate) fn mount(
     node: &Node,
     bundle: &Path,
@@ -126,8 +128,10 @@ pub(crate) fn mount(
     users: Option<&idmap::Users>,
     label: Option<&Label>,
     mounts: &mut [Mount],
+    go_on: impl Fn() -> Result<()>,
 ) -> Result<()> {
     for image in found {
+        go_on()?;
         let Some(mount) = mounts.get_mut(image.number) else {
             continue;
         };

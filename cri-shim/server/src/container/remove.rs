@@ -5,6 +5,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use rrun_proto::v1::ContainerEventType;
 use tokio::process::Command;
 
@@ -47,10 +48,12 @@ pub(crate) async fn unmake(node: &Arc<Node>, container: &Arc<Container>) -> Resu
 async fn release(node: &Node, container: &Container) -> Result<()> {
     let name = container.name();
     let images = image_volume::owners(&container.id, &container.config.mounts);
-    for owner in std::iter::once(container.id.clone()).chain(images) {
-        let released = node.images.release(&owner);
-        slow(format!("{name}: release a lease on an image"), released).await?;
-    }
+    let owners = std::iter::once(container.id.clone()).chain(images);
+    // The leases are released in parallel, because the store then writes all changes to the disk at
+    // once.
+    let released = owners.map(async |owner| node.images.release(&owner).await);
+    let released = try_join_all(released);
+    slow(format!("{name}: release the leases on images"), released).await?;
     Ok(())
 }
 

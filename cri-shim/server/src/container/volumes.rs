@@ -24,6 +24,11 @@ use rrun_kernel::errno::describe;
 /// The maximum number of volumes that an image can declare.
 const MAX_VOLUMES: usize = 1000;
 
+/// The maximum number of components of the paths of all volumes that an image declares. The runtime
+/// creates a directory for each component that does not exist. Without this limit, a small image
+/// could request a million directories.
+const MAX_COMPONENTS: usize = 10_000;
+
 /// The volumes that a container's image declares, and the inputs for their creation.
 pub(crate) struct Volumes<'a> {
     pub declared: &'a [String],
@@ -94,6 +99,16 @@ impl Volumes<'_> {
             return Err(Error::new(
                 Code::ResourceExhausted,
                 format!("the image declares more than the limit of {MAX_VOLUMES} volumes"),
+            ));
+        }
+        let paths = places.iter();
+        let components: usize = paths.map(|(_, place)| place.iter().skip(1).count()).sum();
+        if components > MAX_COMPONENTS {
+            return Err(Error::new(
+                Code::ResourceExhausted,
+                format!(
+                    "the paths of the image's volumes have {components} components, and the limit is {MAX_COMPONENTS}"
+                ),
             ));
         }
         Ok(places)
@@ -347,6 +362,22 @@ mod tests {
         std::fs::remove_dir_all(place.volume(""))?;
         let error = place.make(&many, UNLIMITED, || Ok(())).err();
         assert!(error.is_some_and(|error| error.sentence().contains("1000 volumes")));
+        Ok(())
+    }
+
+    #[test]
+    fn volumes_with_too_long_paths_are_refused() -> Outcome {
+        let place = Place::new("deep")?;
+        let paths: Vec<String> = (0..101)
+            .map(|number| format!("/{number}{}", "/d".repeat(99)))
+            .collect();
+        let mut paths: Vec<&str> = paths.iter().map(String::as_str).collect();
+        let error = place.make(&paths, UNLIMITED, || Ok(())).err();
+        let error = error.ok_or("the volumes were created")?;
+        assert!(error.sentence().contains("10100 components"), "{error}");
+        assert!(!place.volume("").exists());
+        paths.pop();
+        assert_eq!(place.make(&paths, UNLIMITED, || Ok(()))?.len(), 100);
         Ok(())
     }
 
