@@ -47,10 +47,14 @@ impl Drop for NeverReturn {
     }
 }
 
-/// Kills a child and waits for its exit status, so that the child does not remain as a zombie.
+/// Kills a child and waits for its exit status, so that the child does not remain as a zombie. If
+/// the kernel twice refuses to send the signal, this function returns without waiting, because the
+/// child may never exit.
 pub(crate) fn kill_and_reap(pidfd: &OwnedFd) {
-    let _ = pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
-    reap(pidfd);
+    let kill = || pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
+    if kill().or_else(|_| kill()).is_ok() {
+        reap(pidfd);
+    }
 }
 
 /// Waits until a child has exited, and discards its exit status.

@@ -40,7 +40,6 @@ pub(crate) const TESTS: &[Test] = &[
     test!(create_with_a_seccomp_agent_reports_each_error, Need::Rrun),
     test!(
         create_by_systemd_reports_each_error,
-        Need::Long,
         Need::Systemd,
         Need::Rrun
     ),
