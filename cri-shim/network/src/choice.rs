@@ -121,6 +121,12 @@ impl PodNetwork {
         self.cni.has(pod)
     }
 
+    /// Frees the host ports of the embedded network's pods that are not in `live`. After its start,
+    /// the server must call this function before it detaches a pod.
+    pub fn free_ports_except(&self, live: &HashSet<String>) {
+        self.embedded.free_ports_except(live);
+    }
+
     /// Removes the networks of deleted pods. The server must call this function after its start and
     /// before the first attach. `live` contains the ids of the pods that still exist.
     pub async fn reconcile(&self, live: &HashSet<String>) -> Result<()> {

@@ -169,19 +169,21 @@ impl EmbeddedNetwork {
         self.teardown.settled().await;
     }
 
+    /// Frees the host ports of pods from an earlier server process, except the pods in `live`. The
+    /// server must call this function before it detaches such a pod. The ports are freed only in
+    /// memory, and [`EmbeddedNetwork::reconcile`] closes them when it replaces the nftables rules.
+    pub fn free_ports_except(&self, live: &HashSet<String>) {
+        self.state.free_ports_except(live);
+    }
+
     /// Removes the interfaces and addresses of pods that are not in `live_pods`. Removes only
     /// objects that rrun created. The interfaces and addresses of pods that were attached after
     /// [`EmbeddedNetwork::open`] are kept. The server must call `reconcile` after its start and
     /// before the first attach. During an attach, the pod is not recorded yet, and `reconcile`
     /// could remove the pod's new interface.
     pub async fn reconcile(&self, live_pods: &HashSet<String>) -> Result<(), NetworkError> {
+        self.free_ports_except(live_pods);
         let dead = self.state.take_inherited_except(live_pods);
-        for pod in &dead {
-            // `free_ports` frees the ports only in memory. The map elements of the ports are not
-            // deleted, because another pod may already have reserved the same ports. `renew` below
-            // replaces the whole nftables table.
-            self.state.free_ports(pod);
-        }
         let mut detached = Ok(());
         for pod in dead {
             detached = detached.and(self.detach(&pod, None).await);

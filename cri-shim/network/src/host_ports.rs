@@ -303,6 +303,17 @@ impl PortReservations {
         }
     }
 
+    /// Frees the host ports of dead pods. In the store, a dead pod can have the same host port as a
+    /// live pod. The live pod then becomes the port's owner.
+    pub(crate) fn free_dead<'a>(&mut self, dead: impl Iterator<Item = &'a String>) {
+        dead.for_each(|pod| self.free(pod));
+        for (pod, reserved) in &self.by_pod {
+            for port in &reserved.reservation.ports {
+                self.owners.insert(port, pod.clone());
+            }
+        }
+    }
+
     /// Returns whether the kernel forwards a host port at 127.0.0.1 to a pod.
     pub(crate) fn is_any_on_loopback4(&self) -> bool {
         self.on_loopback4 > 0

@@ -39,8 +39,6 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
         let change = rrun_store::Change::delete(Table::CONTAINERS, &id);
         node.store.commit(vec![change]).await?;
     }
-    remove_orphans(node).await?;
-    node.trash.empty_soon();
     let mut live = HashSet::new();
     for sandbox in node.sandboxes() {
         if sandbox.state().ready {
@@ -48,6 +46,9 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
             live.insert(sandbox.id.clone());
         }
     }
+    node.network.free_ports_except(&live);
+    remove_orphans(node).await?;
+    node.trash.empty_soon();
     let network = node.network.reconcile(&live).await;
     if let Err(error) = network {
         log::error!("reconcile the pods' networks with the store: {error}");

@@ -145,6 +145,14 @@ impl EmbeddedState {
         self.locks.is_awaited(pod)
     }
 
+    /// Frees the host ports of the pods in `inherited` that are not in `live`, only in memory. An
+    /// earlier server process may have given a dead pod's host ports to another pod, and died before
+    /// it deleted the dead pod's entries from the store. Then both pods have the same host ports.
+    pub(super) fn free_ports_except(&self, live: &HashSet<String>) {
+        let inherited = lock(&self.inherited);
+        lock(&self.ports).free_dead(inherited.difference(live));
+    }
+
     /// Returns the ids in `inherited` that are not in `live`, and removes all ids from `inherited`.
     pub(super) fn take_inherited_except(&self, live: &HashSet<String>) -> Vec<String> {
         lock(&self.inherited)

@@ -8,9 +8,12 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
-use rrun_network::{EmbeddedNetwork, NetworkConfig, namespace};
+use rrun_network::{EmbeddedNetwork, HostPort, NetworkConfig, Protocol, namespace};
+use rrun_store::{Change, Table};
+use serde_json::{Value, json};
 
-use crate::node::{Node, TRAFFIC_TIMEOUT, open_store};
+use crate::expect;
+use crate::node::{Node, TRAFFIC_TIMEOUT, open_store, program};
 
 /// The environment variable that passes the path of the node's directory to the child process.
 const CHILD: &str = "RRUN_NETWORK_TEST_CHILD";
@@ -120,4 +123,66 @@ fn crash(node: &Node, wait: impl FnOnce() -> Result<(), Failed>) -> Result<usize
     }
     node.nothing_of_pods_is_left()?;
     Ok(left)
+}
+
+/// If the server dies soon after it gave a removed pod's host port to another pod, the store
+/// contains the host port twice. This test creates such a store. The names of the two removed pods
+/// are before and after the name of the other pod, because the store has this order.
+pub(crate) fn a_host_port_that_the_store_contains_twice_belongs_to_the_live_pod(
+    node: &Node,
+) -> Result<(), Failed> {
+    let port = || {
+        vec![HostPort {
+            protocol: Protocol::Tcp,
+            address: None,
+            host: 8080,
+            container: 80,
+        }]
+    };
+    let network = node.network()?;
+    namespace::create(&node.netns("pod"))?;
+    node.wait(network.reserve("pod", "pod", port(), true))?;
+    node.wait(network.attach("pod", &node.netns("pod")))?;
+    drop(network);
+    let add_dead_pods = || -> Result<(), Failed> {
+        let store = node.store()?;
+        let entries: Vec<(String, Value)> = store.load(Table::ADDRESSES)?;
+        let found = entries.iter().find(|(key, _)| key == "ports/pod");
+        let (_, ports) = found.ok_or("the store lacks the host ports")?;
+        let mut changes = Vec::new();
+        for (dead, address) in [("dead", "10.88.0.200"), ("removed", "10.88.0.201")] {
+            let mut ports = ports.clone();
+            ports["pod"] = json!(dead);
+            changes.push(Change::put(
+                Table::ADDRESSES,
+                address,
+                &json!({ "pod": dead }),
+            )?);
+            changes.push(Change::put(
+                Table::ADDRESSES,
+                &format!("ports/{dead}"),
+                &ports,
+            )?);
+        }
+        Ok(node.wait(store.commit(changes))?)
+    };
+    add_dead_pods()?;
+    let network = node.network()?;
+    let live = HashSet::from(["pod".to_owned()]);
+    network.free_ports_except(&live);
+    node.wait(network.detach("dead", None))?;
+    node.wait(network.reconcile(&live))?;
+    let map = program("nft", &["list", "map", "inet", "rrun0", "host_ports4"])?;
+    expect(map.matches(". 8080 : 10.88.0.2 ").count() == 1, &map)?;
+    let second = node.wait(network.reserve("other", "other", port(), true));
+    expect(second.is_err(), "two pods have the same host port")?;
+    drop(network);
+    add_dead_pods()?;
+    let network = node.network()?;
+    network.free_ports_except(&HashSet::new());
+    node.wait(network.detach("removed", None))?;
+    node.remove(&network, "pod")?;
+    node.wait(network.reconcile(&HashSet::new()))?;
+    drop(network);
+    node.nothing_of_pods_is_left()
 }

@@ -145,6 +145,10 @@ const TESTS_WITH_NFT: &[(&str, Test)] = &[
         many_ports::thousands_of_host_ports_survive_a_restart_and_a_flush,
     ),
     (
+        "a_host_port_that_the_store_contains_twice_belongs_to_the_live_pod",
+        crash::a_host_port_that_the_store_contains_twice_belongs_to_the_live_pod,
+    ),
+    (
         "host_ports_do_not_need_a_large_send_buffer",
         many_ports::host_ports_do_not_need_a_large_send_buffer,
     ),
