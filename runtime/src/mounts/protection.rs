@@ -17,7 +17,7 @@ use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 /// Hides the paths of `linux.maskedPaths`. A directory is covered with an empty directory, and any
 /// other file with /dev/null. A path that does not exist is skipped.
 pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
-    let mut empty: Option<OwnedFd> = None;
+    let (mut empty, mut null): (Option<OwnedFd>, Option<OwnedFd>) = (None, None);
     for path in distinct(paths) {
         let doing = || format!("mask {} (linux.maskedPaths)", path.display());
         let target = match rootfs.open_to_protect(&path) {
@@ -25,29 +25,34 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
             result => result.doing(doing)?,
         };
         let stat = rustix::fs::fstat(&target).doing(doing)?;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
-            // The same empty tmpfs covers all masked directories. The kernel can copy a mount only
-            // after the mount is attached. So rrun attaches the tmpfs to the first directory, and
-            // attaches copies of this mount to the other directories.
-            let cover = match &empty {
-                Some(attached) => clone_descriptor(attached, false),
-                None => empty_tmpfs(label),
-            }
-            .doing(doing)?;
-            move_mount(&cover, &target).doing(doing)?;
-            empty.get_or_insert(cover);
-        } else {
-            // rrun must cover the masked file with the host's /dev/null. The container's /dev/null
-            // could be a link to another file (CVE-2025-31133).
-            let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
-            let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
-            if stat.st_rdev != rustix::fs::makedev(1, 3) {
-                refuse!("{}: the host's /dev/null is not the null device", doing());
-            }
-            move_mount(&null, &target).doing(doing)?;
-        }
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        let attached = if is_directory { &mut empty } else { &mut null };
+        // The same empty tmpfs covers all masked directories, and the same mount of /dev/null covers
+        // all other masked files. The kernel can copy a mount only after the mount is attached. So
+        // rrun attaches the mount to the first path, and attaches copies to the other paths.
+        let cover = match attached {
+            Some(attached) => clone_descriptor(attached, false).doing(doing)?,
+            None if is_directory => empty_tmpfs(label).doing(doing)?,
+            None => null_device(doing)?,
+        };
+        move_mount(&cover, &target).doing(doing)?;
+        attached.get_or_insert(cover);
     }
     Ok(())
+}
+
+/// Returns a mount of the host's /dev/null. rrun must use the host's /dev/null, because the
+/// container's /dev/null could be a link to another file (CVE-2025-31133). The mount is read-only,
+/// because otherwise root in the container could change the owner and the mode of the host's
+/// /dev/null. A read-only mount does not prevent writing to a device.
+fn null_device(doing: impl Fn() -> String + Copy) -> Result<OwnedFd> {
+    let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
+    let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
+    if stat.st_rdev != rustix::fs::makedev(1, 3) {
+        refuse!("{}: the host's /dev/null is not the null device", doing());
+    }
+    mount_setattr(null.as_fd(), false, &MountAttr::READ_ONLY).doing(doing)?;
+    Ok(null)
 }
 
 /// Makes the paths of `linux.readonlyPaths` read-only, with all mounts below them.

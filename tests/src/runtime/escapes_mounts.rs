@@ -3,7 +3,8 @@
 //! changes, and checks that the attack fails.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::io::ErrorKind;
+use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -30,6 +31,7 @@ pub(crate) const TESTS: &[Test] = &[
     test!(cve_2024_45310_the_runtime_creates_nothing_on_the_host),
     test!(cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys),
     test!(a_masked_directory_has_no_room_for_files, Need::Rrun),
+    test!(a_masked_file_does_not_expose_the_hosts_null_device),
     test!(
         a_mount_must_not_replace_the_root_directory_through_a_link,
         Need::Rrun
@@ -334,6 +336,36 @@ fn a_masked_directory_has_no_room_for_files() -> Result {
             "the file system at the masked {directory} has room for files: {mount}"
         );
     }
+    Ok(())
+}
+
+/// A container with the user id 0 owns the host's /dev/null. If a mount of /dev/null were writable,
+/// chmod(2) in the container would change the mode of /dev/null for the whole host.
+fn a_masked_file_does_not_expose_the_hosts_null_device() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "1000"])?;
+    let files = ["/data/one", "/data/two"];
+    for file in files {
+        fs::write(bundle.rootfs().join(&file[1..]), "secret")?;
+    }
+    bundle.set("/linux/maskedPaths", json!(files));
+    bundle.start()?;
+    let host = fs::metadata("/dev/null")?;
+    for file in files {
+        let path = format!("/proc/{}/root{file}", bundle.pid()?);
+        let masked = fs::metadata(&path)?;
+        if (masked.dev(), masked.ino()) != (host.dev(), host.ino()) {
+            continue;
+        }
+        let changed = fs::set_permissions(&path, host.permissions());
+        let error = changed.map_err(|error| error.kind()).err();
+        ensure_eq!(
+            error,
+            Some(ErrorKind::ReadOnlyFilesystem),
+            "the error of chmod(2) on the masked {file}, which is the host's /dev/null"
+        );
+        fs::write(&path, "ignored")?;
+    }
+    bundle.end()?;
     Ok(())
 }
 
