@@ -144,7 +144,7 @@ impl Mount {
             target
         };
         if inherits && self.options.tmpcopyup {
-            tmpcopyup::copy(&target, &mount)?;
+            tmpcopyup::copy(&target, &mount, |option| self.has_data(option))?;
         } else if inherits {
             tmpcopyup::copy_mode(&target, &mount)?;
         }

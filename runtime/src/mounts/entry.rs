@@ -147,8 +147,12 @@ impl Mount {
     /// mount covers. As with runc, a tmpfs with the option `tmpcopyup` inherits the contents, and a
     /// tmpfs without the option `mode` inherits the mode.
     pub(super) fn inherits_from_target(&self) -> bool {
-        let has_mode = || self.options.data.iter().any(|(key, _)| key == "mode");
-        self.typ == "tmpfs" && !self.is_bind() && (self.options.tmpcopyup || !has_mode())
+        self.typ == "tmpfs" && !self.is_bind() && (self.options.tmpcopyup || !self.has_data("mode"))
+    }
+
+    /// Returns whether the mount has an option `key` of its file system.
+    pub(super) fn has_data(&self, key: &str) -> bool {
+        self.options.data.iter().any(|(name, _)| name == key)
     }
 
     /// Returns whether rrun might need to create mount points inside this mount. Like runc, rrun

@@ -25,9 +25,10 @@ const DIRECTORY: OFlags = OFlags::RDONLY
     .union(OFlags::NOFOLLOW)
     .union(OFlags::CLOEXEC);
 
-/// Copies the contents, owner and mode of the directory `from` to the directory `to`. Both
-/// directories can be O_PATH descriptors.
-pub(crate) fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
+/// Copies the contents, owner and mode of the directory `from` to the root directory `to` of a
+/// tmpfs. Both directories can be O_PATH descriptors. `is_set` returns true for the options `uid`,
+/// `gid` and `mode` with which the tmpfs was mounted, and which this function must not change.
+pub(crate) fn copy(from: impl AsFd, to: impl AsFd, is_set: impl Fn(&str) -> bool) -> Result<()> {
     let open = |fd: &dyn AsFd| {
         rustix::fs::openat(fd, ".", DIRECTORY, Mode::empty()).doing(|| "open the directory")
     };
@@ -35,7 +36,13 @@ pub(crate) fn copy(from: impl AsFd, to: impl AsFd) -> Result<()> {
     let stat = rustix::fs::fstat(&from).doing(|| "stat the directory")?;
     let to = open(&to)?;
     copy_below(&Procfs::open()?, &from, &to, DEPTH_MAX)?;
-    copy_owner_and_mode(&to, &stat)
+    let uid = (!is_set("uid")).then(|| Uid::from_raw(stat.st_uid));
+    let gid = (!is_set("gid")).then(|| Gid::from_raw(stat.st_gid));
+    copy_owner(&to, uid, gid)?;
+    if is_set("mode") {
+        return Ok(());
+    }
+    rustix::fs::fchmod(&to, mode(&stat)).doing(|| "set the tmpfs's mode")
 }
 
 /// Copies the mode of the mount point `from` to the root directory of the tmpfs `to`.
@@ -53,13 +60,17 @@ fn mode(stat: &Stat) -> Mode {
 /// kernel clears the set-uid and set-gid bits of a file when the owner changes.
 fn copy_owner_and_mode(to: &OwnedFd, stat: &Stat) -> Result<()> {
     let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    match rustix::fs::fchown(to, Some(owner.0), Some(owner.1)) {
+    copy_owner(to, Some(owner.0), Some(owner.1))?;
+    rustix::fs::fchmod(to, mode(stat)).doing(|| "set a mode")
+}
+
+fn copy_owner(to: &OwnedFd, uid: Option<Uid>, gid: Option<Gid>) -> Result<()> {
+    match rustix::fs::fchown(to, uid, gid) {
         // EINVAL means that the container's user namespace does not map this owner. rrun then
         // leaves the owner of `to` unchanged.
-        Ok(()) | Err(Errno::INVAL) => {}
-        result => result.doing(|| "set an owner")?,
+        Ok(()) | Err(Errno::INVAL) => Ok(()),
+        result => result.doing(|| "set an owner"),
     }
-    rustix::fs::fchmod(to, mode(stat)).doing(|| "set a mode")
 }
 
 fn copy_below(procfs: &Procfs, from: &OwnedFd, to: &OwnedFd, depth: usize) -> Result<()> {

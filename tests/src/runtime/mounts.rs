@@ -314,9 +314,17 @@ fn a_tmpfs_with_tmpcopyup_contains_a_copy_of_the_covered_files() -> Result {
         .args(&["write", "/data/new", "x"])
         .call(&["run"])?
         .exits(1)?;
+    let last = bundle.config["mounts"].as_array().map_or(0, Vec::len) - 1;
+    let set = json!(["tmpcopyup", "uid=3", "gid=5", "mode=750"]);
+    bundle.set(&format!("/mounts/{last}/options"), set);
+    let stat = bundle.args(&["stat", "/data"]).run()?.json()?;
+    ensure_eq!(
+        json!([stat["uid"], stat["gid"], stat["mode"]]),
+        json!([3, 5, "750"]),
+        "the owner, the group and the mode of the tmpfs, which the options set"
+    );
     // Without the option `tmpcopyup`, the tmpfs is empty, but still has the mode of the covered
     // directory.
-    let last = bundle.config["mounts"].as_array().map_or(0, Vec::len) - 1;
     bundle.set(&format!("/mounts/{last}/options"), json!([]));
     ensure_eq!(
         bundle.args(&["ls", "/data"]).run()?.stdout,
