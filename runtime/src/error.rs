@@ -89,6 +89,16 @@ impl Reason for std::io::Error {
     }
 }
 
+/// The text of the crate's error names the failed step, but not the errno.
+impl Reason for pathrs::error::Error {
+    fn reason(&self) -> String {
+        match self.kind() {
+            pathrs::error::ErrorKind::OsError(Some(errno)) => errno::text(errno),
+            _ => self.to_string(),
+        }
+    }
+}
+
 impl Reason for Unfit {
     fn reason(&self) -> String {
         self.to_string()

@@ -249,12 +249,7 @@ impl Rootfs {
         pathrs::RootRef::from_fd(self.fd.as_fd())
             .mkdir_all(&path, &std::fs::Permissions::from_mode(0o755))
             .map(OwnedFd::from)
-            .map_err(|error| {
-                Error::new(format!(
-                    "make directory {} in the container: {error}",
-                    path.display()
-                ))
-            })
+            .doing(|| format!("make directory {} in the container", path.display()))
     }
 
     /// Creates a directory and its missing parents, one path component after the other. rrun opens

@@ -35,6 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
     test!(commands_that_a_stopped_container_does_not_support_are_refused),
     test!(commands_that_a_running_container_does_not_support_are_refused),
     test!(a_container_can_not_use_the_cgroup_of_another_container),
+    test!(a_directory_that_can_not_be_created_is_reported),
 ];
 
 /// Returns `words` if the runtime under test is rrun. For another runtime, returns an empty list.
@@ -419,4 +420,23 @@ fn a_container_can_not_use_the_cgroup_of_another_container() -> Result {
     first.exec(&[], &["exit", "0"]).ok()?;
     first.end()?;
     Ok(())
+}
+
+/// The root directory belongs to the host's root, who is not a user of the user namespace.
+fn a_directory_that_can_not_be_created_is_reported() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
+    bundle
+        .add("/linux/namespaces", json!({ "type": "user" }))
+        .set("/linux/uidMappings", map.clone())
+        .set("/linux/gidMappings", map)
+        .add(
+            "/mounts",
+            json!({ "destination": "/new/directory", "type": "tmpfs", "source": "tmpfs" }),
+        )
+        .write_config()?;
+    refused(
+        &bundle,
+        ours(&["/new/directory", "Permission denied (EACCES)"]),
+    )
 }
