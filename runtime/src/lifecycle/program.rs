@@ -13,7 +13,7 @@ use crate::log;
 use crate::process::descriptors::Descriptors;
 use crate::process::lsm::OpenLabels;
 use crate::process::terminal::Terminal;
-use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed};
+use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed, null_device};
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::syscalls::{self, Execution};
 
@@ -40,6 +40,7 @@ pub(crate) fn apply_process(
     // process. This process never returns to that code ([`crate::sys::child::NeverReturn`]).
     unsafe { descriptors.close_all_but(kept) }?;
     environment::complete(&mut process.env, process.uid, descriptors.listen);
+    null_device::replace_host_device()?;
     process.apply_inherited()?;
     process.chown_stdio();
     rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));

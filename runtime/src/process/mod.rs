@@ -6,6 +6,7 @@ pub(crate) mod descriptors;
 pub(crate) mod environment;
 pub(crate) mod lsm;
 pub(crate) mod memory_policy;
+pub(crate) mod null_device;
 pub(crate) mod personality;
 pub(crate) mod scheduling;
 pub(crate) mod terminal;

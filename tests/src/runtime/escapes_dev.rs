@@ -3,9 +3,10 @@
 //! attack fails.
 
 use std::fs;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{MetadataExt as _, symlink};
 use std::path::{Path, PathBuf};
 
+use nix::libc;
 use nix::sys::stat::{Mode, SFlag, makedev, mknod};
 use serde_json::{Value, json};
 
@@ -47,6 +48,7 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(a_volume_must_not_replace_dev_through_a_link, Need::Rrun),
     test!(the_runtime_does_not_change_the_hosts_dev, Need::Rrun),
+    test!(a_standard_stream_is_not_the_hosts_null_device, Need::Rrun),
 ];
 
 /// Creates a volume for /dev with the usual device nodes. Each test adds the attacker's files to
@@ -558,5 +560,39 @@ fn the_runtime_does_not_change_the_hosts_dev() -> Result {
         "the number of the device /dev/null"
     );
     ensure_eq!(names()?, before, "the files in the host's /dev");
+    Ok(())
+}
+
+/// The caller's standard input is the host's /dev/null. In a container without a user namespace, the
+/// program is the owner of this file, and could change its mode with fchmod(2).
+fn a_standard_stream_is_not_the_hosts_null_device() -> Result {
+    let changed = || fs::metadata("/dev/null").map(|file| (file.ctime(), file.ctime_nsec()));
+    let before = changed()?;
+    let change = ["call", &libc::SYS_fchmod.to_string(), "0", "438"];
+    let mut bundle = Bundle::new(&change)?;
+    ensure_eq!(
+        bundle.run()?.text(),
+        "0",
+        "the result of fchmod(2) in `run`"
+    );
+    bundle.args(&["sleep", "1000"]).start()?;
+    let null = PathBuf::from(format!("/proc/{}/root/dev/null", bundle.pid()?));
+    bundle.exec(&[], &change).ok()?;
+    // `exec` cannot trust the container's /dev/null.
+    fs::remove_file(&null)?;
+    bundle.exec(&[], &change).ok()?;
+    fs::write(&null, "no device")?;
+    bundle.exec(&[], &change).ok()?;
+    fs::remove_file(&null)?;
+    symlink("zero", &null)?;
+    bundle.exec(&[], &change).ok()?;
+    let read = bundle.exec(&[], &["cat"]).ok()?;
+    ensure_eq!(read.stdout, "", "the data in the standard input");
+    bundle.end()?;
+    ensure_eq!(
+        changed()?,
+        before,
+        "the time of the last change of the host's /dev/null"
+    );
     Ok(())
 }

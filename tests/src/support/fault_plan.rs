@@ -116,6 +116,9 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
         ("ioctl", _) if second == FIONBIO => Some("an open descriptor accepts this request"),
         ("rmdir" | "unlink" | "unlinkat", ENOENT) => Some("another process has removed the file"),
         ("open" | "openat", ENOENT) if object == "/proc" => Some("the container has no /proc"),
+        ("open" | "openat", ENOENT) if object == "/dev/null" => {
+            Some("the container has no /dev/null")
+        }
         ("open" | "openat", ENOENT) if object.contains("/state/e2e-") => {
             Some("another process has removed the container")
         }
