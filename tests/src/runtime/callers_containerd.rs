@@ -6,17 +6,13 @@ use std::time::Duration;
 
 use crate::support::bundle::runtime_program;
 use crate::support::caller::{ARCHIVE, Caller, IMAGE, IMAGE_NAME, Leftovers};
+use crate::support::containerd::{self, CONTAINERD, CTR};
 use crate::support::critest::{CRITEST, CRITEST_TIMEOUT};
 use crate::support::leak_check::PEERS;
-use crate::support::machine::{
-    Directory, Result, Run, Running, command, deadline, program_path, wait_for,
-};
+use crate::support::machine::{Directory, Result, Run, command, deadline, program_path, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{CRICTL, IMAGES, REGISTRY};
 use crate::{ensure, ensure_eq, test};
-
-const CTR: Need = Need::Program("ctr");
-const CONTAINERD: Need = Need::Program("containerd");
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
@@ -65,52 +61,19 @@ const CRI_TESTS: &[&str] = &[
     "cri::containers::stop_waits_for_the_grace_period_and_then_kills_the_container",
 ];
 
+/// A containerd that runs containers with the runtime under test.
 struct Containerd {
-    server: Option<Running>,
-    _leftovers: Leftovers,
-    directory: Directory,
+    server: containerd::Containerd,
     runtime: PathBuf,
 }
-
-/// The paths that containerd uses outside its own directory. Shims create their sockets at fixed
-/// paths, and containers in containerd's namespace `default` have cgroups below the cgroup
-/// `default`.
-const SHARED: &[&str] = &[
-    "/run/containerd",
-    "/var/lib/containerd",
-    "/sys/fs/cgroup/default",
-];
 
 impl Containerd {
     fn start() -> Result<Containerd> {
         let runtime =
             program_path(&runtime_program()).ok_or("the runtime under test is not in PATH")?;
-        let directory = Directory::new("containerd")?;
-        let at = |name: &str| directory.join(name).display().to_string();
-        std::fs::write(
-            directory.join("config.toml"),
-            format!(
-                "version = 3\nroot = \"{}\"\nstate = \"{}\"\ndisabled_plugins = [\"io.containerd.cri.v1.images\", \
-                 \"io.containerd.cri.v1.runtime\", \"io.containerd.grpc.v1.cri\"]\n[grpc]\naddress = \"{}\"\n",
-                at("root"),
-                at("state"),
-                at("socket"),
-            ),
-        )?;
-        let leftovers = Leftovers::of(directory.path(), SHARED);
-        let server = command("containerd", ["--config", &at("config.toml")]).start()?;
-        let containerd = Containerd {
-            server: Some(server),
-            _leftovers: leftovers,
-            directory,
-            runtime,
-        };
-        wait_for("containerd to respond to `ctr version`", || {
-            let output = containerd.call(&["version"]).end()?;
-            Ok((output.code == 0).then_some(()))
-        })?;
-        containerd.call(&["image", "import", ARCHIVE]).ok()?;
-        Ok(containerd)
+        let server = containerd::Containerd::start()?;
+        server.ctr(&["image", "import", ARCHIVE]).ok()?;
+        Ok(Containerd { server, runtime })
     }
 
     fn start_container(&self, options: &[&str], id: &str, program: &[&str]) -> Run {
@@ -141,21 +104,11 @@ impl Containerd {
 
 impl Caller for Containerd {
     fn program(&self) -> Vec<String> {
-        let socket = self.directory.join("socket").display().to_string();
-        vec!["ctr".to_owned(), "--address".to_owned(), socket]
+        self.server.client()
     }
 
     fn run(&self, options: &[&str], program: &[&str]) -> Run {
         self.start_container(&[&["--rm"], options].concat(), "running", program)
-    }
-}
-
-impl Drop for Containerd {
-    fn drop(&mut self) {
-        if let Some(server) = self.server.take() {
-            server.signal(nix::sys::signal::Signal::SIGTERM);
-            let _ = server.end();
-        }
     }
 }
 

@@ -66,12 +66,24 @@ pub(crate) fn rounds(few: u64, many: u64) -> u64 {
 /// epoch, so the samples are different every day, but equal on the same day. The environment
 /// variable RRUN_TEST_SEED overrides the seed.
 pub(crate) fn seed_of_the_day() -> u64 {
-    let given = std::env::var("RRUN_TEST_SEED").ok();
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let today = || since.map_or(1, |since| since.as_secs() / 86400);
-    given
-        .and_then(|seed| seed.parse().ok())
-        .unwrap_or_else(today)
+    given_seed().unwrap_or_else(today)
+}
+
+/// Returns the seed of the samples with which tests compare rrun with other programs. `make test`
+/// always uses the same seed, because a new sample can show a difference that is not a mistake of
+/// rrun. `make test-full` uses the [`seed_of_the_day`]. RRUN_TEST_SEED overrides both.
+pub(crate) fn fixed_seed() -> u64 {
+    if full() {
+        seed_of_the_day()
+    } else {
+        given_seed().unwrap_or(20_786)
+    }
+}
+
+fn given_seed() -> Option<u64> {
+    std::env::var("RRUN_TEST_SEED").ok()?.parse().ok()
 }
 
 /// A random number generator: xorshift64, seeded from the clock. Failure messages contain the seed.
@@ -100,6 +112,16 @@ impl Dice {
         self.state ^= self.state >> 7;
         self.state ^= self.state << 17;
         self.state % end
+    }
+
+    /// Returns true in one of `times` calls on average.
+    pub(crate) fn one_in(&mut self, times: u64) -> bool {
+        self.below(times) == 0
+    }
+
+    /// Returns one of the elements of `all`, which must not be empty.
+    pub(crate) fn pick<T: Copy>(&mut self, all: &[T]) -> T {
+        all[self.below(all.len() as u64) as usize]
     }
 
     /// Returns at most `most` elements of `all`, which it draws at random.

@@ -30,6 +30,8 @@ pub(crate) struct Item<'a> {
     pub mtime: u64,
     pub device: (u32, u32),
     pub content: &'a [u8],
+    /// True for a header in the format of POSIX, and false for a header in GNU tar's format.
+    pub ustar: bool,
 }
 
 pub(crate) const ITEM: Item = Item {
@@ -42,6 +44,7 @@ pub(crate) const ITEM: Item = Item {
     mtime: 1_000_000_000,
     device: (0, 0),
     content: b"",
+    ustar: false,
 };
 
 impl Archive {
@@ -50,7 +53,11 @@ impl Archive {
     }
 
     pub(crate) fn item(mut self, item: &Item) -> Self {
-        let mut header = tar::Header::new_gnu();
+        let mut header = if item.ustar {
+            tar::Header::new_ustar()
+        } else {
+            tar::Header::new_gnu()
+        };
         {
             let old = header.as_old_mut();
             let name = &item.path[..item.path.len().min(100)];
@@ -67,10 +74,10 @@ impl Archive {
         if matches!(item.kind, b'3' | b'4') {
             header
                 .set_device_major(item.device.0)
-                .expect("a GNU header contains device numbers");
+                .expect("the header contains device numbers");
             header
                 .set_device_minor(item.device.1)
-                .expect("a GNU header contains device numbers");
+                .expect("the header contains device numbers");
         }
         header.set_cksum();
         self.0

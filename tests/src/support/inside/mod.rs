@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 pub(crate) mod attacker;
 mod calls32;
 mod keys;
+pub(crate) mod observation;
 mod tracer;
 pub(crate) mod traffic;
 
@@ -26,7 +27,8 @@ pub(crate) type InsideError = Box<dyn std::error::Error>;
 pub(crate) fn main(args: &[String]) -> i32 {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
-        ["report"] => report(),
+        ["report"] => report_value().and_then(|report| say(&report.to_string())),
+        ["observe"] => return observation::observe(),
         ["exit", code] => return code.parse().unwrap_or(99),
         ["echo", words @ ..] => say(&words.join(" ")),
         ["stderr", words @ ..] => {
@@ -125,8 +127,8 @@ fn links(dir: &str) -> BTreeMap<String, String> {
     all
 }
 
-/// Prints a JSON report with the settings of this process that a runtime can influence.
-fn report() -> Result<(), InsideError> {
+/// Returns the settings of this process that a runtime can influence.
+fn report_value() -> Result<Value, InsideError> {
     let status: BTreeMap<String, String> = text("/proc/self/status")
         .lines()
         .filter_map(|line| line.split_once(':'))
@@ -169,7 +171,7 @@ fn report() -> Result<(), InsideError> {
     .into_iter()
     .map(|path| (path, text(path)))
     .collect();
-    say(&json!({
+    Ok(json!({
         "pid": std::process::id(),
         "parent": nix::unistd::getppid().as_raw(),
         "session": nix::unistd::getsid(None).map(|pid| pid.as_raw()).unwrap_or(-1),
@@ -207,8 +209,7 @@ fn report() -> Result<(), InsideError> {
         "label": text("/proc/self/attr/current").trim_end_matches('\0'),
         "files": files,
         "devices": device_nodes(),
-    })
-    .to_string())
+    }))
 }
 
 /// Returns the name of each file in /dev, with its mode, its owner and its device number. A symbolic
