@@ -65,6 +65,7 @@ suites! {
         races,
         deep_cgroups,
         limits,
+        shared_limits,
         effects,
         systemd,
         callers_podman,

@@ -1,3 +1,5 @@
+use std::os::fd::OwnedFd;
+
 use crate::arguments::Arguments;
 use crate::commands::globals::{Command, Globals};
 use crate::config::hooks;
@@ -29,7 +31,9 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     };
     match state.status_from_files(&directory)? {
         Status::Created => {
-            start_socket::start(&directory, id, |report| serve_agent(&state, report))?
+            let open_process = || open_process(&state);
+            let serve_agent = |report: &Report| serve_agent(&state, report);
+            start_socket::start(&directory, id, open_process, serve_agent)?
         }
         Status::Stopped => refuse!("cannot start container {id} that has stopped"),
         Status::Running => refuse!("cannot start container {id} that is already running"),
@@ -48,6 +52,12 @@ fn start(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
+/// Returns the pidfd of the container's first process.
+fn open_process(state: &State) -> Result<OwnedFd> {
+    let process = state.open_process()?;
+    process.ok_or_else(|| Error::new("the container's first process has exited"))
+}
+
 /// Sends the listener of the container's seccomp filter to the seccomp agent, if config.json
 /// specifies a listenerPath.
 fn serve_agent(state: &State, report: &Report) -> Result<()> {
@@ -55,9 +65,7 @@ fn serve_agent(state: &State, report: &Report) -> Result<()> {
         return Ok(());
     };
     let served = listener.connect().and_then(|agent| {
-        let process = state.open_process()?;
-        let process =
-            process.ok_or_else(|| Error::new("the container's first process has exited"))?;
+        let process = open_process(state)?;
         let shown = state.oci_state_for_others(Status::Created);
         agent.serve(report, &process, state.pid, shown)
     });

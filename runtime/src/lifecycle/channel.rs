@@ -12,7 +12,9 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 use crate::error::{Context, Error, Result, refuse};
 use crate::seccomp::Report;
-use crate::sys::unix_socket::{receive_last, receive_pending, send_descriptor};
+use crate::sys::unix_socket::{
+    hand_over, receive_last, receive_pending, send_descriptor, take_over,
+};
 
 /// The maximum size of a message on the channel, in bytes.
 const MESSAGE_BYTES: usize = 16 << 10;
@@ -118,7 +120,7 @@ impl Channel {
     /// Sends the shared page to the parent. After the child has loaded its seccomp filter, it
     /// reports errors through this page. The filter can forbid the child to send messages.
     pub(crate) fn send_page(&self, page: BorrowedFd<'_>) -> Result<()> {
-        send_descriptor(self.fd.as_fd(), page, &[FILTERED])
+        hand_over(self.fd.as_fd(), page, FILTERED)
             .doing(|| "send the shared page to the parent process")
     }
 
@@ -127,7 +129,7 @@ impl Channel {
     }
 
     pub(crate) fn send_terminal(&self, master: BorrowedFd<'_>) -> Result<()> {
-        send_descriptor(self.fd.as_fd(), master, &[TERMINAL])
+        hand_over(self.fd.as_fd(), master, TERMINAL)
             .doing(|| "send the terminal to the parent process")
     }
 
@@ -160,11 +162,12 @@ impl Channel {
         }
     }
 
-    /// Receives the next message from the child.
-    pub(crate) fn receive(&self) -> Result<ChildMessage> {
+    /// Receives the next message from the child. `child` is the child's pidfd.
+    pub(crate) fn receive(&self, child: &OwnedFd) -> Result<ChildMessage> {
         let mut buffer = vec![0u8; MESSAGE_BYTES];
         let (length, descriptor) = receive_last(self.fd.as_fd(), &mut buffer)
             .doing(|| "wait for a message from the container's process")?;
+        let take = |number| take_over(self.fd.as_fd(), child.as_fd(), number);
         let message = buffer.get(..length).unwrap_or_default();
         Ok(match (message, descriptor) {
             ([], _) => ChildMessage::Closed,
@@ -173,7 +176,11 @@ impl Channel {
             ([RUN_HOOKS], _) => ChildMessage::RunHooks,
             ([READY], _) => ChildMessage::Ready,
             ([TERMINAL], Some(master)) => ChildMessage::Terminal(master),
+            ([TERMINAL, a, b, c, d], None) => ChildMessage::Terminal(take([*a, *b, *c, *d])?),
             ([FILTERED], Some(page)) => ChildMessage::Filtered(Report::new(page)),
+            ([FILTERED, a, b, c, d], None) => {
+                ChildMessage::Filtered(Report::new(take([*a, *b, *c, *d])?))
+            }
             ([FAILED, sentence @ ..], _) => {
                 ChildMessage::Failed(Error::new(String::from_utf8_lossy(sentence)))
             }

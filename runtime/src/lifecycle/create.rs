@@ -65,7 +65,7 @@ pub(crate) struct Created {
     pub(crate) state: State,
     pub(crate) pidfd: OwnedFd,
     /// The master side of the container's terminal. This field is `None` if the container has no
-    /// terminal, or if the first process sends the master side to a console socket.
+    /// terminal, or if rrun has sent the master side to a console socket.
     pub(crate) terminal: Option<OwnedFd>,
     /// The socket on which the container reports that it is ready. This field is `None` if rrun's
     /// caller specified no service manager in NOTIFY_SOCKET. It is also `None` if the container
@@ -320,7 +320,7 @@ impl<'a> Creation<'a> {
             channel,
             joins,
             host_mounts,
-            console_socket: self.request.console_socket,
+            has_console_socket: self.request.console_socket.is_some(),
             start_socket,
             no_pivot: self.request.no_pivot,
             descriptors: self.request.descriptors,
@@ -343,7 +343,8 @@ impl<'a> Creation<'a> {
             state: &mut self.state,
             dir: &self.rollback.dir,
         };
-        let served = serve_child(channel, pidfd, self.agent.take(), task);
+        let console = self.request.console_socket.take();
+        let served = serve_child(channel, pidfd, console, self.agent.take(), task);
         self.rollback.resctrl.clone_from(&self.state.resctrl);
         let terminal = served?;
         log::debug(|| {
@@ -466,7 +467,7 @@ fn clone_from_intermediate(
     // Close `to_parent` in the parent. Otherwise, receive() would not return end of file after the
     // death of the intermediate process.
     drop(to_parent);
-    let answer = from_intermediate.receive();
+    let answer = from_intermediate.receive(&pidfd);
     reap(&pidfd);
     match answer? {
         ChildMessage::Cloned(pid) => {

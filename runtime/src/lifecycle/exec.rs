@@ -49,7 +49,7 @@ pub(crate) struct ExecRequest<'a> {
 pub(crate) struct ExecProcess {
     pub(crate) pidfd: OwnedFd,
     /// The master side of the process's terminal. This field is `None` if the process has no
-    /// terminal, or if it sent the master side to a console socket.
+    /// terminal, or if rrun has sent the master side to a console socket.
     pub(crate) terminal: Option<OwnedFd>,
 }
 
@@ -85,13 +85,13 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
     drop(childs_end);
-    drop(request.console_socket.take());
+    let console = request.console_socket.take();
     let task = Task::Exec {
         state,
         process: &request.process,
         pid,
     };
-    let terminal = serve_child(&channel, &pidfd, agent, task)
+    let terminal = serve_child(&channel, &pidfd, console, agent, task)
         .and_then(|terminal| publish(&request, pid, &pidfd).map(|()| terminal));
     match terminal {
         Ok(terminal) => Ok(ExecProcess { pidfd, terminal }),
@@ -219,7 +219,6 @@ fn run_to_execve(
     if request.process.terminal {
         take_terminal(request, channel)?;
     }
-    request.console_socket = None;
     request.pidfd_socket = None;
     let mut kept = vec![channel.as_fd()];
     kept.extend(filter.as_ref().map(|(_, page)| page.as_fd()));
@@ -247,7 +246,6 @@ fn take_terminal(request: &ExecRequest<'_>, channel: &Channel) -> Result<()> {
     )
     .doing(|| "open the container's root")?;
     let terminal = Terminal::open(&Rootfs::new(root), request.process.console_size)?;
-    let socket = request.console_socket.as_ref().map(AsFd::as_fd);
-    hand_over_terminal(&terminal, socket, channel)?;
+    hand_over_terminal(&terminal, request.console_socket.is_some(), channel)?;
     terminal.make_controlling()
 }

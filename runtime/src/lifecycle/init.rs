@@ -43,9 +43,8 @@ pub(crate) struct Init<'a> {
     pub(crate) joins: Vec<OpenNamespace>,
     /// The mounts on the host that the parent opened for the first process.
     pub(crate) host_mounts: HostMounts,
-    /// The console socket, to which the first process sends the terminal's master side. Without a
-    /// console socket, the first process sends the master side to the parent.
-    pub(crate) console_socket: Option<OwnedFd>,
+    /// True if the parent sends the terminal's master side to a console socket.
+    pub(crate) has_console_socket: bool,
     /// The socket at which the first process waits for `start`. Without a start socket, the first
     /// process does not wait.
     pub(crate) start_socket: Option<OwnedFd>,
@@ -93,7 +92,6 @@ impl Init<'_> {
         }
         self.joins.clear();
         self.host_mounts = HostMounts::default();
-        self.console_socket = None;
         let mut kept = vec![self.channel.as_fd()];
         kept.extend(self.start_socket.as_ref().map(AsFd::as_fd));
         kept.extend(page.as_ref().map(AsFd::as_fd));
@@ -317,8 +315,7 @@ impl Init<'_> {
         }
         let terminal = Terminal::open(rootfs, self.config.process.console_size)?;
         terminal.mount_console(rootfs)?;
-        let socket = self.console_socket.as_ref().map(AsFd::as_fd);
-        hand_over_terminal(&terminal, socket, &self.channel)?;
+        hand_over_terminal(&terminal, self.has_console_socket, &self.channel)?;
         Ok(Some(terminal))
     }
 

@@ -132,17 +132,16 @@ pub(crate) fn join_keyring(name: &str, labels: &OpenLabels) -> Result<()> {
     })
 }
 
-/// Sends the master side of a terminal to the console socket. Without a console socket, sends the
-/// master side to the parent. The parent then copies data between the terminal and its own standard
-/// streams.
+/// Sends the master side of a terminal to the parent. If rrun's caller specified a console socket,
+/// the parent sends the master side to this socket. Otherwise, the parent copies data between the
+/// terminal and its own standard streams.
 pub(crate) fn hand_over_terminal(
     terminal: &Terminal,
-    socket: Option<BorrowedFd<'_>>,
+    has_console_socket: bool,
     channel: &Channel,
 ) -> Result<()> {
-    if let Some(socket) = socket {
-        return terminal.send_master(socket);
+    if !has_console_socket {
+        terminal.keep_newlines()?;
     }
-    terminal.keep_newlines()?;
     channel.send_terminal(terminal.master())
 }

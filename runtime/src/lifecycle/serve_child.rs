@@ -14,6 +14,7 @@ use crate::lifecycle::state::{State, Status};
 use crate::log;
 use crate::namespaces::net_devices;
 use crate::process::Process;
+use crate::process::terminal::send_to_console;
 use crate::seccomp::{Agent, Report};
 use crate::sys::child::{await_death, explain_death};
 
@@ -36,14 +37,19 @@ pub(crate) enum Task<'a> {
 }
 
 /// Handles the child's messages until the child has executed its program or waits for `start`.
-/// Returns the master side of the terminal, if the child sends it to the parent.
+/// Sends the master side of the child's terminal over the socket `console`. If `console` is `None`,
+/// returns the master side.
+///
+/// The child itself does not send the master side, because the kernel can refuse to send a
+/// descriptor for the child (see [`crate::sys::unix_socket::hand_over`]).
 pub(crate) fn serve_child(
     channel: &Channel,
     pidfd: &OwnedFd,
+    console: Option<OwnedFd>,
     agent: Option<Agent<'_>>,
     mut task: Task<'_>,
 ) -> Result<Option<OwnedFd>> {
-    serve(channel, pidfd, agent, &mut task).map_err(|error| {
+    serve(channel, pidfd, console, agent, &mut task).map_err(|error| {
         // If the child failed at the same time, its own error is the cause.
         explain_death(channel.pending_failure().unwrap_or(error), pidfd)
     })
@@ -52,6 +58,7 @@ pub(crate) fn serve_child(
 fn serve(
     channel: &Channel,
     pidfd: &OwnedFd,
+    mut console: Option<OwnedFd>,
     mut agent: Option<Agent<'_>>,
     task: &mut Task<'_>,
 ) -> Result<Option<OwnedFd>> {
@@ -59,7 +66,7 @@ fn serve(
     let mut ready = false;
     let mut report = None;
     loop {
-        match channel.receive()? {
+        match channel.receive(pidfd)? {
             ChildMessage::NeedsParent => {
                 task.do_parents_part()?;
                 channel.answer()?;
@@ -68,7 +75,10 @@ fn serve(
                 task.run_hooks(pidfd)?;
                 channel.answer()?;
             }
-            ChildMessage::Terminal(master) => terminal = Some(master),
+            ChildMessage::Terminal(master) => match console.take() {
+                Some(socket) => send_to_console(&socket, &master)?,
+                None => terminal = Some(master),
+            },
             ChildMessage::Filtered(page) => {
                 ready = true;
                 let page = report.insert(page);

@@ -20,7 +20,7 @@ use rustix::net::{
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{ContainerDir, START_SOCKET, START_SOCKET_PENDING};
 use crate::seccomp::Report;
-use crate::sys::unix_socket::{receive_last, receive_pending, send_descriptor};
+use crate::sys::unix_socket::{hand_over, receive_last, receive_pending, take_over};
 use rrun_kernel::unix_socket::at_address;
 
 const START: &[u8] = b"G";
@@ -146,18 +146,19 @@ pub(crate) fn send_error(connection: BorrowedFd<'_>, error: &Error) {
 /// Sends the shared page to `start`. After the container's first process has loaded its seccomp
 /// filter, it reports errors through this page. The filter can forbid the process to send messages.
 pub(crate) fn send_page(connection: BorrowedFd<'_>, page: BorrowedFd<'_>) -> Result<()> {
-    send_descriptor(connection, page, &[FILTERED]).doing(|| "send the shared page to `rrun start`")
+    hand_over(connection, page, FILTERED).doing(|| "send the shared page to `rrun start`")
 }
 
 /// Requests that the first process execute the container's program, and waits for this execution.
-/// The command `start` calls this function. When the first process is about to load its seccomp
-/// filter, this function calls `serve_agent`.
+/// The command `start` calls this function. `open_process` returns the pidfd of the first process.
+/// When the first process is about to load its seccomp filter, this function calls `serve_agent`.
 ///
 /// # Errors
 /// Fails if the container does not wait for `start`, or if the program could not be executed.
 pub(crate) fn start(
     directory: &Path,
     id: &str,
+    open_process: impl Fn() -> Result<OwnedFd>,
     serve_agent: impl Fn(&Report) -> Result<()>,
 ) -> Result<()> {
     let path = directory.join(START_SOCKET);
@@ -166,9 +167,16 @@ pub(crate) fn start(
     let mut accepted = false;
     let mut report = None;
     loop {
-        let (length, descriptor) = receive_last(socket.as_fd(), &mut buffer)
+        let (length, mut descriptor) = receive_last(socket.as_fd(), &mut buffer)
             .doing(|| "wait for a message from the container's first process")?;
-        match (buffer.get(..length).unwrap_or_default(), descriptor) {
+        let mut message = buffer.get(..length).unwrap_or_default();
+        if let ([FILTERED, a, b, c, d], None) = (message, &descriptor) {
+            let process = open_process()?;
+            let number = [*a, *b, *c, *d];
+            descriptor = Some(take_over(socket.as_fd(), process.as_fd(), number)?);
+            message = &[FILTERED];
+        }
+        match (message, descriptor) {
             ([STARTING], _) if !accepted => {
                 accepted = true;
                 let _ = rustix::fs::unlink(&path);

@@ -21,13 +21,22 @@ const DEVPTS_SUPER_MAGIC: u64 = 0x1cd1;
 pub(crate) struct Terminal {
     master: OwnedFd,
     slave: OwnedFd,
-    /// The path of the terminal in the container, such as `/dev/pts/0`.
-    name: String,
 }
 
 /// Connects to the console socket, which will receive the terminal's master side.
 pub(crate) fn connect_console(path: &str) -> Result<OwnedFd> {
     unix_socket::connect("console socket", path)
+}
+
+/// Sends a terminal's master side over the console socket. As in runc's protocol for the console
+/// socket, the message contains the terminal's path in the container, such as `/dev/pts/0`.
+pub(crate) fn send_to_console(socket: &OwnedFd, master: &OwnedFd) -> Result<()> {
+    let name = rustix::pty::ptsname(master, Vec::new());
+    let name = name
+        .as_ref()
+        .map_or(&b"/dev/pts"[..], |name| name.to_bytes());
+    send_descriptor(socket.as_fd(), master.as_fd(), name)
+        .doing(|| "send the terminal over the console socket")
 }
 
 impl Terminal {
@@ -68,15 +77,7 @@ impl Terminal {
             rustix::termios::tcsetwinsize(&master, size)
                 .doing(|| "set the terminal's size (process.consoleSize)")?;
         }
-        let name = rustix::pty::ptsname(&master, Vec::new()).map_or_else(
-            |_| "/dev/pts".to_owned(),
-            |name| name.to_string_lossy().into_owned(),
-        );
-        Ok(Terminal {
-            master,
-            slave,
-            name,
-        })
+        Ok(Terminal { master, slave })
     }
 
     /// Mounts the terminal's slave side on /dev/console.
@@ -100,13 +101,6 @@ impl Terminal {
 
     pub(crate) fn master(&self) -> BorrowedFd<'_> {
         self.master.as_fd()
-    }
-
-    /// Sends the master side over the console socket. As in runc's protocol for the console socket,
-    /// the message contains the terminal's path.
-    pub(crate) fn send_master(&self, socket: BorrowedFd<'_>) -> Result<()> {
-        send_descriptor(socket, self.master.as_fd(), self.name.as_bytes())
-            .doing(|| "send the terminal over the console socket")
     }
 
     /// Makes the slave side the controlling terminal of the calling process's session, and also the

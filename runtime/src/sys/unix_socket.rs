@@ -3,15 +3,16 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags,
     SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketAddrUnix, SocketFlags, SocketType,
-    recvmsg, sendmsg, socket_with,
+    recv, recvmsg, send, sendmsg, socket_with,
 };
+use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 
 use crate::error::{Context, Result};
 
@@ -111,4 +112,44 @@ pub(crate) fn send_descriptor(
         )
     })
     .map(drop)
+}
+
+/// Sends the message `kind` with a descriptor to another process of rrun. A process that is about
+/// to become a process of a container calls this function.
+///
+/// The kernel refuses to send a descriptor (ETOOMANYREFS) if the processes of the sender's user
+/// have too many descriptors in transit. These processes can be in other containers. After such a
+/// refusal, this function sends the number of the descriptor, and waits until the receiver has
+/// copied the descriptor with [`take_over`].
+pub(crate) fn hand_over(
+    socket: BorrowedFd<'_>,
+    descriptor: BorrowedFd<'_>,
+    kind: u8,
+) -> std::result::Result<(), Errno> {
+    match send_descriptor(socket, descriptor, &[kind]) {
+        Err(Errno::TOOMANYREFS) => {}
+        sent => return sent,
+    }
+    let [a, b, c, d] = descriptor.as_raw_fd().to_ne_bytes();
+    let message = [kind, a, b, c, d];
+    retry_on_intr(|| send(socket, &message, SendFlags::NOSIGNAL))?;
+    let mut answer = [0u8; 1];
+    match retry_on_intr(|| recv(socket, &mut answer, RecvFlags::empty()))? {
+        (_, 1) => Ok(()),
+        _ => Err(Errno::TOOMANYREFS),
+    }
+}
+
+/// Copies the descriptor whose number [`hand_over`] sent from the process `sender`, and lets this
+/// process continue.
+pub(crate) fn take_over(
+    socket: BorrowedFd<'_>,
+    sender: BorrowedFd<'_>,
+    number: [u8; 4],
+) -> Result<OwnedFd> {
+    let doing = || "copy a descriptor of the container's process (pidfd_getfd), because the kernel refuses to send the descriptor while processes of the same user have too many descriptors in transit";
+    let number = i32::from_ne_bytes(number);
+    let copy = pidfd_getfd(sender, number, PidfdGetfdFlags::empty()).doing(doing)?;
+    retry_on_intr(|| send(socket, &[0], SendFlags::NOSIGNAL)).doing(doing)?;
+    Ok(copy)
 }

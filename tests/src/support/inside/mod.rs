@@ -48,6 +48,14 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["mkdir", path] => fs::create_dir(path).map_err(InsideError::from),
         ["wait"] => wait(),
         ["notify", text] => notify(text),
+        ["notify-often", text, times] => times
+            .parse()
+            .map_err(InsideError::from)
+            .and_then(|times| notify_often(text, times)),
+        ["in-transit", count] => count
+            .parse()
+            .map_err(InsideError::from)
+            .and_then(in_transit),
         ["deaf"] => deaf(),
         ["spin", seconds] => seconds.parse().map_err(InsideError::from).map(spin),
         ["allocate", megabytes] => megabytes
@@ -324,6 +332,35 @@ fn wait() -> Result<(), InsideError> {
 fn notify(text: &str) -> Result<(), InsideError> {
     let socket = std::os::unix::net::UnixDatagram::unbound()?;
     socket.send_to(text.as_bytes(), std::env::var("NOTIFY_SOCKET")?)?;
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+/// Sends `text` to the notification socket `times` times, and exits. The reader can close the socket
+/// after the first message.
+fn notify_often(text: &str, times: u32) -> Result<(), InsideError> {
+    let socket = std::os::unix::net::UnixDatagram::unbound()?;
+    let path = std::env::var("NOTIFY_SOCKET")?;
+    socket.send_to(text.as_bytes(), &path)?;
+    for _ in 1..times {
+        let _ = socket.send_to(text.as_bytes(), &path);
+    }
+    Ok(())
+}
+
+/// Sends `count` descriptors to a socket from which no process reads, and sleeps.
+fn in_transit(count: usize) -> Result<(), InsideError> {
+    use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+    use std::os::fd::AsRawFd;
+    let (sender, _receiver) = std::os::unix::net::UnixDatagram::pair()?;
+    let descriptors = vec![sender.as_raw_fd(); count];
+    let (parts, rights) = (
+        [std::io::IoSlice::new(b"x")],
+        [ControlMessage::ScmRights(&descriptors)],
+    );
+    sendmsg::<()>(sender.as_raw_fd(), &parts, &rights, MsgFlags::empty(), None)?;
+    say("sent")?;
     loop {
         std::thread::sleep(Duration::from_secs(3600));
     }

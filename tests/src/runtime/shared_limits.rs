@@ -1,0 +1,119 @@
+//! Tests of the kernel's limits that apply to all processes of a user together. A container must not
+//! prevent another container of the same user from starting programs.
+
+use serde_json::json;
+
+use crate::support::bundle::Bundle;
+use crate::support::machine::{Result, Running, wait_for};
+use crate::support::needs::{Need, Test};
+use crate::{ensure, ensure_eq, test};
+
+pub(crate) const TESTS: &[Test] = &[
+    test!(
+        a_container_starts_although_another_container_has_many_descriptors_in_transit,
+        Need::Rrun
+    ),
+    test!(
+        a_terminal_is_opened_although_another_container_has_many_descriptors_in_transit,
+        Need::Rrun
+    ),
+];
+
+/// The id that only these tests use. Otherwise, the tests would disturb other processes on this
+/// kernel.
+const DESCRIPTORS_USER: u32 = 2_054_321;
+/// The limit on open descriptors in the victim's container. The kernel also limits the number of
+/// descriptors in transit to this number.
+const OPEN_DESCRIPTORS: u64 = 64;
+
+fn a_container_starts_although_another_container_has_many_descriptors_in_transit() -> Result {
+    let attacker = attack_with_descriptors()?;
+    for user_namespace in [false, true] {
+        let mut victim = victim(&["echo", "runs"])?;
+        if user_namespace {
+            add_user_namespace(&mut victim, DESCRIPTORS_USER);
+        } else {
+            let user = json!({ "uid": DESCRIPTORS_USER, "gid": DESCRIPTORS_USER });
+            victim.set("/process/user", user);
+        }
+        ensure_eq!(victim.run()?.text(), "runs", "the output of the container");
+        victim.args(&["sleep", "600"]).start()?;
+        ensure_eq!(
+            victim.exec(&[], &["echo", "runs"]).ok()?.text(),
+            "runs",
+            "the output of `exec` (user namespace: {user_namespace})"
+        );
+        let failed = victim.exec(&[], &["/missing"]).end()?;
+        ensure!(
+            failed.code != 0 && !failed.stderr.contains("transit"),
+            "`exec` of a missing program does not report it:\n{}",
+            failed.told()
+        );
+        victim.end()?;
+    }
+    attacker.end()?;
+    Ok(())
+}
+
+fn a_terminal_is_opened_although_another_container_has_many_descriptors_in_transit() -> Result {
+    let attacker = attack_with_descriptors()?;
+    let mut victim = victim(&["echo", "runs"])?;
+    add_user_namespace(&mut victim, DESCRIPTORS_USER);
+    victim.set("/process/terminal", json!(true));
+    ensure_eq!(victim.run()?.text(), "runs", "the output of the container");
+    victim
+        .set("/process/terminal", json!(false))
+        .args(&["sleep", "600"])
+        .start()?;
+    ensure_eq!(
+        victim.exec(&["--tty"], &["echo", "runs"]).ok()?.text(),
+        "runs",
+        "the output of `exec --tty`"
+    );
+    victim.end()?;
+    attacker.end()?;
+    Ok(())
+}
+
+/// Starts a container of the user `DESCRIPTORS_USER` that has more descriptors in transit than the
+/// victim may have.
+fn attack_with_descriptors() -> Result<Bundle> {
+    let count = (2 * OPEN_DESCRIPTORS).to_string();
+    let mut attacker = Bundle::new(&["in-transit", &count])?;
+    let user = json!({ "uid": DESCRIPTORS_USER, "gid": DESCRIPTORS_USER });
+    attacker.set("/process/user", user);
+    printed(attacker.run_in_background()?, "sent")?;
+    Ok(attacker)
+}
+
+fn victim(args: &[&str]) -> Result<Bundle> {
+    let mut victim = Bundle::new(args)?;
+    let limit = json!({
+        "type": "RLIMIT_NOFILE", "soft": OPEN_DESCRIPTORS, "hard": OPEN_DESCRIPTORS
+    });
+    victim
+        .set("/process/rlimits", json!([limit]))
+        .set("/process/noNewPrivileges", json!(true))
+        .set(
+            "/linux/seccomp",
+            json!({ "defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+                { "names": ["reboot"], "action": "SCMP_ACT_ERRNO" }
+            ] }),
+        );
+    Ok(victim)
+}
+
+fn add_user_namespace(bundle: &mut Bundle, host: u32) {
+    let ids = json!([{ "containerID": 0, "hostID": host, "size": 65_536 }]);
+    bundle
+        .add("/linux/namespaces", json!({ "type": "user" }))
+        .set("/linux/uidMappings", ids.clone())
+        .set("/linux/gidMappings", ids);
+}
+
+fn printed(mut running: Running, line: &str) -> Result {
+    wait_for("the attacker to print its line", || {
+        let output = running.stdout();
+        Ok((output.trim() == line).then_some(()))
+    })
+}
