@@ -163,12 +163,12 @@ impl Config {
         }
         if self.hostname.is_some() && !namespaces.own(Type::Uts) {
             refuse!(
-                "hostname: rrun would change the host's name, because linux.namespaces contains no UTS namespace"
+                "hostname: rrun would change the host's name, because linux.namespaces contains no UTS namespace other than the host's"
             );
         }
         if self.domainname.is_some() && !namespaces.own(Type::Uts) {
             refuse!(
-                "domainname: rrun would change the host's NIS domain name, because linux.namespaces contains no UTS namespace"
+                "domainname: rrun would change the host's NIS domain name, because linux.namespaces contains no UTS namespace other than the host's"
             );
         }
         if namespaces.is_new(Type::User) && !self.id_maps.is_complete() {

@@ -244,11 +244,8 @@ impl<'a> Creation<'a> {
         }
         let user = config.namespaces.own(Type::User);
         let host_mounts = HostMounts::before_clone(&config.mount_sources())?;
-        let (after_clone, before_clone): (Vec<OpenNamespace>, Vec<OpenNamespace>) = config
-            .namespaces
-            .open_joins()?
-            .into_iter()
-            .partition(|join| {
+        let (after_clone, before_clone): (Vec<_>, Vec<_>) =
+            config.namespaces.join.iter().partition(|join| {
                 !join.is_entered_by_children() && (!user || join.is_entered_after_clone())
             });
         let start_socket = if self.request.waits {
@@ -301,7 +298,7 @@ impl<'a> Creation<'a> {
     fn become_init(
         mut self,
         channel: Channel,
-        joins: Vec<OpenNamespace>,
+        joins: Vec<&OpenNamespace>,
         host_mounts: HostMounts,
         start_socket: Option<OwnedFd>,
     ) -> ! {
@@ -427,7 +424,7 @@ fn connect_agent(config: &Config, waits: bool) -> Result<Option<Agent<'_>>> {
 fn clone_from_intermediate(
     flags: u64,
     cgroup: Option<&Cgroup>,
-    mut before_clone: Vec<OpenNamespace>,
+    mut before_clone: Vec<&OpenNamespace>,
     process: Option<&Process>,
 ) -> Result<Cloned> {
     // Use a separate channel for the intermediate process. On a shared channel, a message from the
@@ -439,10 +436,10 @@ fn clone_from_intermediate(
         Cloned::Parent { pidfd, .. } => pidfd,
         Cloned::Child => {
             let guard = NeverReturn;
-            before_clone.sort_by_key(OpenNamespace::is_user);
+            before_clone.sort_by_key(|join| join.is_user());
             let cloned = process
                 .map_or(Ok(()), Process::apply_own_oom_score_adj)
-                .and_then(|()| before_clone.iter().try_for_each(OpenNamespace::enter))
+                .and_then(|()| before_clone.iter().try_for_each(|join| join.enter()))
                 .and_then(|()| {
                     clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
                         .doing(|| "create the container's first process from the intermediate process (clone3)")

@@ -40,7 +40,7 @@ pub(crate) struct Init<'a> {
     pub(crate) state: &'a State,
     pub(crate) channel: Channel,
     /// The existing namespaces that the first process must enter itself.
-    pub(crate) joins: Vec<OpenNamespace>,
+    pub(crate) joins: Vec<&'a OpenNamespace>,
     /// The mounts on the host that the parent opened for the first process.
     pub(crate) host_mounts: HostMounts,
     /// True if the parent sends the terminal's master side to a console socket.
@@ -90,7 +90,6 @@ impl Init<'_> {
         if self.start_socket.is_some() {
             terminate_at_signals()?;
         }
-        self.joins.clear();
         self.host_mounts = HostMounts::default();
         let mut kept = vec![self.channel.as_fd()];
         kept.extend(self.start_socket.as_ref().map(AsFd::as_fd));

@@ -6,11 +6,12 @@ pub(crate) mod net_devices;
 pub(crate) mod resctrl;
 pub(crate) mod sysctl;
 
-use std::os::fd::OwnedFd;
+use std::fs::File;
+use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
-use rustix::fs::{Gid, OFlags, Uid};
+use rustix::fs::{Gid, OFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, UnshareFlags};
 
@@ -18,29 +19,24 @@ use crate::error::{Context, Result, refuse};
 use rrun_kernel::procfs::Procfs;
 use rrun_kernel::regular_file;
 
-/// The type and the path of an existing namespace that the container enters.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct NamespacePath {
-    typ: Type,
-    path: PathBuf,
-}
-
 /// The open file of an existing namespace, with the type that the namespace must have.
 #[derive(Debug)]
 pub(crate) struct OpenNamespace {
     typ: Type,
     path: PathBuf,
-    fd: OwnedFd,
+    file: File,
+    /// True if the namespace is a namespace of the host (see [`OpenNamespace::is_hosts`]).
+    is_hosts: bool,
 }
 
 /// The namespaces of a container. The container shares a namespace with rrun's caller if neither
 /// `new` nor `join` contains the namespace's type.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub(crate) struct Namespaces {
     /// The `CLONE_NEW*` flags of the namespaces that are created for the container.
     pub(crate) new: u64,
     /// The existing namespaces that the container enters.
-    join: Vec<NamespacePath>,
+    pub(crate) join: Vec<OpenNamespace>,
 }
 
 /// Returns the `CLONE_NEW*` flag of a type of namespace.
@@ -69,15 +65,16 @@ fn name(typ: Type) -> &'static str {
 }
 
 impl Namespaces {
-    /// Checks `linux.namespaces` of config.json.
+    /// Checks `linux.namespaces` of config.json, and opens the existing namespaces.
     ///
     /// # Errors
-    /// Fails if a type is listed twice, or if a path is not absolute.
+    /// Fails if a type is listed twice, if a path is not absolute, or if the container cannot enter
+    /// a namespace because it is the host's.
     pub(crate) fn from_spec(spec: &[LinuxNamespace]) -> Result<Namespaces> {
         let mut namespaces = Namespaces::default();
         for (index, namespace) in spec.iter().enumerate() {
             let typ = namespace.typ();
-            if namespaces.own(typ) {
+            if namespaces.is_new(typ) || namespaces.is_joined(typ) {
                 refuse!(
                     "linux.namespaces[{index}].type: {} is listed twice",
                     name(typ)
@@ -90,7 +87,7 @@ impl Namespaces {
             {
                 None => namespaces.new |= flag(typ),
                 Some(path) if path.is_absolute() => {
-                    namespaces.join.push(NamespacePath { typ, path })
+                    namespaces.join.push(OpenNamespace::open(index, typ, path)?)
                 }
                 Some(path) => refuse!(
                     "linux.namespaces[{index}].path: {} is not an absolute path",
@@ -111,13 +108,15 @@ impl Namespaces {
         self.join.iter().any(|join| join.typ == typ)
     }
 
-    /// Returns whether the container has a different namespace of this type than rrun's caller.
+    /// Returns whether the container has a different namespace of this type than the host. A joined
+    /// namespace can be the host's, because its path can be `/proc/1/ns/net`, for example.
     pub(crate) fn own(&self, typ: Type) -> bool {
-        self.is_new(typ) || self.is_joined(typ)
+        let mut joins = self.join.iter();
+        self.is_new(typ) || joins.any(|join| join.typ == typ && !join.is_hosts)
     }
 
-    /// Returns the `CLONE_NEW*` flags of all namespaces that the container does not share with
-    /// rrun's caller.
+    /// Returns the `CLONE_NEW*` flags of all namespaces that are created for the container or that
+    /// the container enters.
     pub(crate) fn own_flags(&self) -> u64 {
         self.join
             .iter()
@@ -132,28 +131,54 @@ impl Namespaces {
             .find(|join| join.typ == typ)
             .map(|join| &*join.path)
     }
-
-    /// Opens the files of the existing namespaces that the container enters, while the host's paths
-    /// are still reachable.
-    pub(crate) fn open_joins(&self) -> Result<Vec<OpenNamespace>> {
-        self.join
-            .iter()
-            .map(|join| {
-                let file = regular_file::open(&join.path, OFlags::RDONLY).doing(|| {
-                    let (name, path) = (name(join.typ), join.path.display());
-                    format!("open {name} namespace {path}")
-                })?;
-                Ok(OpenNamespace {
-                    typ: join.typ,
-                    path: join.path.clone(),
-                    fd: file.into(),
-                })
-            })
-            .collect()
-    }
 }
 
 impl OpenNamespace {
+    /// Opens the namespace of `linux.namespaces[index]`.
+    fn open(index: usize, typ: Type, path: PathBuf) -> Result<OpenNamespace> {
+        let doing = || format!("open {} namespace {}", name(typ), path.display());
+        let file = regular_file::open(&path, OFlags::RDONLY).doing(doing)?;
+        let is_hosts = Self::is_hosts(typ, &file).doing(doing)?;
+        match typ {
+            Type::Mount if is_hosts => refuse!(
+                "linux.namespaces[{index}].path: {} is the mount namespace of the host, and rrun would change the root directory of the host's processes",
+                path.display()
+            ),
+            // The kernel also refuses the host's user namespace, but its error does not name the
+            // reason.
+            Type::User if is_hosts => refuse!(
+                "linux.namespaces[{index}].path: {} is the user namespace of the host, which a container cannot enter",
+                path.display()
+            ),
+            _ => Ok(OpenNamespace {
+                typ,
+                path,
+                file,
+                is_hosts,
+            }),
+        }
+    }
+
+    /// Returns whether `file` is the namespace of rrun itself or of the process with the id 1.
+    /// Usually both are the same namespace. But a service manager can start rrun's caller in a
+    /// separate mount namespace, for example.
+    fn is_hosts(typ: Type, file: &File) -> std::result::Result<bool, Errno> {
+        let file_name = match typ {
+            Type::Mount => "mnt",
+            Type::Network => "net",
+            typ => name(typ),
+        };
+        let id = |stat: Stat| (stat.st_dev, stat.st_ino);
+        let opened = id(rustix::fs::fstat(file)?);
+        if opened == id(rustix::fs::stat(format!("/proc/self/ns/{file_name}"))?) {
+            return Ok(true);
+        }
+        // An unprivileged caller may not read the namespaces of process 1, and may not enter them
+        // either.
+        let first = rustix::fs::stat(format!("/proc/1/ns/{file_name}"));
+        Ok(first.is_ok_and(|first| opened == id(first)))
+    }
+
     /// Returns whether the parent must enter this namespace before it creates the new process.
     /// After setns(2) with a PID namespace, the calling process remains in its old PID namespace.
     /// Only its later children are in the new PID namespace. A child inherits its parent's time
@@ -186,7 +211,7 @@ impl OpenNamespace {
             Type::Uts => LinkNameSpaceType::HostNameAndNISDomainName,
         };
         // The kernel checks that the file is a namespace of this type.
-        rustix::thread::move_into_link_name_space(std::os::fd::AsFd::as_fd(&self.fd), Some(link))
+        rustix::thread::move_into_link_name_space(self.file.as_fd(), Some(link))
             .doing(|| format!("enter {} namespace {}", name(self.typ), self.path.display()))
     }
 }
@@ -240,7 +265,7 @@ mod tests {
     #[test]
     fn new_and_existing_namespaces_are_distinguished() {
         let namespaces = read(
-            r#"[{"type":"pid"},{"type":"network","path":"/run/netns/a"},{"type":"mount","path":""}]"#,
+            r#"[{"type":"pid"},{"type":"network","path":"/proc/self/ns/uts"},{"type":"mount","path":""}]"#,
         )
         .unwrap();
         assert_eq!(

@@ -5,15 +5,24 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use crate::support::bundle::Bundle;
-use crate::support::machine::Result;
-use crate::support::needs::Test;
+use crate::support::bundle::{Bundle, runtime_program};
+use crate::support::machine::{Result, command};
+use crate::support::needs::{Need, Test};
+use crate::support::refusals::refused;
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(each_requested_namespace_is_new),
     test!(the_container_shares_each_namespace_that_is_not_requested),
     test!(a_container_joins_namespaces_by_path),
+    test!(
+        a_namespace_of_the_host_is_not_the_containers_own,
+        Need::Rrun
+    ),
+    test!(
+        the_runtime_does_not_enter_the_mount_namespace_of_the_host,
+        Need::Rrun
+    ),
     test!(a_container_sees_the_processes_of_a_joined_pid_namespace),
     test!(the_first_process_has_process_id_1),
     test!(the_loopback_interface_is_up_in_a_new_network_namespace),
@@ -123,6 +132,105 @@ fn a_container_joins_namespaces_by_path() -> Result {
         "the host name of the joined namespace"
     );
     first.end()?;
+    Ok(())
+}
+
+/// The runtime must not treat a namespace of the host as the container's own. The values in the
+/// configurations are the host's own values, so that a failure of the test changes nothing.
+fn a_namespace_of_the_host_is_not_the_containers_own() -> Result {
+    let hostname = fs::read_to_string("/proc/sys/kernel/hostname")?;
+    let domainname = fs::read_to_string("/proc/sys/kernel/domainname")?;
+    for process in ["self", "1"] {
+        let with_path = |name: &str, kind: &str| -> Result<Bundle> {
+            let mut bundle = Bundle::new(&[])?;
+            bundle.without_namespace(name).without("/hostname");
+            let path = format!("/proc/{process}/ns/{kind}");
+            bundle.add("/linux/namespaces", json!({ "type": name, "path": path }));
+            Ok(bundle)
+        };
+        for (name, kind, field, value) in [
+            ("uts", "uts", "/hostname", json!(hostname.trim())),
+            ("uts", "uts", "/domainname", json!(domainname.trim())),
+            sysctl("network", "net", "net.ipv4.tcp_fin_timeout")?,
+            sysctl("ipc", "ipc", "kernel.shm_rmid_forced")?,
+        ] {
+            let mut bundle = with_path(name, kind)?;
+            bundle.set(field, value).write_config()?;
+            let words: &[&str] = match field {
+                "/linux/sysctl" => &["linux.sysctl", "would be set for the host"],
+                _ => &["would change the host's"],
+            };
+            refused(&bundle, words)?;
+        }
+        let bundle = with_path("user", "user")?;
+        bundle.write_config()?;
+        refused(&bundle, &["user namespace of the host"])?;
+
+        let report = with_path("network", "net")?.report()?;
+        ensure_eq!(
+            report["namespaces"]["net"],
+            own("net")?,
+            "the container's network namespace, which must be the namespace of the host"
+        );
+        let mut bundle = with_path("cgroup", "cgroup")?;
+        ensure_eq!(
+            bundle
+                .args(&["cat", "/sys/fs/cgroup/cgroup.procs"])
+                .run()?
+                .text(),
+            "1",
+            "the processes in the cgroup at the top of the container's /sys/fs/cgroup"
+        );
+    }
+    Ok(())
+}
+
+fn sysctl(
+    name: &'static str,
+    kind: &'static str,
+    parameter: &str,
+) -> Result<(&'static str, &'static str, &'static str, Value)> {
+    let path = format!("/proc/sys/{}", parameter.replace('.', "/"));
+    let value = fs::read_to_string(path)?;
+    let value = json!({ parameter: value.trim() });
+    Ok((name, kind, "/linux/sysctl", value))
+}
+
+/// unshare(1) creates another mount namespace, because the runtime would otherwise change the root
+/// of this test if it did not refuse the path. In the second case, the runtime has another mount
+/// namespace than process 1.
+fn the_runtime_does_not_enter_the_mount_namespace_of_the_host() -> Result {
+    for (process, inner) in [("self", ""), ("1", ""), ("1", "unshare --mount ")] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        bundle.without_namespace("mount");
+        let path = format!("/proc/{process}/ns/mnt");
+        bundle.add(
+            "/linux/namespaces",
+            json!({ "type": "mount", "path": path }),
+        );
+        bundle.write_config()?;
+        let call = format!(
+            "{inner}{} --root {} run {}",
+            runtime_program(),
+            bundle.root().display(),
+            bundle.id()
+        );
+        let outer = [
+            "--mount",
+            "--pid",
+            "--fork",
+            "--mount-proc",
+            "sh",
+            "-c",
+            &call,
+        ];
+        let output = command("unshare", outer).dir(bundle.path()).exits(1)?;
+        ensure!(
+            output.stderr.contains("the mount namespace of the host"),
+            "`run` with the mount namespace {path}:\n{}",
+            output.told()
+        );
+    }
     Ok(())
 }
 
