@@ -214,7 +214,7 @@ fn run_to_execve(
         request.process.apply_limits(0)?;
     }
     if let Some(name) = state.keyring() {
-        join_keyring(&name, &labels)?;
+        join_keyring(&name, &state.id, &labels)?;
     }
     if request.process.terminal {
         take_terminal(request, channel)?;

@@ -81,7 +81,7 @@ impl Init<'_> {
         let labels = self.enter_container()?;
 
         if let Some(name) = self.state.keyring() {
-            join_keyring(&name, &labels)?;
+            join_keyring(&name, &self.state.id, &labels)?;
         }
         let mut process = config.process.clone();
         if !config.namespaces.own(Type::User) {

@@ -4,8 +4,9 @@
 use std::ffi::{CStr, CString};
 use std::os::fd::BorrowedFd;
 
-use rustix::fs::Mode;
+use rustix::fs::{Mode, Uid};
 use rustix::io::Errno;
+use rustix::thread::set_thread_res_uid;
 
 use crate::error::{Context, Error, Result};
 use crate::lifecycle::channel::Channel;
@@ -102,10 +103,38 @@ pub(crate) fn keyring_name(id: &str) -> Result<String> {
     Ok(format!("_ses.{id}.{:032x}", u128::from_ne_bytes(random)))
 }
 
-/// Gives the process the container's session keyring. The container must not see the keys in the
-/// session keyring of rrun's caller. The kernel creates the keyring if it does not exist: for the
-/// first process, and for `exec` after all processes of the container have left the keyring.
-pub(crate) fn join_keyring(name: &str, labels: &OpenLabels) -> Result<()> {
+/// Gives the process the session keyring `name` of the container `id`. The container must not see
+/// the keys in the session keyring of rrun's caller. The kernel creates the keyring if it does not
+/// exist: for the first process, and for `exec` after all processes of the container have left the
+/// keyring.
+pub(crate) fn join_keyring(name: &str, id: &str, labels: &OpenLabels) -> Result<()> {
+    let doing = || "create a session keyring (--no-new-keyring skips this step)";
+    labels.label_keyring(|| {
+        let mut name = name.to_owned();
+        let mut joined = own_keyring(&name);
+        if let Err(Errno::ACCESS | Errno::KEYEXPIRED | Errno::KEYREVOKED | Errno::NOKEY) = joined {
+            // The container has taken the permissions away from its keyring, or has deleted the
+            // keyring. The process that `exec` creates then gets another keyring.
+            name = keyring_name(id)?;
+            joined = own_keyring(&name);
+        }
+        match joined {
+            Err(Errno::DQUOT) => with_other_quota(|| own_keyring(&name)).doing(doing),
+            // If the kernel does not support keyrings, there are no keys that rrun must hide from
+            // the container.
+            Err(Errno::NOSYS) => {
+                log::warning(
+                    "rrun creates no session keyring, because the kernel does not support keyrings",
+                );
+                Ok(())
+            }
+            joined => joined.doing(doing),
+        }
+    })
+}
+
+/// Joins the session keyring `name`, or creates it, and sets its permissions.
+fn own_keyring(name: &str) -> std::result::Result<(), Errno> {
     // The permissions of the keyring. Only a process that possesses the keyring can read its name
     // and its keys. `exec` searches for the keyring by its name, for which the keyring's owner needs
     // the permission to search. The other permissions that the kernel gives to the owner of a new
@@ -113,23 +142,39 @@ pub(crate) fn join_keyring(name: &str, labels: &OpenLabels) -> Result<()> {
     // linux/keyctl.h.
     const POSSESSOR_ALL: u32 = 0x3f00_0000;
     const OWNER_SEARCH: u32 = 0x0008_0000;
-    let keyring = labels.label_keyring(|| match syscalls::join_session_keyring(name) {
-        // If the kernel does not support keyrings, there are no keys that rrun must hide from the
-        // container.
-        Err(Errno::NOSYS) => {
-            log::warning(
-                "rrun creates no session keyring, because the kernel does not support keyrings",
-            );
-            Ok(None)
+    let keyring = syscalls::join_session_keyring(name)?;
+    syscalls::set_key_permissions(keyring, POSSESSOR_ALL | OWNER_SEARCH)
+}
+
+/// Calls `create` while this process has another user id, so that the new keyring counts against
+/// the quota of another user.
+///
+/// The kernel limits the keys of each user, see keyrings(7). Usually the user is root, and a
+/// container whose user is also root can use up root's quota. Without this function, rrun could
+/// then start no process in any container. The user id is random, because a container could
+/// otherwise use up the quota of that user, too.
+///
+/// The process that is root cannot find the new keyring by its name, because another user owns the
+/// keyring. So each `exec` then creates another keyring.
+fn with_other_quota(
+    create: impl Fn() -> std::result::Result<(), Errno>,
+) -> std::result::Result<(), Errno> {
+    let random = u32::from_ne_bytes(syscalls::random_bytes()?);
+    // Hardly any process has one of the higher ids. A user namespace usually maps only the ids
+    // below 65536. The id u32::MAX is not valid.
+    let ids = [(random | 0x8000_0000) & !1, 1 + random % 0xfffe];
+    let mut created = Err(Errno::DQUOT);
+    for id in ids.map(Uid::from_raw) {
+        // The saved user id stays 0, so that this process can become root again.
+        if set_thread_res_uid(id, id, Uid::ROOT).is_ok() {
+            created = create();
+            set_thread_res_uid(Uid::ROOT, Uid::ROOT, Uid::ROOT)?;
         }
-        result => result
-            .map(Some)
-            .doing(|| "create a session keyring (--no-new-keyring skips this step)"),
-    })?;
-    keyring.map_or(Ok(()), |keyring| {
-        syscalls::set_key_permissions(keyring, POSSESSOR_ALL | OWNER_SEARCH)
-            .doing(|| "set the permissions of the session keyring")
-    })
+        if created.is_ok() {
+            break;
+        }
+    }
+    created
 }
 
 /// Sends the master side of a terminal to the parent. If rrun's caller specified a console socket,

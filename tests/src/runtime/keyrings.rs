@@ -11,6 +11,10 @@ use crate::{ensure, ensure_eq, test};
 pub(crate) const TESTS: &[Test] = &[
     test!(a_process_that_exec_starts_joins_the_containers_session_keyring),
     test!(
+        exec_works_in_a_container_that_restricted_its_session_keyring,
+        Need::Rrun
+    ),
+    test!(
         a_container_can_not_use_the_keys_of_another_container,
         Need::Rrun
     ),
@@ -58,6 +62,19 @@ fn a_process_that_exec_starts_joins_the_containers_session_keyring() -> Result {
         !keyring(&shared).contains(&own),
         "the runtime creates the session keyring {own} despite --no-new-keyring"
     );
+    Ok(())
+}
+
+fn exec_works_in_a_container_that_restricted_its_session_keyring() -> Result {
+    let bundle = Bundle::new(&["keys", "restrict"])?;
+    let restricted = first_line(&mut bundle.run_in_background()?)?;
+    let first = exec_keys(&bundle, &["session"])?;
+    let second = exec_keys(&bundle, &["session"])?;
+    ensure!(
+        first.trim() != restricted && first != second,
+        "the processes that `exec` starts share the session keyring {second}"
+    );
+    bundle.end()?;
     Ok(())
 }
 

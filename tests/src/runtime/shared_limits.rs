@@ -1,10 +1,10 @@
 //! Tests of the kernel's limits that apply to all processes of a user together. A container must not
 //! prevent another container of the same user from starting programs.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::support::bundle::Bundle;
-use crate::support::machine::{Result, Running, wait_for};
+use crate::support::bundle::{Bundle, runtime_program};
+use crate::support::machine::{Result, Running, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -17,11 +17,20 @@ pub(crate) const TESTS: &[Test] = &[
         a_terminal_is_opened_although_another_container_has_many_descriptors_in_transit,
         Need::Rrun
     ),
+    test!(
+        a_container_starts_although_another_container_used_up_the_quota_of_keys,
+        Need::Rrun
+    ),
+    test!(
+        a_container_starts_although_roots_quota_of_keys_is_used_up,
+        Need::Rrun
+    ),
 ];
 
-/// The id that only these tests use. Otherwise, the tests would disturb other processes on this
+/// The ids that only these tests use. Otherwise, the tests would disturb other processes on this
 /// kernel.
 const DESCRIPTORS_USER: u32 = 2_054_321;
+const KEYS_USER: u32 = 2_900_000_000;
 /// The limit on open descriptors in the victim's container. The kernel also limits the number of
 /// descriptors in transit to this number.
 const OPEN_DESCRIPTORS: u64 = 64;
@@ -101,6 +110,61 @@ fn victim(args: &[&str]) -> Result<Bundle> {
             ] }),
         );
     Ok(victim)
+}
+
+fn a_container_starts_although_another_container_used_up_the_quota_of_keys() -> Result {
+    let mut attacker = Bundle::new(&["keys", "exhaust"])?;
+    add_user_namespace(&mut attacker, KEYS_USER);
+    printed(attacker.run_in_background()?, "Some(EDQUOT)")?;
+
+    let mut victim = Bundle::new(&[])?;
+    add_user_namespace(&mut victim, KEYS_USER);
+    let report = victim.report()?;
+    has_own_keyring(&victim, &report)?;
+    victim.args(&["keys", "session"]);
+    let first = victim.run()?.stdout;
+    victim.args(&["sleep", "600"]).start()?;
+    let second = victim.exec(&[], &["keys", "session"]).ok()?.stdout;
+    let third = victim.exec(&[], &["keys", "session"]).ok()?.stdout;
+    ensure!(
+        first != second && second != third,
+        "processes share the session keyring {second}, although the kernel could not find it"
+    );
+    victim.end()?;
+    attacker.end()?;
+    Ok(())
+}
+
+/// Without a user namespace, the quota belongs to root. The test does not use up root's quota,
+/// because other programs need it. strace(1) makes the first keyctl(2) fail instead.
+fn a_container_starts_although_roots_quota_of_keys_is_used_up() -> Result {
+    let mut bundle = Bundle::new(&["report"])?;
+    bundle.set("/process/user", json!({ "uid": 0, "gid": 0 }));
+    bundle.write_config()?;
+    let strace = [
+        "--follow-forks",
+        "--output=/dev/null",
+        "--inject=keyctl:error=EDQUOT:when=1",
+    ];
+    let report = command("strace", strace)
+        .arg(runtime_program())
+        .arg("--root")
+        .arg(bundle.root())
+        .args(["run", bundle.id()])
+        .dir(bundle.path())
+        .ok()?
+        .json()?;
+    has_own_keyring(&bundle, &report)
+}
+
+fn has_own_keyring(bundle: &Bundle, report: &Value) -> Result {
+    let own = format!("_ses.{}", bundle.id());
+    let keyring = report["keyring"].as_str().unwrap_or_default();
+    ensure!(
+        keyring.contains(&own),
+        "the container has the session keyring {keyring}, whose name does not contain {own}"
+    );
+    Ok(())
 }
 
 fn add_user_namespace(bundle: &mut Bundle, host: u32) {

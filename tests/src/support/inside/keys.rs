@@ -29,6 +29,20 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
             say(&format!("{} {key}", session()?))?;
             forever()
         }
+        // The process takes the permissions away from its session keyring, except the permission to
+        // find it.
+        ["restrict"] => {
+            let ring = session()?;
+            keyctl(SETPERM, [ring, 0x0808_0000, 0, 0])?;
+            say(&ring.to_string())?;
+            forever()
+        }
+        // The process creates keys until the kernel refuses another key.
+        ["exhaust"] => {
+            let refused = (0..).find_map(|number| fill(number).err());
+            say(&format!("{refused:?}"))?;
+            forever()
+        }
         // The process leaves its session keyring for a new one without a name.
         ["leave"] => {
             keyctl(JOIN_SESSION_KEYRING, [0; 4])?;
@@ -112,6 +126,23 @@ fn hide() -> Result<i64, Errno> {
             NAME.as_ptr(),
             SECRET.as_ptr(),
             SECRET.len(),
+            SESSION_KEYRING,
+        )
+    })
+}
+
+/// Creates a key named `number` with a content of 4 bytes in the session keyring.
+fn fill(number: u64) -> Result<i64, Errno> {
+    let name = CString::new(number.to_string()).map_err(|_| Errno::EINVAL)?;
+    // SAFETY: the pointers refer to strings that outlive the call, and the kernel reads only as many
+    // bytes as the length of the content.
+    Errno::result(unsafe {
+        libc::syscall(
+            libc::SYS_add_key,
+            c"user".as_ptr(),
+            name.as_ptr(),
+            c"full".as_ptr(),
+            4,
             SESSION_KEYRING,
         )
     })
