@@ -63,19 +63,22 @@ impl Foreground {
 
     /// Forwards the container's notification to the service manager. While rrun is in the
     /// foreground, the service manager watches rrun, so the notification names rrun's own process
-    /// id.
-    pub(super) fn pass_on_notification(&self) {
-        if let Some(notify) = &self.notify
-            && let Err(error) = notify.pass_on(rustix::process::getpid().as_raw_nonzero().get())
-        {
-            log::warning(&error.to_string());
+    /// id. After the first READY=1, this function closes the notification socket, because a
+    /// container could otherwise fill the service manager's queue.
+    pub(super) fn pass_on_notification(&mut self) {
+        let Some(notify) = &self.notify else { return };
+        match notify.pass_on(rustix::process::getpid().as_raw_nonzero().get()) {
+            Ok(false) => return,
+            Ok(true) => {}
+            Err(error) => log::warning(&error.to_string()),
         }
+        self.notify = None;
     }
 
     /// Waits until the container's process exits, and returns its status. As in a shell, this
     /// status is the exit status of the process, or 128 plus the number of the signal that killed
     /// the process.
-    pub(crate) fn wait(&self, pidfd: &OwnedFd) -> Result<u8> {
+    pub(crate) fn wait(mut self, pidfd: &OwnedFd) -> Result<u8> {
         loop {
             let mut watched = vec![
                 PollFd::new(pidfd, PollFlags::IN),

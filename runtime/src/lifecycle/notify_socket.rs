@@ -8,7 +8,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{CWD, Mode};
@@ -37,6 +37,12 @@ const INSIDE: &str = "/run/notify";
 const MESSAGE_BYTES: usize = 4096;
 /// The maximum time that rrun waits for the service manager to read all of rrun's messages.
 const BARRIER_TIMEOUT: Duration = Duration::from_secs(30);
+/// The maximum time that rrun waits until the service manager's queue has room for a message.
+const QUEUE_TIMEOUT: Duration = Duration::from_secs(10);
+/// The number of notifications that rrun reads before it checks again for signals and for the exit
+/// of the container. The queue of the notification socket has room for fewer notifications, unless
+/// the administrator has raised net.unix.max_dgram_qlen.
+const READS_AT_ONCE: usize = 1024;
 /// The time after which rrun logs that it still waits for the container's READY=1.
 const READY_WARNING_DELAY: Duration = Duration::from_secs(10);
 
@@ -160,10 +166,11 @@ impl NotifySocket {
     }
 
     /// Forwards the container's READY=1 to the service manager. `main_pid` is the id of the process
-    /// that the service manager will watch. Returns whether the container has sent READY=1.
+    /// that the service manager will watch. Returns whether the container has sent READY=1. After
+    /// that, the caller must not call this function again, and should drop the socket.
     pub(crate) fn pass_on(&self, main_pid: i32) -> Result<bool> {
         let mut buffer = [0u8; MESSAGE_BYTES];
-        loop {
+        for _ in 0..READS_AT_ONCE {
             let length = match recv(&self.socket, &mut buffer, RecvFlags::empty()) {
                 Ok((_, length)) => length.min(MESSAGE_BYTES),
                 Err(Errno::AGAIN) => return Ok(false),
@@ -180,12 +187,41 @@ impl NotifySocket {
                 return Ok(true);
             }
         }
+        Ok(false)
     }
 
     fn send(&self, message: &[u8]) -> Result<()> {
-        rustix::net::send(&self.manager, message, rustix::net::SendFlags::NOSIGNAL)
-            .doing(|| "notify the service manager that the container is ready")?;
-        Ok(())
+        self.when_queue_has_room(|| {
+            rustix::net::send(&self.manager, message, rustix::net::SendFlags::NOSIGNAL).map(drop)
+        })
+        .doing(|| "notify the service manager that the container is ready")
+    }
+
+    /// Calls `send`, which sends a message to the service manager. If the service manager's queue
+    /// is full, waits until it has room. After [`QUEUE_TIMEOUT`], logs a warning and gives up.
+    fn when_queue_has_room(
+        &self,
+        send: impl Fn() -> std::result::Result<(), Errno>,
+    ) -> std::result::Result<(), Errno> {
+        let deadline = Instant::now() + QUEUE_TIMEOUT;
+        loop {
+            match send() {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) if Instant::now() >= deadline => {
+                    log::warning(&format!(
+                        "notify the service manager that the container is ready: the queue of the service manager has been full for {} s",
+                        QUEUE_TIMEOUT.as_secs()
+                    ));
+                    return Ok(());
+                }
+                Err(Errno::AGAIN) => {
+                    let mut watched = [PollFd::new(&self.manager, PollFlags::OUT)];
+                    // Another sender can fill the queue again after poll(2) has returned.
+                    let _ = poll(&mut watched, Some(&timespec(Duration::from_secs(1))));
+                }
+                sent => return sent,
+            }
+        }
     }
 
     /// Waits until the container has sent READY=1, or until the container's first process has
@@ -228,7 +264,10 @@ impl NotifySocket {
     fn barrier(&self) -> Result<()> {
         let doing = || "wait for the service manager to read the notification";
         let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
-        send_descriptor(self.manager.as_fd(), write_end.as_fd(), b"BARRIER=1").doing(doing)?;
+        self.when_queue_has_room(|| {
+            send_descriptor(self.manager.as_fd(), write_end.as_fd(), b"BARRIER=1")
+        })
+        .doing(doing)?;
         drop(write_end);
         let mut watched = [PollFd::new(&read_end, PollFlags::empty())];
         match poll(&mut watched, Some(&timespec(BARRIER_TIMEOUT))) {

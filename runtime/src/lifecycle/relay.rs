@@ -34,7 +34,7 @@ const OUTPUT_BYTES_AFTER_EXIT: usize = 128 << 10;
 impl Foreground {
     /// Waits like [`Foreground::wait`]. While this function waits, it copies rrun's standard input
     /// to the container's terminal, and the terminal's output to rrun's standard output.
-    pub(crate) fn relay(&self, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
+    pub(crate) fn relay(self, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
         let _raw = RawTerminal::set();
         copy_size(&master);
         // The container's processes have the slave side open, so this call does not affect them.
@@ -127,7 +127,7 @@ fn output_end(own_terminal: &Option<OwnedFd>) -> BorrowedFd<'_> {
 
 /// The state of the copying.
 struct Relay<'a> {
-    foreground: &'a Foreground,
+    foreground: Foreground,
     pidfd: &'a OwnedFd,
     master: OwnedFd,
     /// The slave side of the terminal, until the container's process has exited. If no process has

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Directory, Result, Run, command, wait_for};
-use crate::support::needs::Test;
+use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -16,6 +16,8 @@ pub(crate) const TESTS: &[Test] = &[
     test!(run_with_detach_returns_when_the_container_is_ready),
     test!(start_returns_if_the_container_exits_without_a_notification),
     test!(a_container_without_a_manager_gets_no_notification_socket),
+    test!(run_forwards_only_the_first_notification, Need::Rrun),
+    test!(start_waits_if_the_queue_of_the_manager_is_full, Need::Rrun),
     test!(preserved_descriptors_have_higher_numbers_than_the_managers_sockets),
 ];
 
@@ -117,6 +119,54 @@ fn start_returns_if_the_container_exits_without_a_notification() -> Result {
     manager.runtime(&bundle, &["create", bundle.id()])?.ok()?;
     manager.runtime(&bundle, &["start", bundle.id()])?.ok()?;
     bundle.wait_status("stopped")?;
+    bundle.delete()?;
+    Ok(())
+}
+
+fn run_forwards_only_the_first_notification() -> Result {
+    let manager = Manager::new()?;
+    let bundle = Bundle::new(&["notify-often", "READY=1", "20"])?;
+    manager.runtime(&bundle, &["run", bundle.id()])?.ok()?;
+    ensure_eq!(
+        manager.receive()?.trim(),
+        "READY=1",
+        "the first notification"
+    );
+    let main = manager.receive()?;
+    ensure!(
+        main.starts_with("MAINPID="),
+        "the second notification is {main}"
+    );
+    let mut buffer = [0u8; 4096];
+    ensure!(
+        manager.socket.recv(&mut buffer).is_err(),
+        "the service manager receives a third notification: {}",
+        String::from_utf8_lossy(&buffer)
+    );
+    Ok(())
+}
+
+fn start_waits_if_the_queue_of_the_manager_is_full() -> Result {
+    let manager = Manager::new()?;
+    let sender = UnixDatagram::unbound()?;
+    sender.set_nonblocking(true)?;
+    sender.connect(manager.directory.join("socket"))?;
+    let mut queued = 0;
+    while sender.send(b"STATUS=other").is_ok() {
+        queued += 1;
+    }
+    let bundle = Bundle::new(&["notify-often", "READY=1", "1"])?;
+    manager.runtime(&bundle, &["create", bundle.id()])?.ok()?;
+    let starting = manager.runtime(&bundle, &["start", bundle.id()])?.start()?;
+    bundle.wait_status("stopped")?;
+    // Without the waiting, `start` fails in this time. A shorter time does not let the test fail.
+    std::thread::sleep(std::time::Duration::from_millis(300));
+    for _ in 0..queued {
+        manager.receive()?;
+    }
+    manager.receive_ready()?;
+    let started = starting.end()?;
+    ensure!(started.code == 0, "`start` failed:\n{}", started.told());
     bundle.delete()?;
     Ok(())
 }
