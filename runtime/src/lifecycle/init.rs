@@ -374,21 +374,36 @@ impl Init<'_> {
     /// Makes mounts read-only and masks paths, as the configuration specifies.
     fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
         let config = self.config;
-        let cwd = &config.process.cwd;
-        if config.root_readonly && cwd != Path::new("/") {
-            // A missing working directory can be created only before the root is read-only. If this
-            // fails, the error is reported later, when the process enters the directory.
-            let mode = Mode::from_raw_mode(0o777 & !config.process.umask.unwrap_or(0o022));
-            let _ = rootfs.make_working_directory(cwd, mode);
+        if config.root_readonly {
+            self.make_working_directory(rootfs);
         }
         rootfs.make_read_only()?;
-        protection::make_read_only(rootfs, &config.readonly_paths)?;
+        let with_root = protection::make_read_only(rootfs, &config.readonly_paths)?;
+        if with_root && !config.root_readonly {
+            self.make_working_directory(rootfs);
+        }
         protection::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
-        if config.root_readonly {
+        if config.root_readonly || with_root {
+            let field = if with_root {
+                "linux.readonlyPaths"
+            } else {
+                "root.readonly"
+            };
             mount_setattr(rootfs.as_fd(), false, &MountAttr::READ_ONLY)
-                .doing(|| "make the root read-only (root.readonly)")?;
+                .doing(|| format!("make the root read-only ({field})"))?;
         }
         Ok(())
+    }
+
+    /// Creates a missing working directory, because this is possible only before the root is
+    /// read-only. If this fails, the error is reported later, when the process enters the
+    /// directory.
+    fn make_working_directory(&self, rootfs: &Rootfs) {
+        let process = &self.config.process;
+        if process.cwd != Path::new("/") {
+            let mode = Mode::from_raw_mode(0o777 & !process.umask.unwrap_or(0o022));
+            let _ = rootfs.make_working_directory(&process.cwd, mode);
+        }
     }
 
     fn change_root(&self, rootfs: &Rootfs) -> Result<()> {

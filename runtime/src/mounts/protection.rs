@@ -10,19 +10,25 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::tree::{clone_descriptor, clone_tree, move_mount};
 use crate::error::{Context, Result, refuse};
-use crate::mounts::rootfs::Rootfs;
+use crate::mounts::rootfs::{Protected, Rootfs};
 use crate::sys::path::cleaned;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 /// Hides the paths of `linux.maskedPaths`. A directory is covered with an empty directory, and any
 /// other file with /dev/null. A path that does not exist is skipped.
+///
+/// # Errors
+/// Fails if a path leads to the root directory.
 pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Result<()> {
     let (mut empty, mut null): (Option<OwnedFd>, Option<OwnedFd>) = (None, None);
     for path in distinct(paths) {
         let doing = || format!("mask {} (linux.maskedPaths)", path.display());
         let target = match rootfs.open_to_protect(&path) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
-            result => result.doing(doing)?,
+            result => match result.doing(doing)? {
+                Protected::Root => refuse!("{}: it leads to the root directory", doing()),
+                Protected::Below(target) => target,
+            },
         };
         let stat = rustix::fs::fstat(&target).doing(doing)?;
         let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
@@ -55,19 +61,28 @@ fn null_device(doing: impl Fn() -> String + Copy) -> Result<OwnedFd> {
     Ok(null)
 }
 
-/// Makes the paths of `linux.readonlyPaths` read-only, with all mounts below them.
-pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<()> {
+/// Makes the paths of `linux.readonlyPaths` read-only, with all mounts below them. Returns whether a
+/// path leads to the root directory. Like runc and crun, rrun then makes the root itself read-only,
+/// but not the mounts below it. The caller must do this after all other steps that create files.
+pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<bool> {
+    let mut includes_root = false;
     for path in distinct(paths) {
         let doing = || format!("make {} read-only (linux.readonlyPaths)", path.display());
         let target = match rootfs.open_to_protect(&path) {
             Err(Errno::NOENT | Errno::NOTDIR) => continue,
-            result => result.doing(doing)?,
+            result => match result.doing(doing)? {
+                Protected::Root => {
+                    includes_root = true;
+                    continue;
+                }
+                Protected::Below(target) => target,
+            },
         };
         let copy = clone_descriptor(&target, true).doing(doing)?;
         mount_setattr(copy.as_fd(), true, &MountAttr::READ_ONLY).doing(doing)?;
         move_mount(&copy, &target).doing(doing)?;
     }
-    Ok(())
+    Ok(includes_root)
 }
 
 /// Returns the paths in their first order, but each path only once. A second mount on the same file

@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, Stat};
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, statx};
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Reason as _, Result, refuse};
@@ -49,6 +49,14 @@ impl FileId {
     fn of(stat: &Stat) -> FileId {
         FileId(stat.st_dev, stat.st_ino)
     }
+}
+
+/// A file or directory that rrun masks or makes read-only.
+pub(crate) enum Protected {
+    /// The root directory. A mount on the root directory would not affect the container's first
+    /// process, and would hide all later mounts from the processes that `exec` creates.
+    Root,
+    Below(OwnedFd),
 }
 
 /// The kind of file that a mount requires at its destination.
@@ -109,15 +117,37 @@ impl Rootfs {
     /// Opens the file or directory at `path`, which rrun then masks or makes read-only. A rename in
     /// the container can replace the directory /proc or /sys (CVE-2019-19921). So rrun looks up a
     /// path in /proc or /sys directly in the mount that rrun attached.
-    pub(crate) fn open_to_protect(&self, path: &Path) -> std::result::Result<OwnedFd, Errno> {
+    pub(crate) fn open_to_protect(&self, path: &Path) -> std::result::Result<Protected, Errno> {
         let within = path.ancestors().skip(1).find_map(|place| {
             let mount = self.kernel_mounts.get(place)?;
             Some((mount, path.strip_prefix(place).ok()?))
         });
         match within {
-            Some((mount, rest)) => open_in(mount, rest, OFlags::PATH, ResolveFlags::empty()),
-            None => self.open(path, OFlags::PATH),
+            Some((mount, rest)) => {
+                open_in(mount, rest, OFlags::PATH, ResolveFlags::empty()).map(Protected::Below)
+            }
+            None => {
+                let found = self.open(path, OFlags::PATH)?;
+                Ok(if self.is_root(&found)? {
+                    Protected::Root
+                } else {
+                    Protected::Below(found)
+                })
+            }
         }
+    }
+
+    /// Returns whether `found` is the root directory. A bind mount of the root directory at another
+    /// path is not the root directory.
+    fn is_root(&self, found: &OwnedFd) -> std::result::Result<bool, Errno> {
+        if self.root != Some(FileId::of(&rustix::fs::fstat(found)?)) {
+            return Ok(false);
+        }
+        let mount = |file: BorrowedFd<'_>| {
+            let stat = statx(file, "", AtFlags::EMPTY_PATH, StatxFlags::MNT_ID)?;
+            Ok(stat.stx_mnt_id)
+        };
+        Ok(mount(found.as_fd())? == mount(self.fd.as_fd())?)
     }
 
     /// Opens the file at `path` with openat2(2), and follows symbolic links.

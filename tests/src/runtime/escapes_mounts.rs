@@ -32,6 +32,8 @@ pub(crate) const TESTS: &[Test] = &[
     test!(cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys),
     test!(a_masked_directory_has_no_room_for_files, Need::Rrun),
     test!(a_masked_file_does_not_expose_the_hosts_null_device),
+    test!(a_read_only_path_that_leads_to_the_root_makes_the_root_read_only),
+    test!(a_masked_path_that_leads_to_the_root_is_refused, Need::Rrun),
     test!(
         a_mount_must_not_replace_the_root_directory_through_a_link,
         Need::Rrun
@@ -366,6 +368,53 @@ fn a_masked_file_does_not_expose_the_hosts_null_device() -> Result {
         fs::write(&path, "ignored")?;
     }
     bundle.end()?;
+    Ok(())
+}
+
+/// A mount on the root directory would not affect the first process, and would hide the masked
+/// paths from `exec`.
+fn a_read_only_path_that_leads_to_the_root_makes_the_root_read_only() -> Result {
+    for path in ["/", "/up"] {
+        let mut bundle = Bundle::new(&["write", "/data/new", "text"])?;
+        symlink("/", bundle.join("rootfs/up"))?;
+        bundle
+            .set("/root/readonly", json!(false))
+            .set("/process/cwd", json!("/work/here"))
+            .set("/linux/readonlyPaths", json!([path, "/proc/sys"]));
+        let output = bundle.call(&["run"])?.exits(1)?;
+        ensure!(
+            output.stderr.contains("Read-only file system"),
+            "the root is not read-only for the first process:\n{}",
+            output.told()
+        );
+        bundle.args(&["sleep", "600"]).start()?;
+        let output = bundle.exec(&[], &["write", "/data/new", "text"]).exits(1)?;
+        ensure!(
+            output.stderr.contains("Read-only file system"),
+            "the root is not read-only for `exec`:\n{}",
+            output.told()
+        );
+        ensure_eq!(
+            bundle.exec(&[], &["cat", "/proc/keys"]).ok()?.stdout,
+            "",
+            "the content of the masked /proc/keys"
+        );
+        bundle.end()?;
+    }
+    Ok(())
+}
+
+fn a_masked_path_that_leads_to_the_root_is_refused() -> Result {
+    for path in ["/", "/up"] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        symlink("/", bundle.join("rootfs/up"))?;
+        bundle.set("/linux/maskedPaths", json!([path, "/proc/keys"]));
+        bundle.write_config()?;
+        refused(
+            &bundle,
+            &["linux.maskedPaths", "leads to the root directory"],
+        )?;
+    }
     Ok(())
 }
 
