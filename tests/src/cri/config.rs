@@ -110,6 +110,10 @@ fn a_configuration_error_names_the_file_and_the_line_and_the_key() -> Result {
         ("stream_idle_timeout = 0\n", "line 3, stream_idle_timeout"),
         ("stream_sessions = 0\n", "line 3, stream_sessions"),
         (
+            "container_terminals = 1048577\n",
+            "line 3, container_terminals",
+        ),
+        (
             "[cni]\ntimeout_seconds = 0\n",
             "line 4, cni.timeout_seconds",
         ),

@@ -1,6 +1,8 @@
 //! Tests of the resource limits of containers and pods, and of the resource usage in the
 //! statistics. The server must enforce, update and report the limits.
 
+use std::fs;
+
 use rrun_proto::v1::{LinuxContainerResources, UpdatePodSandboxResourcesRequest};
 use serde_json::{Value, json};
 
@@ -48,6 +50,11 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE,
         CPU,
         MEMORY
+    ),
+    test!(
+        the_number_of_terminals_of_a_container_is_limited,
+        A_NODE,
+        Need::RrunCri
     ),
     test!(
         a_pod_whose_container_nests_cgroups_deeply_is_removed,
@@ -359,6 +366,28 @@ fn crictl_stats_reports_the_resource_usage_of_a_container() -> Result {
 
 /// The paths of the container's nested cgroups are longer than PATH_MAX. Only a privileged container
 /// can create cgroups.
+fn the_number_of_terminals_of_a_container_is_limited() -> Result {
+    on_a_node(|node| {
+        node.terminate_server()?;
+        let file = node.join("config.toml");
+        let text = fs::read_to_string(&file)?;
+        fs::write(&file, format!("container_terminals = 2\n{text}"))?;
+        node.start_server()?;
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("terminals");
+        let pod_id = node.runp(&pod)?;
+        let container = node.container("opens", &["/inside", "sleep", "600"]);
+        let id = node.run(&pod_id, &pod, &container)?;
+        let script = "exec 3<>/dev/ptmx 4<>/dev/ptmx; (exec 5<>/dev/ptmx) 2>&1 || echo refused";
+        let output = node.asks(&["exec", &id, "/bin/sh", "-c", script])?;
+        ensure!(
+            output.ends_with("refused") && output.contains("No space left on device"),
+            "the third terminal is not refused: {output}"
+        );
+        Ok(())
+    })
+}
+
 fn a_pod_whose_container_nests_cgroups_deeply_is_removed() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;

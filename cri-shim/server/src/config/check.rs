@@ -16,6 +16,7 @@ pub(super) fn checked(mut config: Config) -> Result<Config, ConfigError> {
     look_up_programs(&mut config);
     listen(&config)?;
     streams(&config)?;
+    terminals(&config)?;
     default_runtime(&config)?;
     cgroup_parent(&mut config)?;
     for dir in &config.cdi_spec_dirs {
@@ -92,6 +93,16 @@ fn streams(config: &Config) -> Result<(), ConfigError> {
     if config.stream_idle_timeout == 0 {
         let reason = "a timeout of 0 s would close every stream immediately".to_owned();
         return Err(refused(("stream_idle_timeout", reason)));
+    }
+    Ok(())
+}
+
+fn terminals(config: &Config) -> Result<(), ConfigError> {
+    /// The largest value of devpts's option `max`, `NR_UNIX98_PTY_MAX` in linux/devpts_fs.h.
+    const MOST: u32 = 1 << 20;
+    if config.container_terminals.get() > MOST {
+        let reason = format!("the value must be at most {MOST}");
+        return Err(refused(("container_terminals", reason)));
     }
     Ok(())
 }

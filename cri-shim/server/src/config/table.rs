@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::num::NonZeroUsize;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -59,6 +59,8 @@ pub(crate) struct Config {
     pub stats_cgroups: NonZeroUsize,
     /// The maximum number of interfaces of a pod whose counters are reported.
     pub stats_interfaces: NonZeroUsize,
+    /// The maximum number of terminals in a container's /dev/pts.
+    pub container_terminals: NonZeroU32,
     pub monitor: PathBuf,
     /// See [`Config::namespaces`].
     pub(super) netns_dir: PathBuf,
@@ -133,6 +135,7 @@ impl Default for Config {
             stats_descriptors: 65_536,
             stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
             stats_interfaces: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
+            container_terminals: NonZeroU32::new(256).unwrap_or(NonZeroU32::MIN),
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),

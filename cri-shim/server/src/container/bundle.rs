@@ -233,6 +233,7 @@ fn write_config(
         privileged,
         readonly_rootfs: context.readonly_rootfs,
         own_ipc: sharing.own_ipc,
+        terminals: node.config.container_terminals,
         features: inputs.features,
     };
     let requested = &record.state.resources;

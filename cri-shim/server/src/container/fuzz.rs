@@ -1,6 +1,7 @@
 //! The parts of the fuzz targets that need a container's modules.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU32;
 use std::path::Path;
 
 use rrun_images::ImageConfig;
@@ -44,6 +45,7 @@ pub(crate) fn config_json(config: &ContainerConfig, image: &ImageConfig) -> Opti
         privileged,
         readonly_rootfs: context.readonly_rootfs,
         own_ipc: true,
+        terminals: NonZeroU32::MIN,
         features: Features::default(),
     };
     let linux = config.linux.clone().unwrap_or_default();

@@ -3,6 +3,7 @@
 
 use std::collections::HashSet;
 use std::hash::Hash;
+use std::num::NonZeroU32;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime as oci;
@@ -22,13 +23,15 @@ pub(crate) struct MountInputs<'a> {
     pub readonly_rootfs: bool,
     /// True if the pod has its own IPC namespace, and therefore its own /dev/shm.
     pub own_ipc: bool,
+    /// The maximum number of terminals in the container's /dev/pts.
+    pub terminals: NonZeroU32,
     /// The features of the pod's runtime handler.
     pub features: Features,
 }
 
 /// Returns the runtime specification's `mounts`, in the order in which they are mounted.
 pub(crate) fn mounts(requested: &[Mount], inputs: &MountInputs<'_>) -> Result<Vec<oci::Mount>> {
-    let mut all = kernel_file_systems(inputs.privileged);
+    let mut all = kernel_file_systems(inputs);
     all.extend(pod_files(inputs));
     for mount in requested {
         all.push(bind_mount(mount, inputs)?);
@@ -70,8 +73,10 @@ pub(crate) fn entry(
     mount
 }
 
-fn kernel_file_systems(privileged: bool) -> Vec<oci::Mount> {
-    let access = if privileged { "rw" } else { "ro" };
+fn kernel_file_systems(inputs: &MountInputs<'_>) -> Vec<oci::Mount> {
+    let access = if inputs.privileged { "rw" } else { "ro" };
+    // Without a limit, one container could open all terminals of the node.
+    let terminals = format!("max={}", inputs.terminals);
     let dev = ["nosuid", "strictatime", "mode=755", "size=65536k"];
     let pts = [
         "nosuid",
@@ -80,6 +85,7 @@ fn kernel_file_systems(privileged: bool) -> Vec<oci::Mount> {
         "ptmxmode=0666",
         "mode=0620",
         "gid=5",
+        &terminals,
     ];
     let plain = ["nosuid", "noexec", "nodev"];
     let sys = ["nosuid", "noexec", "nodev", access];
@@ -257,6 +263,7 @@ mod tests {
             privileged: false,
             readonly_rootfs: false,
             own_ipc: true,
+            terminals: NonZeroU32::MIN,
             features: Features {
                 recursive_read_only: true,
                 ..Features::default()
@@ -309,6 +316,13 @@ mod tests {
         };
         assert!(position("/a") < position("/a/b/c"));
         assert!(position("/dev") < position("/dev/pts"));
+        Ok(())
+    }
+
+    #[test]
+    fn the_number_of_terminals_is_limited() -> Result<()> {
+        let all = mounts(&[], &inputs())?;
+        assert!(options(find(&all, "/dev/pts")[0]).ends_with(",max=1"));
         Ok(())
     }
 

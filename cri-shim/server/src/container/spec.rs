@@ -494,6 +494,7 @@ mod tests {
             privileged,
             readonly_rootfs: false,
             own_ipc: true,
+            terminals: std::num::NonZeroU32::MIN,
             features: crate::handlers::Features::default(),
         };
         let linux = config.linux.clone().unwrap_or_default();
