@@ -31,7 +31,6 @@ use crate::log;
 use crate::mounts::HostMounts;
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::namespaces::{OpenNamespace, flag, unshare_time};
-use crate::process::Process;
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::Agent;
 use crate::sys::child::{NeverReturn, exit_now, kill_and_reap, reap};
@@ -237,11 +236,6 @@ impl<'a> Creation<'a> {
     /// `Creation`, and the parent's end of the channel between the parent and the first process.
     fn spawn(mut self) -> Result<(Creation<'a>, Channel)> {
         let config = self.request.config;
-        let mut flags = config.namespaces.new & !flag(Type::Cgroup);
-        if !config.time_offsets.is_empty() {
-            unshare_time(&config.time_offsets)?;
-            flags &= !flag(Type::Time);
-        }
         let user = config.namespaces.own(Type::User);
         let host_mounts = HostMounts::before_clone(&config.mount_sources())?;
         let (after_clone, before_clone): (Vec<_>, Vec<_>) =
@@ -254,22 +248,7 @@ impl<'a> Creation<'a> {
             None
         };
         let (channel, childs_end) = channel::pair()?;
-        let cloned = if user && !before_clone.is_empty() {
-            let process = (self.unprivileged && !config.namespaces.is_new(Type::User))
-                .then_some(&config.process);
-            clone_from_intermediate(flags, self.cgroup.as_ref(), before_clone, process)?
-        } else {
-            for join in &before_clone {
-                join.enter()?;
-            }
-            clone3(flags, self.cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
-                format!(
-                    "create the container's first process in cgroup {} (clone3)",
-                    self.state.cgroup.display()
-                )
-            })?
-        };
-        match cloned {
+        match self.clone_first_process(before_clone)? {
             Cloned::Child => {
                 drop(channel);
                 self.become_init(childs_end, after_clone, host_mounts, start_socket)
@@ -289,6 +268,111 @@ impl<'a> Creation<'a> {
                 Ok((self, channel))
             }
         }
+    }
+
+    fn clone_first_process(&self, before_clone: Vec<&OpenNamespace>) -> Result<Cloned> {
+        let namespaces = &self.request.config.namespaces;
+        let flags = namespaces.new & !flag(Type::Cgroup);
+        if before_clone.is_empty() && self.request.config.time_offsets.is_empty() {
+            return clone3(flags, self.cgroup.as_ref().map(Cgroup::as_fd)).doing(|| {
+                format!(
+                    "create the container's first process in cgroup {} (clone3)",
+                    self.state.cgroup.display()
+                )
+            });
+        }
+        self.clone_from_intermediate(flags, before_clone)
+    }
+
+    /// Creates the first process through an intermediate process. The intermediate process enters
+    /// the existing namespaces in `before_clone`, and creates the time namespace if its clocks have
+    /// offsets.
+    ///
+    /// rrun itself must not enter these namespaces, for three reasons. First, the other processes
+    /// of an existing PID namespace could see the hooks, which are children of rrun, and could kill
+    /// or trace them. Second, the times in /proc depend on the time namespace of the reader. Third,
+    /// rrun cannot always return to its own namespaces, because it needs rights in the user
+    /// namespace that owns them.
+    ///
+    /// When a process creates a namespace, the user namespace of this process owns the new
+    /// namespace. To enter an existing namespace, a process needs rights in the user namespace that
+    /// owns it. Therefore the intermediate process enters an existing user namespace last, and then
+    /// creates the new namespaces with clone3.
+    fn clone_from_intermediate(
+        &self,
+        flags: u64,
+        before_clone: Vec<&OpenNamespace>,
+    ) -> Result<Cloned> {
+        // Use a separate channel for the intermediate process. On a shared channel, a message from
+        // the first process could arrive before the message from the intermediate process.
+        let (from_intermediate, to_parent) = channel::pair()?;
+        let pidfd = match clone3(0, None)
+            .doing(|| "create an intermediate process to enter namespaces (clone3)")?
+        {
+            Cloned::Parent { pidfd, .. } => pidfd,
+            Cloned::Child => {
+                let guard = NeverReturn;
+                match self.enter_and_clone(flags, before_clone) {
+                    Ok(Cloned::Child) => {
+                        std::mem::forget(guard);
+                        return Ok(Cloned::Child);
+                    }
+                    // If the parent does not receive the process id, it closes its end of the
+                    // channel to the first process, which then exits.
+                    Ok(Cloned::Parent { pid, .. }) => {
+                        if let Err(error) = to_parent.cloned(pid) {
+                            to_parent.send_error(&error);
+                        }
+                    }
+                    Err(error) => to_parent.send_error(&error),
+                }
+                exit_now()
+            }
+        };
+        // Close `to_parent` in the parent. Otherwise, receive() would not return end of file after
+        // the death of the intermediate process.
+        drop(to_parent);
+        let answer = from_intermediate.receive(&pidfd);
+        reap(&pidfd);
+        match answer? {
+            ChildMessage::Cloned(pid) => {
+                let doing = || format!("open process {pid}");
+                let process = Pid::from_raw(pid).ok_or_else(|| Error::new(doing()))?;
+                // The first process is a child of this process and is not reaped yet, so the kernel
+                // cannot have reused its process id.
+                let pidfd = pidfd_open(process, PidfdFlags::empty()).doing(doing)?;
+                Ok(Cloned::Parent { pid, pidfd })
+            }
+            ChildMessage::Failed(error) => Err(error),
+            _ => refuse!(
+                "the intermediate process died before it created the container's first process"
+            ),
+        }
+    }
+
+    /// Performs the steps of the intermediate process.
+    fn enter_and_clone(
+        &self,
+        mut flags: u64,
+        mut before_clone: Vec<&OpenNamespace>,
+    ) -> Result<Cloned> {
+        let config = self.request.config;
+        if self.unprivileged && config.namespaces.is_joined(Type::User) {
+            // The first process inherits this value. In an existing user namespace, neither this
+            // process nor the first process could set the value.
+            config.process.apply_own_oom_score_adj()?;
+        }
+        if !config.time_offsets.is_empty() {
+            unshare_time(&config.time_offsets)?;
+            flags &= !flag(Type::Time);
+        }
+        before_clone.sort_by_key(|join| join.is_user());
+        for join in &before_clone {
+            join.enter()?;
+        }
+        let cgroup = self.cgroup.as_ref().map(Cgroup::as_fd);
+        clone3(flags | libc::CLONE_PARENT as u64, cgroup)
+            .doing(|| "create the container's first process from the intermediate process (clone3)")
     }
 
     /// Turns the new process into the container's first process. The new process first drops its
@@ -405,80 +489,6 @@ fn connect_agent(config: &Config, waits: bool) -> Result<Option<Agent<'_>>> {
         }
         Some(listener) => Some(listener.connect()).transpose(),
         None => Ok(None),
-    }
-}
-
-/// Creates the first process through an intermediate process. The intermediate process enters the
-/// existing namespaces in `before_clone`.
-///
-/// An intermediate process is needed only if the container has a user namespace. When a process
-/// creates a namespace, the user namespace of this process owns the new namespace. To enter an
-/// existing namespace, a process needs rights in the user namespace that owns it. Therefore a
-/// process must first enter the other existing namespaces, then enter the user namespace, and then
-/// create the new namespaces with clone3. If rrun itself entered the user namespace, it would lose
-/// its rights on the host. rrun still needs these rights, so an intermediate process does these
-/// steps.
-///
-/// If `process` is given, the intermediate process sets the OOM score adjustment of `process` for
-/// itself, and the first process inherits it.
-fn clone_from_intermediate(
-    flags: u64,
-    cgroup: Option<&Cgroup>,
-    mut before_clone: Vec<&OpenNamespace>,
-    process: Option<&Process>,
-) -> Result<Cloned> {
-    // Use a separate channel for the intermediate process. On a shared channel, a message from the
-    // first process could arrive before the message from the intermediate process.
-    let (from_intermediate, to_parent) = channel::pair()?;
-    let pidfd = match clone3(0, None)
-        .doing(|| "create an intermediate process to enter namespaces (clone3)")?
-    {
-        Cloned::Parent { pidfd, .. } => pidfd,
-        Cloned::Child => {
-            let guard = NeverReturn;
-            before_clone.sort_by_key(|join| join.is_user());
-            let cloned = process
-                .map_or(Ok(()), Process::apply_own_oom_score_adj)
-                .and_then(|()| before_clone.iter().try_for_each(|join| join.enter()))
-                .and_then(|()| {
-                    clone3(flags | libc::CLONE_PARENT as u64, cgroup.map(Cgroup::as_fd))
-                        .doing(|| "create the container's first process from the intermediate process (clone3)")
-                });
-            match cloned {
-                Ok(Cloned::Child) => {
-                    std::mem::forget(guard);
-                    return Ok(Cloned::Child);
-                }
-                // If the parent does not receive the process id, it closes its end of the channel to
-                // the first process, which then exits.
-                Ok(Cloned::Parent { pid, .. }) => {
-                    if let Err(error) = to_parent.cloned(pid) {
-                        to_parent.send_error(&error);
-                    }
-                }
-                Err(error) => to_parent.send_error(&error),
-            }
-            exit_now()
-        }
-    };
-    // Close `to_parent` in the parent. Otherwise, receive() would not return end of file after the
-    // death of the intermediate process.
-    drop(to_parent);
-    let answer = from_intermediate.receive(&pidfd);
-    reap(&pidfd);
-    match answer? {
-        ChildMessage::Cloned(pid) => {
-            let doing = || format!("open process {pid}");
-            let process = Pid::from_raw(pid).ok_or_else(|| Error::new(doing()))?;
-            // The first process is a child of this process and is not reaped yet, so the kernel
-            // cannot have reused its process id.
-            let pidfd = pidfd_open(process, PidfdFlags::empty()).doing(doing)?;
-            Ok(Cloned::Parent { pid, pidfd })
-        }
-        ChildMessage::Failed(error) => Err(error),
-        _ => {
-            refuse!("the intermediate process died before it created the container's first process")
-        }
     }
 }
 

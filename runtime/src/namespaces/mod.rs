@@ -104,7 +104,7 @@ impl Namespaces {
     }
 
     /// Returns whether the container enters an existing namespace of this type.
-    fn is_joined(&self, typ: Type) -> bool {
+    pub(crate) fn is_joined(&self, typ: Type) -> bool {
         self.join.iter().any(|join| join.typ == typ)
     }
 
@@ -179,7 +179,8 @@ impl OpenNamespace {
         Ok(first.is_ok_and(|first| opened == id(first)))
     }
 
-    /// Returns whether the parent must enter this namespace before it creates the new process.
+    /// Returns whether the creator of the new process must enter this namespace before it creates
+    /// the process.
     /// After setns(2) with a PID namespace, the calling process remains in its old PID namespace.
     /// Only its later children are in the new PID namespace. A child inherits its parent's time
     /// namespace, so the child does not need to enter that namespace itself.

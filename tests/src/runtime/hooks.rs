@@ -20,6 +20,8 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_failing_hook_makes_create_remove_the_container),
     test!(the_error_about_a_failing_hook_contains_the_hooks_output),
     test!(a_hook_does_not_need_to_read_a_large_state, Need::Rrun),
+    test!(hooks_on_the_host_are_not_in_the_containers_namespaces),
+    test!(poststop_hooks_run_although_the_joined_pid_namespace_has_ended),
 ];
 
 /// Returns a hook that runs the shell command `line` on the host.
@@ -102,6 +104,102 @@ fn hooks_receive_the_containers_state() -> Result {
             );
         }
     }
+    Ok(())
+}
+
+/// The hooks of this test write the names of their PID namespace and time namespace to a file. If a
+/// hook were in a joined PID namespace, the other processes of this namespace could kill the hook.
+fn hooks_on_the_host_are_not_in_the_containers_namespaces() -> Result {
+    let mut first = Bundle::new(&["sleep", "600"])?;
+    first
+        .add("/linux/namespaces", json!({ "type": "time" }))
+        .set(
+            "/linux/timeOffsets",
+            json!({ "boottime": { "secs": 1000 } }),
+        );
+    first.start()?;
+    let pid = first.pid()?;
+    let joined = |name: &str| json!({ "type": name, "path": format!("/proc/{pid}/ns/{name}") });
+    let user = json!({ "type": "user" });
+    let offsets = json!({ "monotonic": { "secs": 1000 } });
+    for (namespaces, offsets) in [
+        (vec![joined("pid")], None),
+        (vec![joined("time")], None),
+        (vec![joined("pid"), joined("time")], None),
+        (vec![json!({ "type": "time" })], Some(&offsets)),
+        (
+            vec![joined("pid"), json!({ "type": "time" })],
+            Some(&offsets),
+        ),
+        (vec![json!({ "type": "time" }), user], Some(&offsets)),
+    ] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        for namespace in &namespaces {
+            bundle
+                .without_namespace(namespace["type"].as_str().unwrap_or_default())
+                .add("/linux/namespaces", namespace.clone());
+        }
+        if let Some(offsets) = offsets {
+            bundle.set("/linux/timeOffsets", offsets.clone());
+        }
+        if namespaces.iter().any(|one| one["type"] == "user") {
+            let maps = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+            bundle
+                .set("/linux/uidMappings", maps.clone())
+                .set("/linux/gidMappings", maps);
+        }
+        let log = bundle.join("hooks.log");
+        let line = format!(
+            "readlink /proc/self/ns/pid /proc/self/ns/time >> {}",
+            log.display()
+        );
+        for kind in ["prestart", "createRuntime", "poststart", "poststop"] {
+            bundle.set(&format!("/hooks/{kind}"), shell(&line));
+        }
+        bundle.run()?;
+        let mut expected = String::new();
+        for _ in 0..4 {
+            for name in ["pid", "time"] {
+                let own = fs::read_link(format!("/proc/self/ns/{name}"))?;
+                expected += &format!("{}\n", own.display());
+            }
+        }
+        ensure_eq!(
+            fs::read_to_string(&log)?,
+            expected,
+            "the PID namespace and time namespace of each hook of a container with {namespaces:?}"
+        );
+    }
+    first.end()?;
+    Ok(())
+}
+
+fn poststop_hooks_run_although_the_joined_pid_namespace_has_ended() -> Result {
+    let first = Bundle::new(&["sleep", "600"])?;
+    first.start()?;
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    let log = bundle.join("hooks.log");
+    let path = format!("/proc/{}/ns/pid", first.pid()?);
+    bundle
+        .without_namespace("pid")
+        .add("/linux/namespaces", json!({ "type": "pid", "path": path }))
+        .set(
+            "/hooks/poststop",
+            shell(&format!("echo poststop >> {}", log.display())),
+        );
+    let run = bundle.run_in_background()?;
+    // The kernel kills all processes of the PID namespace when its first process exits.
+    first.end()?;
+    ensure_eq!(
+        run.end()?.code,
+        137,
+        "the exit code of `run` after the PID namespace has ended"
+    );
+    ensure_eq!(
+        fs::read_to_string(&log).unwrap_or_default(),
+        "poststop\n",
+        "the output of the poststop hook"
+    );
     Ok(())
 }
 

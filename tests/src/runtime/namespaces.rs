@@ -30,6 +30,7 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_user_namespace_maps_ids),
     test!(a_user_namespace_owns_the_other_namespaces),
     test!(a_requested_time_namespace_is_new),
+    test!(a_container_that_joins_a_time_namespace_with_offsets_is_running),
 ];
 
 /// The namespace types. Each entry contains the name in the configuration and the name in
@@ -372,5 +373,34 @@ fn a_requested_time_namespace_is_new() -> Result {
         report["namespaces"]["time"] != own("time")?,
         "the container shares the runtime's time namespace instead of having a new one"
     );
+    Ok(())
+}
+
+/// The start time in /proc/PID/stat depends on the time namespace of the process that reads the
+/// file. crun refuses to join a time namespace that has offsets.
+fn a_container_that_joins_a_time_namespace_with_offsets_is_running() -> Result {
+    let mut first = Bundle::new(&["sleep", "600"])?;
+    let offset = json!({ "secs": 100_000 });
+    first
+        .add("/linux/namespaces", json!({ "type": "time" }))
+        .set(
+            "/linux/timeOffsets",
+            json!({ "boottime": offset, "monotonic": offset }),
+        );
+    first.start()?;
+    let path = format!("/proc/{}/ns/time", first.pid()?);
+    let time = fs::read_link(&path)?;
+    let mut second = Bundle::new(&["sleep", "600"])?;
+    second.add("/linux/namespaces", json!({ "type": "time", "path": path }));
+    second.start()?;
+    ensure_eq!(second.status()?, "running", "the second container's status");
+    let joined = fs::read_link(format!("/proc/{}/ns/time", second.pid()?))?;
+    ensure_eq!(joined, time, "the second container's time namespace");
+    second.exec(&[], &["exit", "0"]).ok()?;
+    second.runtime(&["delete", second.id()]).exits(1)?;
+    second.runtime(&["kill", second.id(), "KILL"]).ok()?;
+    second.wait_status("stopped")?;
+    second.delete()?;
+    first.end()?;
     Ok(())
 }
