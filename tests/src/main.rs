@@ -48,6 +48,7 @@ suites! {
         rootless,
         seccomp,
         seccomp_agent,
+        creating,
         hooks,
         bad_input,
         bad_surroundings,

@@ -7,9 +7,10 @@ use crate::commands::globals::{
 };
 use crate::config::spec::ProcessSpec;
 use crate::error::{Error, Result, refuse};
+use crate::lifecycle::container_dir::directory;
 use crate::lifecycle::exec::{self, ExecRequest};
 use crate::lifecycle::foreground::Foreground;
-use crate::lifecycle::state::{State, Status};
+use crate::lifecycle::state::State;
 use crate::process::terminal::connect_console;
 use crate::process::{Process, capabilities};
 use crate::sys::files::read_argument;
@@ -96,10 +97,12 @@ fn exec(globals: &Globals, arguments: &Arguments) -> Result<u8> {
 fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String]) -> Result<u8> {
     let descriptors = descriptors(globals, arguments)?;
     let state = State::load(&globals.root, id)?;
-    let not_running =
-        |status: Status| Error::new(format!("cannot exec in a {} container", status.as_str()));
+    // While rrun creates the container, its first process can still be in the host's root.
+    if state.is_being_created(&directory(&globals.root, id)?)? {
+        refuse!("cannot exec in container {id}: the container is still being created");
+    }
     let Some(init) = state.open_process()? else {
-        return Err(not_running(Status::Stopped));
+        refuse!("cannot exec in a stopped container");
     };
     if crate::cgroup::is_frozen(&state.cgroup)? && !arguments.is_set("ignore-paused") {
         refuse!("cannot exec in a paused container (use --ignore-paused to override)");

@@ -242,11 +242,7 @@ impl<'a> Creation<'a> {
             config.namespaces.join.iter().partition(|join| {
                 !join.is_entered_by_children() && (!user || join.is_entered_after_clone())
             });
-        let start_socket = if self.request.waits {
-            Some(start_socket::listen(self.rollback.dir.path())?)
-        } else {
-            None
-        };
+        let start_socket = start_socket::listen(self.rollback.dir.path())?;
         let (channel, childs_end) = channel::pair()?;
         match self.clone_first_process(before_clone)? {
             Cloned::Child => {
@@ -384,7 +380,7 @@ impl<'a> Creation<'a> {
         channel: Channel,
         joins: Vec<&OpenNamespace>,
         host_mounts: HostMounts,
-        start_socket: Option<OwnedFd>,
+        start_socket: OwnedFd,
     ) -> ! {
         self.rollback.disarmed = true;
         drop(self.rollback);
@@ -402,7 +398,8 @@ impl<'a> Creation<'a> {
             joins,
             host_mounts,
             has_console_socket: self.request.console_socket.is_some(),
-            start_socket,
+            start_socket: Some(start_socket),
+            waits: self.request.waits,
             no_pivot: self.request.no_pivot,
             descriptors: self.request.descriptors,
             unprivileged: self.unprivileged,
@@ -443,7 +440,7 @@ impl<'a> Creation<'a> {
 
     /// Reports the container to rrun's caller through the PID file and the pidfd socket. If the
     /// container waits for `start`, this function also gives the start socket its final name, so
-    /// that `start` can find the socket.
+    /// that `start` can find the socket. Otherwise, this function removes the start socket.
     fn publish(mut self, terminal: Option<OwnedFd>) -> Result<Created> {
         if let Some(path) = self.request.pid_file {
             write_pid_file(path, self.state.pid)?;
@@ -455,6 +452,8 @@ impl<'a> Creation<'a> {
         }
         if request.waits {
             start_socket::publish(&rollback.dir)?;
+        } else {
+            start_socket::remove(&rollback.dir)?;
         }
         if !rollback.dir.is_linked()? {
             refuse!(

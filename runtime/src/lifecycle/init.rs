@@ -45,9 +45,12 @@ pub(crate) struct Init<'a> {
     pub(crate) host_mounts: HostMounts,
     /// True if the parent sends the terminal's master side to a console socket.
     pub(crate) has_console_socket: bool,
-    /// The socket at which the first process waits for `start`. Without a start socket, the first
-    /// process does not wait.
+    /// The start socket, until this process has accepted the connection of `start`.
     pub(crate) start_socket: Option<OwnedFd>,
+    /// True if this process waits for `start` before it executes the program. If this process does
+    /// not wait, it only keeps the start socket open, which shows that the container is still being
+    /// created.
+    pub(crate) waits: bool,
     pub(crate) no_pivot: bool,
     pub(crate) descriptors: Descriptors,
     /// True if rrun's caller is not root.
@@ -87,7 +90,7 @@ impl Init<'_> {
         if !config.namespaces.own(Type::User) {
             process.apply_limits(0)?;
         }
-        if self.start_socket.is_some() {
+        if self.waits {
             terminate_at_signals()?;
         }
         self.host_mounts = HostMounts::default();
@@ -96,16 +99,16 @@ impl Init<'_> {
         kept.extend(page.as_ref().map(AsFd::as_fd));
         let filtered = config.seccomp.is_some();
         let program = apply_process(&mut process, labels, &self.descriptors, filtered, &kept)?;
-        match self.start_socket.take() {
-            Some(socket) => self.wait_and_become_program(socket, &process, &program, page),
-            None => {
-                if !filtered {
-                    self.channel.send_ready()?;
-                }
-                let send = |page: BorrowedFd<'_>| self.channel.send_page(page);
-                self.become_program(&process, &program, page, send)
-            }
+        if self.waits
+            && let Some(socket) = self.start_socket.take()
+        {
+            return self.wait_and_become_program(socket, &process, &program, page);
         }
+        if !filtered {
+            self.channel.send_ready()?;
+        }
+        let send = |page: BorrowedFd<'_>| self.channel.send_page(page);
+        self.become_program(&process, &program, page, send)
     }
 
     /// Performs the setup steps of the first process, up to and including the change of its root.

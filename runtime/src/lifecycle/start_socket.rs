@@ -11,6 +11,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::time::Duration;
 
+use rustix::fs::AtFlags;
 use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, acceptfrom_with, bind, connect,
@@ -20,6 +21,7 @@ use rustix::net::{
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{ContainerDir, START_SOCKET, START_SOCKET_PENDING};
 use crate::seccomp::Report;
+use crate::sys::files::exists;
 use crate::sys::unix_socket::{hand_over, receive_last, receive_pending, take_over};
 use rrun_kernel::unix_socket::at_address;
 
@@ -40,7 +42,8 @@ fn socket(flags: SocketFlags) -> Result<OwnedFd> {
 
 /// Creates the start socket in a container's directory. The socket first gets the name
 /// [`START_SOCKET_PENDING`], and `start` does not find the socket under this name. Later,
-/// [`publish`] renames the socket.
+/// [`publish`] renames the socket. The first process of `run` does not wait for `start`. Its socket
+/// only shows that the container is still being created, until execve(2) closes the socket.
 pub(crate) fn listen(directory: &Path) -> Result<OwnedFd> {
     let socket = socket(SocketFlags::empty())?;
     at_address(directory, START_SOCKET_PENDING, |address| {
@@ -68,18 +71,38 @@ pub(crate) fn publish(dir: &ContainerDir) -> Result<()> {
     })
 }
 
+/// Removes the start socket of `run`, after the first process has executed the program.
+pub(crate) fn remove(dir: &ContainerDir) -> Result<()> {
+    match rustix::fs::unlinkat(dir, START_SOCKET_PENDING, AtFlags::empty()) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        result => result.doing(|| {
+            let path = dir.path().join(START_SOCKET_PENDING);
+            format!("remove the start socket {}", path.display())
+        }),
+    }
+}
+
+/// Returns whether the first process of the container in `directory` is still being set up. Until
+/// the end of the setup, the first process can be in the host's root.
+pub(crate) fn is_pending(directory: &Path) -> Result<bool> {
+    Ok(exists(&directory.join(START_SOCKET_PENDING))? && is_open(directory, START_SOCKET_PENDING)?)
+}
+
 /// Returns whether a process waits at the start socket in the container's directory `directory`.
-/// This function connects to the socket and disconnects immediately. The waiting process ignores a
-/// client that disconnects before it requests the start.
 pub(crate) fn is_waiting(directory: &Path) -> Result<bool> {
+    is_open(directory, START_SOCKET)
+}
+
+/// Returns whether a process has the socket `name` open. This function connects to the socket and
+/// disconnects immediately. The waiting process ignores a client that disconnects before it
+/// requests the start.
+fn is_open(directory: &Path, name: &str) -> Result<bool> {
     let socket = socket(SocketFlags::NONBLOCK)?;
-    match at_address(directory, START_SOCKET, |address| connect(&socket, address)) {
+    match at_address(directory, name, |address| connect(&socket, address)) {
         // EAGAIN means that several clients are waiting for the process.
         Ok(()) | Err(Errno::AGAIN) => Ok(true),
         Err(Errno::CONNREFUSED | Errno::NOENT) => Ok(false),
-        Err(errno) => {
-            Err(errno).doing(|| format!("connect to {}", directory.join(START_SOCKET).display()))
-        }
+        Err(errno) => Err(errno).doing(|| format!("connect to {}", directory.join(name).display())),
     }
 }
 

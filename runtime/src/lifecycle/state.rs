@@ -17,8 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::config::spec::{MemoryPolicySpec, OciState, PersonalitySpec, ProcessSpec};
 use crate::error::{Context, Error, Kind, Result};
 use crate::lifecycle::container_dir::{
-    ContainerDir, START_SOCKET, START_SOCKET_PENDING, STATE_FILE, STATE_FILE_NEW, directory,
+    ContainerDir, START_SOCKET, STATE_FILE, STATE_FILE_NEW, directory,
 };
+use crate::lifecycle::start_socket;
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::seccomp::Filter;
 use crate::sys::files::{exists, read_own, write_replacing};
@@ -174,13 +175,11 @@ impl State {
             // Possibly, a `start` command was killed after the first process had accepted its
             // request. The start socket then remains in the container's directory, although the
             // container runs.
-            Status::Created if !crate::lifecycle::start_socket::is_waiting(directory)? => {
-                Ok(if self.is_alive()? {
-                    Status::Running
-                } else {
-                    Status::Stopped
-                })
-            }
+            Status::Created if !start_socket::is_waiting(directory)? => Ok(if self.is_alive()? {
+                Status::Running
+            } else {
+                Status::Stopped
+            }),
             status => Ok(status),
         }
     }
@@ -197,13 +196,24 @@ impl State {
         if crate::cgroup::is_frozen(&self.cgroup)? {
             return Ok(Status::Paused);
         }
-        if exists(&directory.join(START_SOCKET))? {
+        let has_start_socket = || exists(&directory.join(START_SOCKET));
+        if has_start_socket()? {
             return Ok(Status::Created);
         }
-        if exists(&directory.join(START_SOCKET_PENDING))? {
+        if start_socket::is_pending(directory)? {
             return Ok(Status::Creating);
         }
-        Ok(Status::Running)
+        // Between the two checks, `create` can have given the start socket its final name.
+        Ok(if has_start_socket()? {
+            Status::Created
+        } else {
+            Status::Running
+        })
+    }
+
+    /// Returns whether rrun is still creating the container in `directory`.
+    pub(crate) fn is_being_created(&self, directory: &Path) -> Result<bool> {
+        Ok(self.pid == 0 || start_socket::is_pending(directory)?)
     }
 
     pub(crate) fn oci_state<'a>(&'a self, status: Status) -> OciState<'a> {
