@@ -23,6 +23,15 @@ const FILE_BYTES_MAX: u64 = 4 << 20;
 /// The time limit for killed processes to leave their cgroup, and for a cgroup to freeze or thaw.
 pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// The mode of a container's cgroup. The sticky bit marks the cgroup as the cgroup of a container.
+/// rrun creates no second container in a marked cgroup, because the deletion of one container kills
+/// all processes in its cgroup.
+const MARKED_MODE: u32 = Mode::SVTX.bits() | 0o755;
+
+/// The name of an empty cgroup that rrun creates below an existing cgroup while rrun checks and marks
+/// the existing cgroup. While this name exists, no other rrun process can mark the existing cgroup.
+const RESERVATION: &str = "rrun.reserved";
+
 /// The open directory of a cgroup.
 pub(super) struct Directory {
     path: PathBuf,
@@ -37,24 +46,28 @@ impl Directory {
         })
     }
 
-    /// Creates the cgroup, or opens the cgroup if it already exists and is empty.
+    /// Creates the cgroup, or opens the cgroup if it already exists and no container uses it.
     ///
     /// # Errors
     /// Fails if this host does not use cgroup v2, or if rrun has no permission to create the cgroup.
-    /// The kind of these errors is [`Kind::NoCgroups`]. Also fails if an existing cgroup is frozen or
-    /// contains processes.
+    /// The kind of these errors is [`Kind::NoCgroups`]. Also fails if an existing cgroup is frozen,
+    /// contains processes or belongs to another container.
     pub(super) fn create(path: &Path) -> Result<Directory> {
-        let existed = match rustix::fs::mkdir(path, Mode::from_raw_mode(0o755)) {
-            Ok(()) => false,
-            Err(Errno::EXIST) => true,
-            Err(Errno::NOENT) => {
-                check_unified()?;
-                std::fs::create_dir_all(path).map_err(|error| {
+        let mode = Mode::from_raw_mode(MARKED_MODE);
+        let mut made = rustix::fs::mkdir(path, mode);
+        if made == Err(Errno::NOENT) {
+            check_unified()?;
+            if let Some(parent) = path.parent() {
+                std::fs::create_dir_all(parent).map_err(|error| {
                     let errno = Errno::from_io_error(&error).unwrap_or(Errno::IO);
                     not_created(path, errno)
                 })?;
-                false
             }
+            made = rustix::fs::mkdir(path, mode);
+        }
+        let existed = match made {
+            Ok(()) => false,
+            Err(Errno::EXIST) => true,
             Err(errno) => {
                 check_unified()?;
                 return Err(not_created(path, errno));
@@ -86,9 +99,31 @@ impl Directory {
             );
         }
         if existed {
-            cgroup.check_unused()?;
+            cgroup.claim()?;
         }
         Ok(cgroup)
+    }
+
+    /// Checks that no container uses the existing cgroup, and marks the cgroup as the cgroup of a
+    /// container.
+    fn claim(&self) -> Result<()> {
+        self.check_unused()?;
+        // The call can also fail because the number of cgroups is limited. rrun can use the cgroup
+        // nevertheless.
+        let reserved = rustix::fs::mkdirat(&self.fd, RESERVATION, Mode::from_raw_mode(0o755));
+        if reserved == Err(Errno::EXIST) {
+            let path = self.path.display();
+            refuse!("create cgroup {path}: another process is creating a container in it");
+        }
+        // Between the first check and the reservation, another rrun process can have claimed the
+        // cgroup.
+        let checked = self.check_unused();
+        if checked.is_ok() {
+            // Without the right to change the mode, rrun can use the cgroup nevertheless.
+            let _ = rustix::fs::fchmod(&self.fd, Mode::from_raw_mode(MARKED_MODE));
+        }
+        let _ = rustix::fs::unlinkat(&self.fd, RESERVATION, AtFlags::REMOVEDIR);
+        checked
     }
 
     fn check_unused(&self) -> Result<()> {
@@ -100,6 +135,12 @@ impl Directory {
         }
         if is_frozen(&self.path)? {
             refuse!("create cgroup {path}: it already exists and is frozen");
+        }
+        let stat = rustix::fs::fstat(&self.fd).doing(|| creating(&self.path))?;
+        if Mode::from_raw_mode(stat.st_mode).contains(Mode::SVTX) {
+            refuse!(
+                "create cgroup {path}: it already exists for another container; delete that container, or remove this cgroup with rmdir"
+            );
         }
         Ok(())
     }

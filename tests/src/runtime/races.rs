@@ -28,6 +28,11 @@ pub(crate) const TESTS: &[Test] = &[
         a_damaged_state_file_does_not_hide_other_containers,
         Need::Rrun
     ),
+    test!(only_one_container_can_use_a_cgroup, Need::Rrun),
+    test!(
+        a_container_cannot_use_the_cgroup_of_a_stopped_container,
+        Need::Rrun
+    ),
     test!(many_containers_in_a_row_leave_nothing_behind),
     test!(many_concurrent_containers_leave_nothing_behind),
 ];
@@ -220,6 +225,82 @@ fn a_damaged_state_file_does_not_hide_other_containers() -> Result {
         "the damaged container's directory still exists"
     );
     bundle.end()?;
+    Ok(())
+}
+
+/// Two bundles have different --root directories, so no lock of the runtime prevents that two
+/// `create` commands use the same cgroup. The deletion of one container would kill the other one.
+fn only_one_container_can_use_a_cgroup() -> Result {
+    for round in 0..30 {
+        let mut pair = [
+            Bundle::new(&["sleep", "600"])?,
+            Bundle::new(&["sleep", "600"])?,
+        ];
+        let id = pair[0].id().to_owned();
+        let parent = PathBuf::from("/sys/fs/cgroup").join(&id);
+        for bundle in &mut pair {
+            bundle.set("/linux/cgroupsPath", json!(format!("/{id}/container")));
+        }
+        // In some rounds, the test creates the container's cgroup, or only the parent.
+        match round % 3 {
+            0 => fs::create_dir_all(parent.join("container"))?,
+            1 => fs::create_dir(&parent)?,
+            _ => {}
+        }
+        let both = pair
+            .iter()
+            .map(|bundle| bundle.call(&["create"])?.start())
+            .collect::<Result<Vec<Running>>>()?;
+        let mut succeeded = 0;
+        for (one, bundle) in both.into_iter().zip(&pair) {
+            let output = one.end()?;
+            if output.code == 0 {
+                succeeded += 1;
+                ensure_eq!(bundle.status()?, "created", "the container's status");
+            } else {
+                ensure!(
+                    output.stderr.contains("create cgroup /sys/fs/cgroup/"),
+                    "in round {round}, `create` failed, but not because another container uses the cgroup:\n{}",
+                    output.told()
+                );
+            }
+        }
+        ensure_eq!(
+            succeeded,
+            1,
+            "the number of `create` commands that succeed in round {round}"
+        );
+        for bundle in &pair {
+            bundle.end()?;
+        }
+        fs::remove_dir(&parent)?;
+    }
+    Ok(())
+}
+
+fn a_container_cannot_use_the_cgroup_of_a_stopped_container() -> Result {
+    for existed in [false, true] {
+        let first = Bundle::new(&["sleep", "600"])?;
+        if existed {
+            fs::create_dir(first.cgroup())?;
+        }
+        first.start()?;
+        first.runtime(&["kill", first.id(), "KILL"]).ok()?;
+        first.wait_status("stopped")?;
+        let mut second = Bundle::new(&["sleep", "600"])?;
+        second.set("/linux/cgroupsPath", json!(format!("/{}", first.id())));
+        let output = second.call(&["create"])?.exits(1)?;
+        ensure!(
+            output
+                .stderr
+                .contains("it already exists for another container"),
+            "the error of `create` does not report that another container has the cgroup (which existed before the first container: {existed}):\n{}",
+            output.told()
+        );
+        first.delete()?;
+        second.start()?;
+        second.end()?;
+    }
     Ok(())
 }
 
