@@ -228,9 +228,11 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
 /// Returns whether the cgroup is frozen. A cgroup that does not exist is not frozen.
 pub(crate) fn is_frozen(path: &Path) -> Result<bool> {
     let mut state = [0u8; 1];
+    // The path is from state.json. If another user owns the --root directory, the path can lead to
+    // a FIFO. With O_NONBLOCK, rrun does not wait for a writer of the FIFO.
     let read = rustix::fs::open(
         path.join("cgroup.freeze"),
-        OFlags::RDONLY | OFlags::CLOEXEC,
+        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
         Mode::empty(),
     )
     .and_then(|file| rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut state)));

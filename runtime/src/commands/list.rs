@@ -1,4 +1,8 @@
 use std::io::ErrorKind;
+use std::path::Path;
+
+use rustix::fs::FileType;
+use rustix::io::Errno;
 
 use crate::arguments::{Arguments, switch, value};
 use crate::commands::globals::{Command, Globals, print};
@@ -6,7 +10,6 @@ use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{STATE_FILE, directory, validate_id};
 use crate::lifecycle::state::{State, Status};
 use crate::log;
-use crate::sys::files::exists;
 
 pub(crate) const COMMAND: Command = Command {
     name: "list",
@@ -77,7 +80,7 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
         if validate_id(&name).is_err() {
             continue;
         }
-        match exists(&root.join(&name).join(STATE_FILE)) {
+        match has_state(&root.join(&name).join(STATE_FILE)) {
             Ok(true) => ids.push(name),
             Ok(false) => {}
             Err(error) => log::warning(&error.to_string()),
@@ -97,6 +100,18 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
         }
     }
     Ok(containers)
+}
+
+/// Returns whether a state file exists at `path`. Another user can own the --root directory, so
+/// this function refuses files of other types, such as devices.
+fn has_state(path: &Path) -> Result<bool> {
+    let doing = || format!("read {}", path.display());
+    match rustix::fs::stat(path) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => Ok(true),
+        Ok(_) => refuse!("{}: it is not a regular file", doing()),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
+        Err(errno) => Err(errno).doing(doing),
+    }
 }
 
 fn table(containers: &[(State, Status)]) -> String {

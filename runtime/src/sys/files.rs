@@ -27,10 +27,13 @@ pub(crate) fn exists(path: &Path) -> Result<bool> {
     }
 }
 
-/// Reads a file in rrun's own directory.
+/// Reads a file in rrun's own directory. If the --root directory belongs to another user, the file
+/// can be a FIFO. With O_NONBLOCK, rrun does not wait for a writer of the FIFO.
 pub(crate) fn read_own(path: &Path) -> Result<Vec<u8>> {
-    let file = std::fs::File::open(path).doing(|| format!("read {}", path.display()))?;
-    read_at_most(OWN_FILE_BYTES_MAX, file, path)
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = rustix::fs::open(path, flags, Mode::empty())
+        .doing(|| format!("read {}", path.display()))?;
+    read_at_most(OWN_FILE_BYTES_MAX, file.into(), path)
 }
 
 /// Reads a regular file of at most [`FILE_BYTES_MAX`] bytes. The path is from rrun's command line,

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::bundle::Bundle;
 use crate::support::machine::{Result, Running, full, note, wait_for};
@@ -28,6 +28,7 @@ pub(crate) const TESTS: &[Test] = &[
         a_damaged_state_file_does_not_hide_other_containers,
         Need::Rrun
     ),
+    test!(list_does_not_wait_for_a_fifo, Need::Rrun),
     test!(only_one_container_can_use_a_cgroup, Need::Rrun),
     test!(
         a_container_cannot_use_the_cgroup_of_a_stopped_container,
@@ -224,6 +225,37 @@ fn a_damaged_state_file_does_not_hide_other_containers() -> Result {
         !other.exists(),
         "the damaged container's directory still exists"
     );
+    bundle.end()?;
+    Ok(())
+}
+
+/// Another user can own the --root directory, and create a FIFO in it.
+fn list_does_not_wait_for_a_fifo() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let other = bundle.root().join("other");
+    fs::create_dir(&other)?;
+    let state = other.join("state.json");
+    nix::unistd::mkfifo(&state, nix::sys::stat::Mode::S_IRWXU)?;
+    let list = bundle.runtime(&["list"]).ok()?.says(bundle.id())?;
+    ensure!(
+        list.stderr
+            .contains("other/state.json: it is not a regular file"),
+        "the error of `list` does not report that state.json is not a regular file:\n{}",
+        list.told()
+    );
+    bundle.runtime(&["state", "other"]).exits(1)?;
+    fs::remove_file(&state)?;
+    // In the following state, the path of the cgroup leads to a FIFO.
+    let cgroup = bundle.join("cgroup");
+    fs::create_dir(&cgroup)?;
+    nix::unistd::mkfifo(&cgroup.join("cgroup.freeze"), nix::sys::stat::Mode::S_IRWXU)?;
+    let mut copy: Value = serde_json::from_slice(&fs::read(state_file(&bundle))?)?;
+    copy["id"] = json!("other");
+    copy["cgroup"] = json!(cgroup);
+    fs::write(&state, copy.to_string())?;
+    bundle.runtime(&["list"]).ok()?.says("other")?;
+    fs::remove_dir_all(&other)?;
     bundle.end()?;
     Ok(())
 }
