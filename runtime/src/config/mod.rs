@@ -161,7 +161,8 @@ impl Config {
                 "linux.namespaces: a mount namespace is needed, because the container's file systems would otherwise be mounted on the host"
             );
         }
-        if self.hostname.is_some() && !namespaces.own(Type::Uts) {
+        let hostname = self.hostname.as_deref();
+        if hostname.is_some_and(|name| !namespaces.can_have_hostname(name)) {
             refuse!(
                 "hostname: rrun would change the host's name, because linux.namespaces contains no UTS namespace other than the host's"
             );

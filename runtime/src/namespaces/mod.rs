@@ -115,6 +115,13 @@ impl Namespaces {
         self.is_new(typ) || joins.any(|join| join.typ == typ && !join.is_hosts)
     }
 
+    /// Returns whether the host name `name` does not change the host's name. Podman sets the host's
+    /// name if a container joins the UTS namespace of another container, which can be the host's.
+    pub(crate) fn can_have_hostname(&self, name: &str) -> bool {
+        let is_hosts_name = || rustix::system::uname().nodename().to_bytes() == name.as_bytes();
+        self.own(Type::Uts) || self.is_joined(Type::Uts) && is_hosts_name()
+    }
+
     /// Returns the `CLONE_NEW*` flags of all namespaces that are created for the container or that
     /// the container enters.
     pub(crate) fn own_flags(&self) -> u64 {

@@ -137,7 +137,8 @@ fn a_container_joins_namespaces_by_path() -> Result {
 }
 
 /// The runtime must not treat a namespace of the host as the container's own. The values in the
-/// configurations are the host's own values, so that a failure of the test changes nothing.
+/// configurations are the host's own values, so that a failure of the test changes nothing. Only the
+/// host name differs, because the runtime accepts the host's own name.
 fn a_namespace_of_the_host_is_not_the_containers_own() -> Result {
     let hostname = fs::read_to_string("/proc/sys/kernel/hostname")?;
     let domainname = fs::read_to_string("/proc/sys/kernel/domainname")?;
@@ -150,7 +151,7 @@ fn a_namespace_of_the_host_is_not_the_containers_own() -> Result {
             Ok(bundle)
         };
         for (name, kind, field, value) in [
-            ("uts", "uts", "/hostname", json!(hostname.trim())),
+            ("uts", "uts", "/hostname", json!("another-name")),
             ("uts", "uts", "/domainname", json!(domainname.trim())),
             sysctl("network", "net", "net.ipv4.tcp_fin_timeout")?,
             sysctl("ipc", "ipc", "kernel.shm_rmid_forced")?,
@@ -163,6 +164,14 @@ fn a_namespace_of_the_host_is_not_the_containers_own() -> Result {
             };
             refused(&bundle, words)?;
         }
+        let mut bundle = with_path("uts", "uts")?;
+        bundle.set("/hostname", json!(hostname.trim()));
+        let report = bundle.report()?;
+        ensure_eq!(
+            report["hostname"],
+            hostname.trim(),
+            "the host name in the UTS namespace of the host"
+        );
         let bundle = with_path("user", "user")?;
         bundle.write_config()?;
         refused(&bundle, &["user namespace of the host"])?;
