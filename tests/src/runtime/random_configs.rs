@@ -684,6 +684,9 @@ fn reason(difference: &Difference, config: &Value) -> Option<&'static str> {
     if let Some(name) = difference.name.strip_prefix("/mounts/") {
         return MountDifference::new(config, name, &difference.values)?.reason();
     }
+    if difference.name == "/paths//sys/fs/cgroup/mode" && difference.values[0] == "41755" {
+        return Some("rrun marks the cgroup of a container with the sticky bit");
+    }
     let text = config.to_string();
     let is_known = |(name, part, _): &&(&str, &str, &str)| {
         difference.name.contains(name) && text.contains(part)
