@@ -136,6 +136,7 @@ impl Fixture {
             stdin: false,
             stdin_once: false,
             native: true,
+            namespaces_of: Vec::new(),
         }
     }
 

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use super::connection::ClientId;
 use super::console::Console;
 use super::container_log::ContainerLog;
+use super::joined::Owner;
 use super::oom::OomWatch;
 use super::output::Output;
 use super::own_log;
@@ -38,6 +39,8 @@ pub(crate) struct Container {
     pub(crate) oom: OomWatch,
     pub(crate) deletion: Option<Deletion>,
     pub(crate) rollback: Option<Rollback>,
+    /// The processes whose namespaces the container enters ([`Create::namespaces_of`]).
+    pub(crate) joined: Vec<Owner>,
 }
 
 pub(crate) enum State {
@@ -112,6 +115,7 @@ impl Container {
             oom: OomWatch::default(),
             deletion: None,
             rollback: None,
+            joined: Vec::new(),
         }
     }
 
@@ -211,6 +215,7 @@ impl Container {
             stdin: false,
             stdin_once: false,
             native: true,
+            namespaces_of: Vec::new(),
         };
         let wake = std::sync::Arc::new(std::fs::File::open("/dev/null").unwrap().into());
         let log = ContainerLog::open(None, &wake).unwrap();

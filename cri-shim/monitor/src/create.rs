@@ -82,8 +82,15 @@ impl Container {
             .input(after)
     }
 
-    /// Handles the exit of the runtime's `create`. `code` is the exit status of the `create`.
-    pub(crate) fn create_ended(&mut self, client: ClientId, call: &Call, code: i32) -> Vec<Effect> {
+    /// Handles the exit of the runtime's `create`. `code` is the exit status of the `create`, and
+    /// `joined` is the result of [`joined::failure`](super::joined::failure).
+    pub(crate) fn create_ended(
+        &mut self,
+        client: ClientId,
+        call: &Call,
+        code: i32,
+        joined: Option<Failure>,
+    ) -> Vec<Effect> {
         let console = self.console.take();
         let pid = read_pid(&self.pid_file());
         let _ = std::fs::remove_file(self.pid_file());
@@ -94,7 +101,10 @@ impl Container {
             }
             _ => Some(self.create_failure(call, code)),
         };
-        match failure.or_else(|| self.output.log_failure(self.id())) {
+        match joined
+            .or(failure)
+            .or_else(|| self.output.log_failure(self.id()))
+        {
             Some(failure) => self.begin_rollback(client, failure),
             None => self.created(client),
         }

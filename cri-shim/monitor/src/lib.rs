@@ -40,6 +40,7 @@ mod failure_reason;
 mod follower;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
+mod joined;
 mod leftovers;
 mod log_file;
 mod oom;

@@ -26,6 +26,7 @@ use super::effect::Effect;
 use super::exec::{ExecProcess, Execs, StartedExec};
 use super::exec_cgroup::ExecCgroup;
 use super::exit;
+use super::joined;
 use super::output::StreamState;
 use super::own_log;
 use super::poller::{EventSource, EventSpace, Poller};
@@ -52,6 +53,14 @@ pub(crate) struct PodContext {
     /// The runtime binary that [`rrun_protocol::Pod::runtime`] describes. `None` after the monitor
     /// has passed the runtime to [`readonly_exec::prepare`].
     pub(crate) runtime: Option<PathBuf>,
+}
+
+impl PodContext {
+    /// Returns the pid of the pod's pause process. Returns `None` if the pod has no pause process,
+    /// or if the monitor has reaped it.
+    pub(crate) fn pause(&self) -> Option<i32> {
+        self.pid1.or(self.holder)
+    }
 }
 
 /// The work that the monitor must do after it has handled one batch of events.
@@ -342,9 +351,14 @@ impl Monitor {
             );
             return self.fail(client, FailureKind::WrongState, message);
         }
+        let joined = match joined::owners(&spec.namespaces_of, &self.pod, &self.containers) {
+            Ok(joined) => joined,
+            Err(failure) => return self.reply(client, &Reply::Error(failure)),
+        };
         let serial = self.serials.next();
         match Container::create(serial, spec, fds.pop(), &self.log_wake) {
-            Ok((container, command)) => {
+            Ok((mut container, command)) => {
+                container.joined = joined;
                 self.containers.insert(serial, container);
                 self.start_call(command, Purpose::Create { serial, client });
             }
@@ -520,13 +534,20 @@ impl Monitor {
         } else if let Some(container) = self.containers.values().find(|it| it.is_init(pid)) {
             let serial = container.serial;
             self.init_exited(serial, code);
-        } else if self.pod.pid1 == Some(pid) {
-            own_log::write(
-                "the first process of the pod's PID namespace exited, so the kernel killed all other processes in the namespace",
-            );
-            self.pod.pid1 = None;
+        } else if self.pod.pause() == Some(pid) {
+            self.pause_exited(code);
         } else if !self.calls.is_empty() {
             self.early_exits.add(pid, code);
+        }
+    }
+
+    fn pause_exited(&mut self, code: i32) {
+        own_log::write(&format!("the pod's pause process exited with code {code}"));
+        (self.pod.pid1, self.pod.holder) = (None, None);
+        // The clients subscribe again, and the next Hello no longer contains the pause process. Older
+        // clients support this, too. They would not support a new event.
+        for client in self.clients.subscribers() {
+            self.disconnect(client);
         }
     }
 
@@ -570,7 +591,10 @@ impl Monitor {
     fn call_ended(&mut self, call: &Call, purpose: Purpose, code: i32) {
         match purpose {
             Purpose::Create { serial, client } => {
-                self.act_on(serial, |it| it.create_ended(client, call, code));
+                let container = self.containers.get(&serial);
+                let joined =
+                    container.and_then(|it| joined::failure(it, &self.pod, &self.containers));
+                self.act_on(serial, |it| it.create_ended(client, call, code, joined));
             }
             Purpose::Rollback {
                 serial,

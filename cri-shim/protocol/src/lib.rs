@@ -92,7 +92,8 @@ pub enum Request {
     /// Subscribes to events. The monitor first sends a [`Reply::Hello`], which contains the
     /// monitor's current state. The monitor then sends a [`Reply::Event`] for each later change,
     /// until the client or the monitor closes the connection. The socket buffers the events until
-    /// the client reads them.
+    /// the client reads them. The monitor closes the connection when the pod's pause process exits.
+    /// The client then subscribes again, and the new Hello no longer contains the pause process.
     Subscribe,
     /// Runs `RUNTIME… create`. The container's stdio is connected to pipes or to a terminal, which
     /// the monitor owns. If the bundle may still be incomplete, the request carries the reading end
@@ -184,6 +185,12 @@ pub struct Create {
     /// such as runsc and kata.
     #[serde(default)]
     pub native: bool,
+    /// The ids of the processes other than the monitor whose namespaces (`/proc/PID/ns/…`) the
+    /// container enters. Each of them must be the pod's pause process or the first process of a
+    /// container. If one of these processes exits before the runtime has created the container, the
+    /// kernel can give its id to another process. The reply is then [`Reply::Error`].
+    #[serde(default)]
+    pub namespaces_of: Vec<i32>,
 }
 
 /// The arguments of [`Request::Exec`].
@@ -260,11 +267,12 @@ pub struct Hello {
     pub pid: i32,
     /// The id of a process in the pod's namespaces. In `/proc/PID/ns` of this process, `ipc` and
     /// `uts` are the pod's namespaces. If the pod has a user namespace, `user` and `net` are the
-    /// pod's namespaces, too. `None` if the monitor itself is in the pod's namespaces.
+    /// pod's namespaces, too. `None` if the monitor itself is in the pod's namespaces, or if the
+    /// process has exited.
     #[serde(default)]
     pub holder: Option<i32>,
     /// The id of the first process in the pod's PID namespace. `None` if the pod's containers do
-    /// not share a PID namespace.
+    /// not share a PID namespace, or if the process has exited.
     pub pid1: Option<i32>,
     /// True if the monitor can pass the pipe of a [`Request::Create`] to the runtime. Monitors of
     /// earlier versions cannot pass the pipe.
@@ -333,7 +341,7 @@ mod tests {
         let create = r#"{"id":"a","bundle":"/b","runtime":["rrun"],"cgroup":"/c","log":null,
             "terminal":false,"stdin":false,"stdin_once":false}"#;
         let create: Create = serde_json::from_str(create).unwrap();
-        assert!(!create.native);
+        assert!(!create.native && create.namespaces_of.is_empty());
 
         let pod = r#"{"id":"a","hostname":null,"new_ipc":true,"shared_pid":false}"#;
         let pod: Pod = serde_json::from_str(pod).unwrap();

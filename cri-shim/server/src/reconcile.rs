@@ -159,20 +159,22 @@ fn renew_leases(node: &Node) {
 /// Updates one pod of the store with the state that the pod's monitor reports. A failure is only
 /// logged: one broken pod must not prevent the service for other pods.
 async fn reconcile_pod(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
-    if !sandbox.state().ready {
-        sandbox.state().retired = true;
-    }
     let result = match watch::first_hello(sandbox).await {
         Ok(hello) => {
             let known: HashSet<String> =
                 hello.containers.iter().map(|one| one.id.clone()).collect();
             watch::apply(node, sandbox, hello);
-            if !sandbox.state().retired {
-                watch::begin(node, sandbox);
-            }
+            // A pod that is not ready can also have running containers, if its pause process has
+            // exited.
+            watch::begin(node, sandbox);
             remove_partial_containers(node, sandbox, &known).await
         }
-        Err(error) => lost(node, sandbox, &error).await,
+        Err(error) => {
+            if !sandbox.state().ready {
+                sandbox.state().retired = true;
+            }
+            lost(node, sandbox, &error).await
+        }
     };
     if let Err(error) = result {
         log::error!("{}: {error}", sandbox.name());

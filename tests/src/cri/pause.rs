@@ -2,13 +2,16 @@
 //! namespace. The containers of the pod can see the pause process.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use nix::libc;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use crate::support::caller::cgroup_of;
-use crate::support::machine::{Result, wait_for};
+use crate::support::machine::{Result, Running, command, wait_for};
 use crate::support::needs::{Need, SYSTEMD, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::support::user_namespace;
@@ -42,7 +45,24 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE,
         Need::RrunCri
     ),
+    test!(
+        a_container_does_not_join_the_namespace_of_a_process_that_got_the_id_of_another_process,
+        A_NODE,
+        Need::RrunCri,
+        NEXT_ID
+    ),
+    test!(
+        a_pod_whose_pause_process_exited_is_not_ready_and_gets_no_container,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
+
+/// The file through which root chooses the id of the next process.
+const NEXT_ID: Need = Need::Works(
+    "ns_last_pid",
+    "cat /proc/sys/kernel/ns_last_pid > /proc/sys/kernel/ns_last_pid",
+);
 
 /// The capability to lower an oom_score_adj, which the native view lacks.
 const MAY_LOWER: Need = Need::Works("CAP_SYS_RESOURCE", "echo -1 > /proc/$$/oom_score_adj");
@@ -196,11 +216,8 @@ fn a_pod_whose_monitor_was_killed_leaves_no_cgroup_of_its_pause_process() -> Res
         let pod_id = node.runp(&pod)?;
         let cgroup = cgroup_of(&node.pause_process(&pod_id)?.to_string())?;
         let monitor = node.monitor(&pod_id)?;
-        nix::sys::signal::kill(monitor, nix::sys::signal::Signal::SIGKILL)?;
-        wait_for("the server to notice the monitor's exit", || {
-            let state = node.json(&["inspectp", &pod_id])?["status"]["state"].clone();
-            Ok((state == "SANDBOX_NOTREADY").then_some(()))
-        })?;
+        kill(monitor, Signal::SIGKILL)?;
+        not_ready(node, &pod_id)?;
         node.asks(&["stopp", &pod_id])?;
         ensure!(
             !cgroup.exists(),
@@ -239,6 +256,152 @@ fn a_container_in_a_user_namespace_can_not_control_processes_of_the_runtime() ->
             !log.contains("took control"),
             "the container took control of a process of rrun: {log}"
         );
+        Ok(())
+    })
+}
+
+/// Waits until the server reports that the pod is not ready.
+fn not_ready(node: &Node, pod_id: &str) -> Result {
+    wait_for("the pod to be not ready", || {
+        let state = node.json(&["inspectp", pod_id])?["status"]["state"].clone();
+        Ok((state == "SANDBOX_NOTREADY").then_some(()))
+    })
+}
+
+/// Starts a process with the id `pid`, which no process has.
+fn process_with_id(pid: i32) -> Result<Running> {
+    wait_for("a process to get the id of another process", || {
+        fs::write("/proc/sys/kernel/ns_last_pid", (pid - 1).to_string())?;
+        let process = command("sleep", ["600"]).start()?;
+        Ok((process.pid() == pid).then_some(process))
+    })
+}
+
+/// Adds the runtime handler `held`. It runs rrun, but while the file `hold` exists, each `create`
+/// first creates the file `held` and waits.
+fn add_held_runtime(node: &mut Node) -> Result {
+    let program = node.join("held-runtime");
+    let (hold, held) = (node.join("hold"), node.join("held"));
+    fs::write(
+        &program,
+        format!(
+            "#!/bin/sh\n\
+             case \" $* \" in *' create '*)\n\
+             while [ -e {hold} ]; do touch {held}; sleep 0.1; done ;;\n\
+             esac\n\
+             exec rrun \"$@\"\n",
+            hold = hold.display(),
+            held = held.display()
+        ),
+    )?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
+    fs::write(
+        node.join("config.d/50-held.toml"),
+        format!("[runtime.held]\npath = {program:?}\n"),
+    )?;
+    node.terminate_server()?;
+    node.start_server()
+}
+
+fn a_container_does_not_join_the_namespace_of_a_process_that_got_the_id_of_another_process()
+-> Result {
+    on_a_node(|node| {
+        add_held_runtime(node)?;
+        node.pull(BUSYBOX)?;
+        for name in ["target", "pause"] {
+            let mut pod = node.pod(name);
+            if name == "pause" {
+                pod = shared(node, name);
+            }
+            let pod_id = node.runp_by("held", &pod)?;
+            let mut new = node.container("new", &["sleep", "600"]);
+            let options = &mut new["linux"]["security_context"]["namespace_options"];
+            let owner = if name == "pause" {
+                *options = json!({ "pid": 0 });
+                i32::try_from(node.pause_process(&pod_id)?)?
+            } else {
+                let target = node.container("target", &["sleep", "600"]);
+                let target = node.run(&pod_id, &pod, &target)?;
+                *options = json!({ "pid": 3, "target_id": target });
+                node.pid(&target)?
+            };
+            fs::write(node.join("hold"), "")?;
+            let creation = node.start_create(&pod_id, &pod, &new)?;
+            wait_for("the runtime's create to begin", || {
+                Ok(node.join("held").exists().then_some(()))
+            })?;
+            kill(Pid::from_raw(owner), Signal::SIGKILL)?;
+            wait_for("the process to be reaped", || {
+                let exists = Path::new(&format!("/proc/{owner}")).exists();
+                Ok((!exists).then_some(()))
+            })?;
+            let _other = process_with_id(owner)?;
+            fs::remove_file(node.join("hold"))?;
+            creation.end()?.fails_with("has exited")?;
+            fs::remove_file(node.join("held"))?;
+            let left = node.asks(&["ps", "--all", "--quiet", "--name", "new"])?;
+            ensure_eq!(left, "", "containers after the refused CreateContainer");
+            node.asks(&["rmp", "--force", &pod_id])?;
+        }
+        Ok(())
+    })
+}
+
+/// With a user namespace and separate PID namespaces, the pod's containers survive the exit of the
+/// pause process, as with containerd.
+fn a_pod_whose_pause_process_exited_is_not_ready_and_gets_no_container() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        for (name, mode) in [("shared", 0), ("users", 1)] {
+            let (pod, container) = if name == "users" {
+                let container = user_namespace::container(node, "main", mode, &["sleep", "600"]);
+                (user_namespace::pod(node, name, mode), container)
+            } else {
+                let mut container = node.container("main", &["sleep", "600"]);
+                container["linux"]["security_context"]["namespace_options"]["pid"] = json!(mode);
+                (shared(node, name), container)
+            };
+            let pod_id = node.runp(&pod)?;
+            let main = node.run(&pod_id, &pod, &container)?;
+            let info = node.json(&["inspectp", &pod_id])?["info"].clone();
+            let pause = info[if name == "users" {
+                "namespaces"
+            } else {
+                "pid1"
+            }]
+            .as_i64();
+            let pause = pause.ok_or(format!("the pod has no pause process: {info}"))?;
+            kill(Pid::from_raw(pause.try_into()?), Signal::SIGKILL)?;
+            not_ready(node, &pod_id)?;
+
+            let mut late = container.clone();
+            late["metadata"]["name"] = json!("late");
+            node.try_create(&pod_id, &pod, &late)?
+                .fails_with("is not ready")?;
+            node.kill_server()?;
+            node.start_server()?;
+            not_ready(node, &pod_id)?;
+            node.try_create(&pod_id, &pod, &late)?
+                .fails_with("is not ready")?;
+            let info = node.json(&["inspectp", &pod_id])?["info"].clone();
+            ensure!(
+                info["pid1"].is_null() && !info["runtimeSpec"].to_string().contains("\"user\""),
+                "the pod's status contains the id of the exited process: {info}"
+            );
+            if name == "users" {
+                let state = node.status(&main)?["state"].clone();
+                ensure_eq!(state, "CONTAINER_RUNNING", "state of the pod's container");
+                // The restarted server still watches the pod's monitor.
+                kill(Pid::from_raw(node.pid(&main)?), Signal::SIGKILL)?;
+            }
+            ensure_eq!(
+                node.exited(&main)?["exitCode"],
+                137,
+                "exit code of the container"
+            );
+            node.asks(&["stopp", &pod_id])?;
+            node.asks(&["rmp", &pod_id])?;
+        }
         Ok(())
     })
 }

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use rrun_proto::v1::{LinuxContainerSecurityContext, Mount};
 
 use super::create::must_be_ready;
+use super::namespace_owners::NamespaceOwners;
 use super::seccomp::{SeccompFilter, SeccompProfile};
-use super::spec::{Namespaces, PidNamespace, SpecInputs};
+use super::spec::{Namespaces, SpecInputs};
 use super::user::{Accounts, User};
 use super::volumes::Volumes;
 use super::{
@@ -36,7 +37,7 @@ pub(super) struct Inputs<'a> {
     pub layers: Vec<PathBuf>,
     /// The images that the container's mounts request.
     pub image_volumes: Vec<image_volume::ResolvedImage>,
-    pub pid: PidNamespace,
+    pub owners: NamespaceOwners,
     /// The features of the pod's runtime handler.
     pub features: Features,
 }
@@ -130,7 +131,7 @@ fn user_namespace(inputs: &Inputs<'_>) -> Result<UserNamespace> {
     let users = match root {
         Some(root) => {
             let_through(&[], &[inputs.dir], root.1)?;
-            Some(idmap::Users::of(inputs.sandbox.namespaces(), root)?)
+            Some(idmap::Users::of(inputs.owners.holder, root)?)
         }
         None => None,
     };
@@ -246,7 +247,7 @@ fn write_config(
         hostname: &hostname(sandbox, sharing.own_uts),
         rootfs,
         cgroup: &cgroups_path(sandbox, &record.id),
-        namespaces: namespaces_to_join(node, sandbox, sharing, inputs.pid, ids.mappings),
+        namespaces: namespaces_to_join(&inputs, sharing, ids.mappings),
         devices: devices::devices(&config.devices, privileged)?,
         mounts: mounts::mounts(mounts, &mount_inputs)?,
         root_propagation: mounts::root_propagation(mounts),
@@ -286,19 +287,17 @@ fn cgroups_path(sandbox: &Sandbox, id: &str) -> String {
 }
 
 fn namespaces_to_join(
-    node: &Node,
-    sandbox: &Sandbox,
+    inputs: &Inputs<'_>,
     sharing: namespaces::Sharing,
-    pid: PidNamespace,
     mappings: Option<users::Mappings>,
 ) -> Namespaces {
-    let holder = sandbox.namespaces();
+    let (sandbox, holder) = (inputs.sandbox, inputs.owners.holder);
     let of_holder = |kind: &str| PathBuf::from(format!("/proc/{holder}/ns/{kind}"));
     Namespaces {
-        network: sharing.own_network.then(|| node.netns(&sandbox.id)),
+        network: sharing.own_network.then(|| inputs.node.netns(&sandbox.id)),
         ipc: sharing.own_ipc.then(|| of_holder("ipc")),
         uts: sharing.own_uts.then(|| of_holder("uts")),
-        pid,
+        pid: inputs.owners.pid,
         users: mappings.map(|mappings| (of_holder("user"), mappings)),
     }
 }

@@ -10,7 +10,7 @@ use rrun_proto::v1::{
 };
 use rustix::pipe::{PipeFlags, pipe_with};
 
-use super::spec::PidNamespace;
+use super::namespace_owners::NamespaceOwners;
 use super::user::User;
 use super::{
     Container, ContainerRecord, ContainerState, Phase, RECORD, bundle, image_volume, remove,
@@ -202,7 +202,7 @@ async fn assemble(
     let pod = sandbox.name();
     let layers = node.images.lease_soon(&record.id, &image.id)?;
     let image_volumes = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
-    let pid = pid_namespace(node, sandbox, &record.config)?;
+    let owners = NamespaceOwners::find(node, sandbox, &record.config)?;
     let features = node.handlers.features(&node.config, &sandbox.handler).await;
     // To save time, the server starts the runtime before the bundle is complete, and the runtime
     // waits for the bundle. If volumes must be relabelled, the server first completes the bundle
@@ -212,7 +212,7 @@ async fn assemble(
     let early = features.after && sandbox.state().passes_after && !relabels;
     let (after, written) = if early { start_pipe()? } else { (None, None) };
     let mut container = Container::from_record(Arc::clone(sandbox), record.clone());
-    let request = request(node, &container, dir.clone())?;
+    let request = request(node, &container, dir.clone(), owners)?;
     let job = {
         let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
         move || {
@@ -224,7 +224,7 @@ async fn assemble(
                 image,
                 layers,
                 image_volumes,
-                pid,
+                owners,
                 features,
             })?;
             if let Some(written) = written {
@@ -261,7 +261,12 @@ fn start_pipe() -> Result<(Option<OwnedFd>, Option<OwnedFd>)> {
 }
 
 /// Returns the `Create` request that the server sends to the pod's monitor.
-fn request(node: &Node, container: &Container, bundle: PathBuf) -> Result<Create> {
+fn request(
+    node: &Node,
+    container: &Container,
+    bundle: PathBuf,
+    owners: NamespaceOwners,
+) -> Result<Create> {
     let handler = &container.sandbox.handler;
     let runtime = container.runtime_command(node).ok_or_else(|| {
         Error::internal(format!(
@@ -279,34 +284,6 @@ fn request(node: &Node, container: &Container, bundle: PathBuf) -> Result<Create
         stdin: config.stdin,
         stdin_once: config.stdin_once,
         native: node.config.is_native(handler),
+        namespaces_of: owners.children_of_monitor(),
     })
-}
-
-fn pid_namespace(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Result<PidNamespace> {
-    let of = |pid: i32| PidNamespace::Join(format!("/proc/{pid}/ns/pid").into());
-    match spec::pid_mode(config) {
-        (NamespaceMode::Pod, _) => {
-            let pid1 = sandbox.state().pid1;
-            Ok(pid1.map_or(PidNamespace::New, of))
-        }
-        (NamespaceMode::Container, _) => Ok(PidNamespace::New),
-        (NamespaceMode::Node, _) => Ok(PidNamespace::Node),
-        (NamespaceMode::Target, target) => {
-            let target = node.container(&target)?;
-            if target.sandbox.id != sandbox.id {
-                return Err(Error::invalid(format!(
-                    "the container {}, whose PID namespace is requested, is in another pod",
-                    target.id
-                )));
-            }
-            let state = target.state();
-            match state.phase {
-                Phase::Running => Ok(of(state.pid)),
-                _ => Err(Error::wrong_state(format!(
-                    "the container {}, whose PID namespace is requested, is not running",
-                    target.id
-                ))),
-            }
-        }
-    }
 }

@@ -23,6 +23,7 @@ pub(crate) mod idmap;
 pub(crate) mod image_volume;
 mod in_root;
 pub(crate) mod mounts;
+mod namespace_owners;
 pub(crate) mod propagation;
 pub(crate) mod remove;
 pub(crate) mod resources;

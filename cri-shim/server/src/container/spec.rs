@@ -85,12 +85,13 @@ pub(crate) struct Namespaces {
     pub users: Option<(PathBuf, Mappings)>,
 }
 
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum PidNamespace {
     #[default]
     New,
     Node,
-    Join(PathBuf),
+    /// The PID namespace of the process with this id.
+    Join(i32),
 }
 
 /// The inputs from which [`spec`] builds config.json.
@@ -434,7 +435,10 @@ fn namespaces(namespaces: &Namespaces, privileged: bool) -> Vec<LinuxNamespace> 
     }
     match &namespaces.pid {
         PidNamespace::New => all.push(entry(LinuxNamespaceType::Pid, None)),
-        PidNamespace::Join(path) => all.push(entry(LinuxNamespaceType::Pid, Some(path))),
+        PidNamespace::Join(pid) => {
+            let path = PathBuf::from(format!("/proc/{pid}/ns/pid"));
+            all.push(entry(LinuxNamespaceType::Pid, Some(&path)));
+        }
         PidNamespace::Node => {}
     }
     all

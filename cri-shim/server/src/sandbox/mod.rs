@@ -72,10 +72,10 @@ pub(crate) struct SandboxState {
     pub addresses: Vec<IpAddr>,
     /// The process id of the monitor, or 0 after the monitor's exit.
     pub monitor: i32,
-    /// The process id of the first process in the pod's PID namespace.
+    /// The process id of the first process in the pod's PID namespace, or `None` after its exit.
     pub pid1: Option<i32>,
     /// The id of the process whose namespaces the pod uses, or `None` if this process is the
-    /// monitor.
+    /// monitor or has exited.
     pub holder: Option<i32>,
     /// See [`rrun_protocol::Hello::passes_after`].
     pub passes_after: bool,
@@ -195,9 +195,23 @@ impl Sandbox {
     }
 
     /// Returns the id of the process whose namespaces (`/proc/PID/ns/…`) are the pod's namespaces.
-    pub(crate) fn namespaces(&self) -> i32 {
+    /// Returns `None` if this process has exited.
+    pub(crate) fn namespaces(&self) -> Option<i32> {
+        let sharing = namespaces::sharing(&self.config).ok()?;
         let state = self.state();
-        state.holder.unwrap_or(state.monitor)
+        if sharing.own_users {
+            state.holder
+        } else {
+            Some(state.monitor).filter(|pid| *pid > 0)
+        }
+    }
+
+    /// Returns whether the pod's pause process has exited. `pid1` and `holder` are the fields of the
+    /// monitor's Hello.
+    fn lacks_pause_process(&self, pid1: Option<i32>, holder: Option<i32>) -> bool {
+        namespaces::sharing(&self.config).is_ok_and(|sharing| {
+            sharing.shared_pid && pid1.is_none() || sharing.own_users && holder.is_none()
+        })
     }
 
     /// Counts one more container in `creating` until the returned guard is dropped.

@@ -462,6 +462,12 @@ async fn start_monitor(node: &Node, sandbox: &Sandbox, sharing: Sharing) -> Resu
     rrun_monitor_client::spawn(&dir, &pod, &node.config.monitor).await?;
     // The monitor responds after it has created the pod's namespaces.
     match tokio::time::timeout(MONITOR_START_TIMEOUT, sandbox.monitor.subscribe()).await {
+        Ok(Ok((hello, _events))) if sandbox.lacks_pause_process(hello.pid1, hello.holder) => {
+            Err(Error::internal(format!(
+                "the pause process of the monitor {} has exited",
+                node.config.monitor.display()
+            )))
+        }
         Ok(Ok((hello, _events))) => Ok(hello),
         Ok(Err(error @ MonitorError::Gone { .. })) => Err(Error::internal(format!(
             "start the monitor {}: {}",

@@ -103,18 +103,20 @@ fn shown_namespaces(node: &Node, sandbox: &Sandbox) -> Vec<Value> {
         return Vec::new();
     };
     let state = sandbox.state().clone();
-    // After the monitor's exit, the kernel may have assigned the process ids to other processes.
-    // The status then contains no paths with these ids.
-    let holder = state.holder.unwrap_or(state.monitor);
-    let of =
-        |pid: i32, kind: &str| (state.monitor > 0).then(|| format!("/proc/{pid}/ns/{kind}").into());
+    // After the exit of the monitor or of the pause process, the kernel may have assigned the process
+    // ids to other processes. The status then contains no paths with these ids.
+    let holder = sandbox.namespaces();
+    let of = |pid: Option<i32>, kind: &str| {
+        let pid = pid.filter(|_| state.monitor > 0)?;
+        Some(PathBuf::from(format!("/proc/{pid}/ns/{kind}")))
+    };
     let network: PathBuf = node.netns(&sandbox.id);
     [
         ("network", sharing.own_network.then_some(network)),
         ("ipc", of(holder, "ipc").filter(|_| sharing.own_ipc)),
         ("uts", of(holder, "uts").filter(|_| sharing.own_uts)),
         ("user", of(holder, "user").filter(|_| sharing.own_users)),
-        ("pid", state.pid1.and_then(|pid| of(pid, "pid"))),
+        ("pid", of(state.pid1, "pid")),
     ]
     .into_iter()
     .filter_map(|(kind, path)| Some(json!({ "type": kind, "path": path? })))

@@ -4,6 +4,8 @@
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use rrun_proto::v1::ContainerEventType;
+
 use super::Sandbox;
 use crate::container;
 use crate::node::Node;
@@ -103,7 +105,10 @@ fn is_dead(error: &MonitorError, failures: u32) -> bool {
 }
 
 /// Updates the states of the pod and its containers with the states that the monitor reports.
-pub(crate) fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
+pub(crate) fn apply(node: &Arc<Node>, sandbox: &Arc<Sandbox>, hello: Hello) {
+    if sandbox.lacks_pause_process(hello.pid1, hello.holder) {
+        pause_exited(node, sandbox);
+    }
     {
         let mut state = sandbox.state();
         state.monitor = hello.pid;
@@ -121,6 +126,21 @@ pub(crate) fn apply(node: &Arc<Node>, sandbox: &Sandbox, hello: Hello) {
             Phase::Exited(exit) => container.record_exit(node, &exit),
         }
     }
+}
+
+/// Handles the exit of the pod's pause process. As in containerd, the pod is then not
+/// ready, and its remaining containers keep running until kubelet stops the pod.
+fn pause_exited(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
+    if !std::mem::replace(&mut sandbox.state().ready, false) {
+        return;
+    }
+    log::error!(
+        "{}: the pod's pause process has exited, so the pod is not ready any more",
+        sandbox.name()
+    );
+    sandbox.save_soon(node);
+    let kind = ContainerEventType::ContainerStoppedEvent;
+    container::status::publish_sandbox(node, sandbox, kind);
 }
 
 fn handle(node: &Arc<Node>, sandbox: &Sandbox, event: Event) {
