@@ -127,6 +127,7 @@ suites! {
         cni_faults,
         host_ports,
         flows,
+        multicast,
         routers,
         crowds,
         advisories,

@@ -27,6 +27,7 @@ pub(crate) const HOST_PREFIX: &str = "rr";
 
 const VETH_INFO_PEER: u16 = 1;
 const IFLA_BR_FORWARD_DELAY: u16 = 1;
+const IFLA_BR_MCAST_SNOOPING: u16 = 23;
 const IFLA_BRPORT_HAIRPIN: u16 = 4;
 const IFLA_BRPORT_GROUP_FWD_MASK: u16 = 31;
 /// The frames that a pod's bridge port forwards like other frames. The bits are the last numbers of
@@ -185,7 +186,34 @@ pub(crate) fn create_bridge(
         body.u32(IFLA_MTU, mtu);
         body.nest(IFLA_LINKINFO, |info| {
             info.string(IFLA_INFO_KIND, "bridge");
-            info.nest(IFLA_INFO_DATA, |data| data.u32(IFLA_BR_FORWARD_DELAY, 0));
+            info.nest(IFLA_INFO_DATA, |data| {
+                data.u32(IFLA_BR_FORWARD_DELAY, 0);
+                data.bytes(IFLA_BR_MCAST_SNOOPING, &[0]);
+            });
+        });
+    });
+    socket.execute(&batch).map(drop)
+}
+
+/// Switches multicast snooping of an existing bridge off. With multicast snooping, the bridge
+/// believes every IGMP or MLD query, PIM hello and multicast router advertisement from a pod. The
+/// pod could then determine which pods receive the frames to a multicast address. Neighbour
+/// solicitations of IPv6 are such frames, so the pod could cut off another pod. Without a query, the
+/// bridge forwards multicast frames to all ports, with and without snooping.
+pub(crate) fn stop_snooping(
+    socket: &mut Socket,
+    index: u32,
+    name: &str,
+) -> Result<(), NetworkError> {
+    let mut batch = Batch::default();
+    let action = format!("switch multicast snooping of the bridge {name} off");
+    batch.message(action, RTM_NEWLINK, NLM_F_ACK, |body| {
+        body.header(&link_header(index, 0));
+        body.nest(IFLA_LINKINFO, |info| {
+            info.string(IFLA_INFO_KIND, "bridge");
+            info.nest(IFLA_INFO_DATA, |data| {
+                data.bytes(IFLA_BR_MCAST_SNOOPING, &[0])
+            });
         });
     });
     socket.execute(&batch).map(drop)

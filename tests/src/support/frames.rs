@@ -95,14 +95,29 @@ pub(crate) fn icmpv6(from: Ipv6Addr, to: Ipv6Addr, mut message: Vec<u8>) -> Vec<
 
 /// Inserts a header for destination options, which contains only padding, into an IPv6 packet.
 pub(crate) fn with_options(packet: &[u8]) -> Vec<u8> {
+    with_header(packet, 60, [1, 4, 0, 0, 0, 0])
+}
+
+/// Inserts an extension header, which contains `options`, into an IPv6 packet.
+fn with_header(packet: &[u8], kind: u8, options: [u8; 6]) -> Vec<u8> {
     let (header, content) = packet.split_at(40);
     let protocol = header[6];
     let mut new = header.to_vec();
     new[4..6].copy_from_slice(&(content.len() as u16 + 8).to_be_bytes());
-    new[6] = 60;
-    new.extend([protocol, 0, 1, 4, 0, 0, 0, 0]);
+    new[6] = kind;
+    new.extend([protocol, 0]);
+    new.extend(options);
     new.extend(content);
     new
+}
+
+/// Returns a query of Multicast Listener Discovery (RFC 2710) with a maximum response delay of 1 ms.
+/// The unspecified address as `group` makes a general query.
+pub(crate) fn multicast_query(from: Ipv6Addr, to: Ipv6Addr, group: Ipv6Addr) -> Vec<u8> {
+    let mut message = vec![130, 0, 0, 0, 0, 1, 0, 0];
+    message.extend(group.octets());
+    // A query must have the option for a router alert in a hop-by-hop header.
+    with_header(&icmpv6(from, to, message), 0, [5, 2, 0, 0, 1, 0])
 }
 
 /// Returns an ARP request for `to`. A receiver stores `sender` with the hardware address `hardware`.

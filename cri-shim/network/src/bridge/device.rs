@@ -112,6 +112,7 @@ impl BridgeDevice<'_> {
                 kind: link.kind.unwrap_or_else(|| "physical".to_owned()),
             });
         }
+        link::stop_snooping(socket, link.index, self.name)?;
         let has_accepted = forwarding::accepts_advertisements(self.name)?;
         forwarding::refuse_routers(self.name)?;
         if has_accepted {
