@@ -20,7 +20,7 @@ use crate::error::{ImageError, Kind};
 use crate::layer::{self, Bounds, LayerDescriptor, LayerError, LowerLayer, UnpackSummary};
 use crate::limits::MinRate;
 use crate::pace::RateWatch;
-use crate::partial::{self, DiscardOnDrop, Partial};
+use crate::partial::{DiscardOnDrop, Partial, PartialName};
 use crate::places::{Place, Places};
 use crate::settings::ImageSettings;
 use crate::slots::{Slot, Slots};
@@ -40,6 +40,16 @@ const GIVE_WAY_INTERVAL: Duration = Duration::from_millis(500);
 pub(crate) enum Origin {
     Registry(Source),
     Archive(ImageArchive),
+}
+
+impl Origin {
+    /// Returns the name of the registry, or `None` for an archive.
+    pub(crate) fn registry(&self) -> Option<&str> {
+        match self {
+            Origin::Registry(source) => Some(source.name()),
+            Origin::Archive(_) => None,
+        }
+    }
 }
 
 /// A layer to fetch, the number of its directory, and its limits.
@@ -73,14 +83,14 @@ impl Queues {
 
 /// Fetches, verifies and unpacks one layer into `layers/NUMBER`. If this future is dropped early,
 /// the partly unpacked layer is removed. The received bytes of a large blob are kept for the next
-/// attempt. After success, the caller must either record the layer or remove it.
+/// attempt.
 pub(crate) async fn fetch(
     origin: Arc<Origin>,
     request: LayerRequest,
     pull: u64,
     queues: &Queues,
     progress: impl Fn(u64),
-) -> Result<Layer, ImageError> {
+) -> Result<UnpackedLayer, ImageError> {
     let what = format!("layer {}", request.descriptor.digest);
     let fetched = match &*origin {
         Origin::Registry(source) => {
@@ -118,7 +128,7 @@ async fn extract(
     pull: u64,
     queues: &Queues,
     progress: impl Fn(u64),
-) -> Result<Layer, ImageError> {
+) -> Result<UnpackedLayer, ImageError> {
     let LayerDescriptor { digest, size, .. } = request.descriptor.clone();
     let reader = archive.blob(&digest)?;
     let what = format!("layer {digest}");
@@ -134,7 +144,7 @@ async fn extract(
     })?;
     let fetched = unpacked.await.unwrap_or_else(|_| Err(ended_early()))?;
     progress(size);
-    Ok(fetched.keep())
+    Ok(fetched)
 }
 
 async fn download(
@@ -143,14 +153,14 @@ async fn download(
     (pull, slot): (u64, Slot),
     queues: &Queues,
     progress: impl Fn(u64),
-) -> Result<Layer, ImageError> {
+) -> Result<UnpackedLayer, ImageError> {
     let descriptor = &request.descriptor;
     check_size(request)?;
     let slot = Arc::new(slot);
     let watch = Arc::new(RateWatch::new(queues.min_rate, Some(Arc::clone(&slot))));
-    let _piece = DiscardOnDrop::of_small(&request.root, &descriptor.digest, descriptor.size);
-    // The highest number of bytes that any attempt has received. An attempt makes progress only
-    // when it receives more bytes than this number.
+    let kept = PartialName::new(&request.root, source.name(), descriptor);
+    let _piece = DiscardOnDrop::of_small(&kept);
+    // The highest number of bytes that an attempt has received. Only later bytes are progress.
     let farthest = AtomicU64::new(0);
     let mut restarted = false;
     loop {
@@ -169,10 +179,11 @@ async fn download(
                 progress(now - before);
             }
         };
-        let (had, error) = match attempt(source, request, &slot, &watch, queues, progress).await {
-            Ok(layer) => return Ok(layer),
-            Err(failure) => failure,
-        };
+        let (had, error) =
+            match attempt((source, &kept), request, &slot, &watch, queues, progress).await {
+                Ok(layer) => return Ok(layer),
+                Err(failure) => failure,
+            };
         if slot.gave_way() && error.kind() == Kind::Unavailable {
             if farthest.load(Ordering::Relaxed) == before {
                 slot.record_no_progress();
@@ -192,7 +203,7 @@ async fn download(
             "layer {}: {error}; the fetch starts again from the first byte",
             descriptor.digest
         );
-        partial::discard(&request.root, &descriptor.digest, descriptor.size);
+        kept.discard();
         restarted = true;
     }
 }
@@ -214,23 +225,23 @@ fn check_size(request: &LayerRequest) -> Result<(), ImageError> {
 /// Makes one attempt to fetch and unpack a layer. On failure, also returns how many bytes from
 /// earlier attempts this attempt used.
 async fn attempt(
-    source: &Source,
+    (source, kept): (&Source, &PartialName),
     request: &LayerRequest,
     slot: &Arc<Slot>,
     watch: &Arc<RateWatch>,
     queues: &Queues,
     progress: impl Fn(u64),
-) -> Result<Layer, (u64, ImageError)> {
+) -> Result<UnpackedLayer, (u64, ImageError)> {
     let descriptor = &request.descriptor;
     let (to_thread, chunks) = mpsc::channel(CHUNK_QUEUE_LENGTH);
     let (send_had, had) = oneshot::channel();
-    let for_thread = request.clone();
+    let (for_thread, kept) = (request.clone(), kept.clone());
     let turns = Arc::clone(&queues.turns);
     let gave_way = slot.gave_way_flag();
     let unpacked = on_a_thread(request.number, move |is_abandoned| {
         let LayerDescriptor { digest, size, .. } = &for_thread.descriptor;
         let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}")));
-        let partial = Partial::open(&for_thread.root, digest, *size);
+        let partial = Partial::open(&kept);
         let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
         let _ = send_had.send(blob.replay);
         let result = receive(&mut blob, &turn, is_abandoned, &for_thread);
@@ -258,7 +269,7 @@ async fn attempt(
     drop(to_thread);
     let unpacked = unpacked.await.unwrap_or_else(|_| Err(ended_early()));
     match (sent, unpacked) {
-        (Ok(()), Ok(layer)) => Ok(layer.keep()),
+        (Ok(()), Ok(layer)) => Ok(layer),
         // An error on this node, for example a full disk, also stops the transfer. Report the error
         // on this node, because it caused the error of the transfer.
         (_, Err(error @ (LayerError::System { .. } | LayerError::Bound(_)))) => {

@@ -13,7 +13,7 @@ use crate::catalog::{Catalog, directory};
 use crate::error::ImageError;
 use crate::fetch::Queues;
 use crate::hosts::Registries;
-use crate::pulls_in_progress::{PullInProgress, PullKey, WeakFetch};
+use crate::pulls_in_progress::{FetchKey, PullInProgress, PullKey, WeakFetch};
 use crate::settings::ImageSettings;
 use crate::{partial, unpacked_layer};
 use rrun_calls::lock::lock;
@@ -26,8 +26,7 @@ pub(crate) struct ImageStore {
     pub settings: ImageSettings,
     pub catalog: Mutex<Catalog>,
     pub pulls: Mutex<HashMap<PullKey, PullInProgress>>,
-    /// The fetches in progress, by the key of the layer.
-    pub fetches: Mutex<HashMap<String, WeakFetch>>,
+    pub fetches: Mutex<HashMap<FetchKey, WeakFetch>>,
     /// The queues in which fetches of layers wait.
     pub queues: Arc<Queues>,
     pub next_layer: AtomicU64,

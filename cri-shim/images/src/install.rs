@@ -6,20 +6,22 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
-use futures_util::future::{WeakShared, try_join_all};
+use futures_util::future::try_join_all;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
 
-use crate::catalog::{directory, directory_layer_key, key_of};
+use crate::catalog::{directory_layer_key, key_of};
 use crate::error::{ImageError, Kind};
 use crate::fetch::{self, LayerRequest, Origin};
 use crate::image_store::ImageStore;
 use crate::layer::{self, Bounds, LayerDescriptor};
-use crate::pulls_in_progress::{Caller, FetchInProgress, PullResult};
+use crate::pulls_in_progress::{
+    Caller, FetchInProgress, FetchKey, FetchState, PullResult, WeakFetch,
+};
 use crate::record::Image;
 use crate::reference::Name;
 use crate::resolved::ResolvedImage;
-use crate::unpacked_layer::remove;
+use crate::unpacked_layer::UnpackedLayer;
 use rrun_calls::lock::lock;
 use rrun_calls::wait::blocking;
 use rrun_store::{Change, Table};
@@ -217,7 +219,7 @@ async fn fetch_layers(
 }
 
 /// Fetches and unpacks one layer, unless the catalog already contains it. If another pull is
-/// already fetching the same layer, joins that fetch.
+/// already fetching the same layer from the same registry, joins that fetch.
 async fn fetch_layer(
     store: &Arc<ImageStore>,
     origin: &Arc<Origin>,
@@ -226,43 +228,79 @@ async fn fetch_layer(
     key: &str,
     progress: &Arc<AtomicU64>,
 ) -> Result<(), ImageError> {
-    // A joined fetch uses the registry and credentials of another pull. If a joined fetch fails,
-    // this loop fetches the layer with this pull's registry and credentials.
+    let key = FetchKey {
+        registry: origin.registry().map(str::to_owned),
+        digest: descriptor.digest.clone(),
+        size: descriptor.size,
+        layer: key.to_owned(),
+    };
+    let rate = store.settings.join_rate;
+    let mut joins = true;
+    // A joined fetch uses the credentials and the turns of another pull. If a joined fetch fails or
+    // is slow, this loop fetches the layer with this pull's credentials and turns.
     loop {
-        let (fetching, ours) = {
-            // After success, a fetch first adds its layer to the catalog, and then removes itself
-            // from the table of fetches. If a fetched layer is not in the locked table, it is
-            // therefore in the catalog.
-            let mut fetches = lock(&store.fetches);
-            let catalog = lock(&store.catalog);
-            if catalog.layer(key).is_some() {
-                return Ok(());
-            }
-            match fetches.get(key).and_then(WeakShared::upgrade) {
-                Some(fetching) => (fetching, false),
-                None => {
-                    if catalog.layer(&descriptor.diff_id).is_some() {
-                        log::info!(
-                            "layer {}: an older version of rrun-cri unpacked it for one image only, so the server fetches the layer again",
-                            descriptor.digest
-                        );
-                    }
-                    let fetching = begin_fetch(store, origin, pull, descriptor, key, progress);
-                    if let Some(weak) = fetching.downgrade() {
-                        fetches.insert(key.to_owned(), weak);
-                    }
-                    (fetching, true)
-                }
-            }
+        let begin = || begin_fetch(store, origin, pull, descriptor, &key, progress);
+        let fetching = match join_or_begin(store, &key, &descriptor.diff_id, joins, begin) {
+            LayerState::Unpacked => return Ok(()),
+            LayerState::Begun(fetching) => return fetching.result.await,
+            LayerState::Joined(fetching) => fetching,
         };
-        match fetching.await {
-            Err(error) if ours => return Err(error),
-            Err(error) => {
+        // An image can contain a layer twice. A pull has only one fetch for such a layer.
+        let rate = if fetching.state.pull == pull { 0 } else { rate };
+        match fetching.join(descriptor.size, rate).await {
+            Some(Ok(())) => return Ok(()),
+            Some(Err(error)) => {
                 log::info!("{error}; another pull needs the layer, so it fetches the layer again")
             }
-            Ok(()) => return Ok(()),
+            None => {
+                log::info!(
+                    "layer {}: the pull that fetches the layer receives less than {rate} bytes of it per second (image.join_rate), so another pull fetches the layer, too",
+                    descriptor.digest
+                );
+                joins = false;
+            }
         }
     }
+}
+
+enum LayerState {
+    Unpacked,
+    /// The fetch of another pull.
+    Joined(FetchInProgress),
+    Begun(FetchInProgress),
+}
+
+/// Looks for a layer in the catalog and, if `joins` is true, in the table of fetches. If the layer
+/// is in neither of them, calls `begin` and adds the new fetch to the table.
+fn join_or_begin(
+    store: &ImageStore,
+    key: &FetchKey,
+    diff_id: &str,
+    joins: bool,
+    begin: impl FnOnce() -> FetchInProgress,
+) -> LayerState {
+    // After success, a fetch first adds its layer to the catalog, and then removes itself from the
+    // table of fetches. If a fetched layer is not in the locked table, it is therefore in the
+    // catalog.
+    let mut fetches = lock(&store.fetches);
+    let catalog = lock(&store.catalog);
+    if catalog.layer(&key.layer).is_some() {
+        return LayerState::Unpacked;
+    }
+    if joins && let Some(fetching) = fetches.get(key).and_then(WeakFetch::upgrade) {
+        return LayerState::Joined(fetching);
+    }
+    if catalog.layer(diff_id).is_some() {
+        log::info!(
+            "layer {}: an older version of rrun-cri unpacked it for one image only, so the server fetches the layer again",
+            key.digest
+        );
+    }
+    let fetching = begin();
+    if let Some(weak) = fetching.downgrade() {
+        fetches.insert(key.clone(), weak);
+    }
+    LayerState::Begun(fetching)
 }
 
 fn begin_fetch(
@@ -270,12 +308,17 @@ fn begin_fetch(
     origin: &Arc<Origin>,
     pull: u64,
     descriptor: &LayerDescriptor,
-    key: &str,
+    key: &FetchKey,
     progress: &Arc<AtomicU64>,
 ) -> FetchInProgress {
     let origin = Arc::clone(origin);
     let progress = Arc::clone(progress);
-    let key = key.to_owned();
+    let state = Arc::new(FetchState {
+        pull,
+        received: AtomicU64::new(0),
+    });
+    let ours = Arc::clone(&state);
+    let key = key.clone();
     let request = LayerRequest {
         root: store.root.clone(),
         number: store.next_layer.fetch_add(1, Ordering::Relaxed),
@@ -287,23 +330,71 @@ fn begin_fetch(
     };
     let queues = Arc::clone(&store.queues);
     let store: Weak<ImageStore> = Arc::downgrade(store);
-    async move {
-        let path = directory(&request.root, request.number);
-        let result = fetch::fetch(origin, request, pull, &queues, move |bytes| {
+    let result = async move {
+        let count = |bytes| {
             progress.fetch_add(bytes, Ordering::Relaxed);
-        })
-        .await;
-        if let Some(store) = store.upgrade() {
-            let result = result.map(|layer| lock(&store.catalog).add_layer(&key, layer));
-            lock(&store.fetches).remove(&key);
-            result
-        } else {
-            remove(&path);
-            result.map(drop)
-        }
+            ours.received.fetch_add(bytes, Ordering::Relaxed);
+        };
+        let fetched = tokio::select! {
+            fetched = fetch::fetch(origin, request, pull, &queues, count) => Some(fetched),
+            () = unpacked_elsewhere(&store, &key.layer) => None,
+        };
+        end_fetch(&store, &key, &ours, fetched)
+    };
+    FetchInProgress {
+        result: result.boxed().shared(),
+        state,
     }
-    .boxed()
-    .shared()
+}
+
+/// Adds the fetched layer to the catalog, and removes the fetch from the table of fetches. `fetched`
+/// is `None` if another fetch has added the layer.
+fn end_fetch(
+    store: &Weak<ImageStore>,
+    key: &FetchKey,
+    state: &Arc<FetchState>,
+    fetched: Option<Result<UnpackedLayer, ImageError>>,
+) -> Result<(), ImageError> {
+    let Some(store) = store.upgrade() else {
+        return fetched.map_or(Ok(()), |fetched| fetched.map(drop));
+    };
+    let result = match fetched {
+        Some(fetched) => fetched.map(|layer| add(&store, &key.layer, layer)),
+        None => {
+            // The received bytes of a large blob are kept, although no pull may need them.
+            store.sweep_partials_later();
+            Ok(())
+        }
+    };
+    let mut fetches = lock(&store.fetches);
+    // A pull that does not join a slow fetch replaces the entry of this fetch.
+    if fetches
+        .get(key)
+        .is_some_and(|entry| Arc::ptr_eq(&entry.state, state))
+    {
+        fetches.remove(key);
+    }
+    result
+}
+
+/// Waits until another fetch has added the layer to the catalog.
+async fn unpacked_elsewhere(store: &Weak<ImageStore>, key: &str) {
+    let is_here = || {
+        let store = store.upgrade();
+        store.is_some_and(|store| lock(&store.catalog).layer(key).is_some())
+    };
+    while !is_here() {
+        tokio::time::sleep(PROGRESS_CHECK_INTERVAL).await;
+    }
+}
+
+/// Adds an unpacked layer to the catalog. If another fetch has already added the layer, removes this
+/// copy.
+fn add(store: &ImageStore, key: &str, layer: UnpackedLayer) {
+    let mut catalog = lock(&store.catalog);
+    if catalog.layer(key).is_none() {
+        catalog.add_layer(key, layer.keep());
+    }
 }
 
 async fn publish(

@@ -14,6 +14,8 @@ use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
+use crate::layer::{LayerDescriptor, digest_of};
+
 /// The minimum size of a blob whose beginning is kept for a later pull. Fetching a smaller blob
 /// again costs less than keeping its beginning.
 pub(crate) const MIN_KEPT_BYTES: u64 = 4 << 20;
@@ -38,25 +40,54 @@ pub(crate) struct Partial {
     length: u64,
 }
 
-fn path_of(root: &Path, digest: &str, size: u64) -> PathBuf {
-    let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
-    let suffix = if size < MIN_KEPT_BYTES {
-        PIECE_SUFFIX
-    } else {
-        SUFFIX
-    };
-    root.join("ingest").join(format!("{hex}{suffix}"))
+/// The path of the file with the beginning of one blob from one registry. Fetches from two
+/// registries have different files, because each of them could add wrong bytes or lock the file.
+#[derive(Clone)]
+pub(crate) struct PartialName {
+    path: PathBuf,
+    /// The size of the whole blob in bytes.
+    size: u64,
+}
+
+impl PartialName {
+    pub(crate) fn new(root: &Path, registry: &str, layer: &LayerDescriptor) -> Self {
+        let suffix = if layer.size < MIN_KEPT_BYTES {
+            PIECE_SUFFIX
+        } else {
+            SUFFIX
+        };
+        let digest = &layer.digest;
+        let hex = digest.strip_prefix("sha256:").unwrap_or(digest);
+        let of_registry = digest_of(registry.as_bytes());
+        let registry = of_registry.get(7..23).unwrap_or_default();
+        PartialName {
+            path: root
+                .join("ingest")
+                .join(format!("{hex}-{registry}{suffix}")),
+            size: layer.size,
+        }
+    }
+
+    /// Removes the file.
+    pub(crate) fn discard(&self) {
+        if let Err(error) = remove(&self.path) {
+            log::warn!(
+                "cannot remove the beginning of a blob, {}: {error}",
+                self.path.display()
+            );
+        }
+    }
 }
 
 impl Partial {
     /// Opens the file with the beginning of the blob, or creates an empty file. Returns `None` if
     /// the blob is too small or the file can't be used. No bytes of the blob are then kept. This
     /// call blocks on disk I/O.
-    pub(crate) fn open(root: &Path, digest: &str, size: u64) -> Option<Self> {
+    pub(crate) fn open(name: &PartialName) -> Option<Self> {
+        let (path, size) = (name.path.clone(), name.size);
         if size < MIN_PIECE_BYTES {
             return None;
         }
-        let path = path_of(root, digest, size);
         let opened = OpenOptions::new()
             .read(true)
             .write(true)
@@ -106,13 +137,6 @@ impl Partial {
     }
 }
 
-/// Removes the file with the beginning of a blob.
-pub(crate) fn discard(root: &Path, digest: &str, size: u64) {
-    if let Err(error) = remove(&path_of(root, digest, size)) {
-        log::warn!("cannot remove the beginning of the blob {digest}: {error}");
-    }
-}
-
 /// Removes a file, if it exists. A failure can have a cause that passes, so the removal is repeated
 /// once.
 fn remove(path: &Path) -> io::Result<()> {
@@ -125,23 +149,19 @@ fn remove(path: &Path) -> io::Result<()> {
 
 /// A guard for the file with the beginning of a small blob. Dropping the guard removes the file,
 /// because the file of a small blob is not kept for a later pull.
-pub(crate) struct DiscardOnDrop<'a> {
-    root: &'a Path,
-    digest: &'a str,
-    size: u64,
-}
+pub(crate) struct DiscardOnDrop<'a>(&'a PartialName);
 
 impl<'a> DiscardOnDrop<'a> {
-    pub(crate) fn of_small(root: &'a Path, digest: &'a str, size: u64) -> Option<Self> {
+    pub(crate) fn of_small(name: &'a PartialName) -> Option<Self> {
         // `then_some` would always create the guard. For a large blob, `then_some` would then drop
         // the guard, and this drop would remove the blob's file.
-        (size < MIN_KEPT_BYTES).then(|| DiscardOnDrop { root, digest, size })
+        (name.size < MIN_KEPT_BYTES).then(|| DiscardOnDrop(name))
     }
 }
 
 impl Drop for DiscardOnDrop<'_> {
     fn drop(&mut self) {
-        discard(self.root, self.digest, self.size);
+        self.0.discard();
     }
 }
 
@@ -180,32 +200,42 @@ pub(crate) fn sweep(root: &Path) {
 mod tests {
     use super::*;
 
-    const DIGEST: &str = "sha256:0123";
+    fn named(root: &Path, registry: &str, size: u64) -> PartialName {
+        let layer = LayerDescriptor {
+            digest: "sha256:0123".to_owned(),
+            size,
+            diff_id: "sha256:4567".to_owned(),
+        };
+        PartialName::new(root, registry, &layer)
+    }
 
     #[test]
     fn the_bytes_in_a_file_are_reused_unless_the_file_is_longer_than_the_blob() -> io::Result<()> {
         let root = std::env::temp_dir().join(format!("rrun-partial-{}", std::process::id()));
         std::fs::create_dir_all(root.join("ingest"))?;
-        assert!(Partial::open(&root, DIGEST, MIN_PIECE_BYTES - 1).is_none());
-        let mut first = Partial::open(&root, DIGEST, MIN_KEPT_BYTES).ok_or(io::ErrorKind::Other)?;
+        assert!(Partial::open(&named(&root, "r", MIN_PIECE_BYTES - 1)).is_none());
+        let name = named(&root, "r", MIN_KEPT_BYTES);
+        let mut first = Partial::open(&name).ok_or(io::ErrorKind::Other)?;
         first.append(b"one")?;
         assert!(
-            Partial::open(&root, DIGEST, MIN_KEPT_BYTES).is_none(),
+            Partial::open(&name).is_none(),
             "two fetches of the same blob opened the file of the blob at the same time"
         );
+        let other = Partial::open(&named(&root, "another registry", MIN_KEPT_BYTES));
+        assert_eq!(other.map(|other| other.length()), Some(0));
         drop(first);
-        let again = Partial::open(&root, DIGEST, MIN_KEPT_BYTES).ok_or(io::ErrorKind::Other)?;
+        let again = Partial::open(&name).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 3);
         again.file.set_len(MIN_KEPT_BYTES + 1)?;
         drop(again);
-        let again = Partial::open(&root, DIGEST, MIN_KEPT_BYTES).ok_or(io::ErrorKind::Other)?;
+        let again = Partial::open(&name).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 0);
-        assert!(is_fresh(&path_of(&root, DIGEST, MIN_KEPT_BYTES)));
+        assert!(is_fresh(&name.path));
         sweep(&root);
         let long_ago = SystemTime::now() - PARTIAL_LIFETIME;
         again.file.set_modified(long_ago)?;
         sweep(&root);
-        assert!(!path_of(&root, DIGEST, MIN_KEPT_BYTES).exists());
+        assert!(!name.path.exists());
         std::fs::remove_dir_all(&root)
     }
 }

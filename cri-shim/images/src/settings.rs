@@ -33,6 +33,10 @@ pub struct ImageSettings {
     /// `least_rate_seconds`. 0 disables the check.
     pub least_rate: u64,
     pub least_rate_seconds: u64,
+    /// The minimum rate, in bytes per second, of a fetch by another pull. A pull that needs the same
+    /// blob from the same registry does not wait for a slower fetch, but fetches the blob itself. 0
+    /// disables the check.
+    pub join_rate: u64,
     /// The time, in seconds, for which a pull continues after its last caller disconnected.
     pub abandoned_seconds: u64,
     /// True if a registry may redirect requests to addresses of this node itself, to link-local
@@ -59,6 +63,7 @@ impl Default for ImageSettings {
             silence_seconds: 30,
             least_rate: 100,
             least_rate_seconds: 60,
+            join_rate: 64 << 10,
             abandoned_seconds: 300,
             local_redirects: false,
             plain_token_servers: false,

@@ -33,6 +33,8 @@ const MAX_RESUMES: usize = 20;
 
 /// The endpoints from which one pull gets its image.
 pub(crate) struct Source {
+    /// The name of the registry.
+    name: String,
     registries: Vec<Arc<Registry>>,
 }
 
@@ -63,7 +65,14 @@ impl Source {
                 .map(Arc::new)
             })
             .collect::<Result<_, _>>()?;
-        Ok(Source { registries })
+        Ok(Source {
+            name: name.registry.clone(),
+            registries,
+        })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
     }
 
     /// Returns the host that probably provides a layer if the first usable endpoint is used.

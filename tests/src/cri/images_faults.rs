@@ -9,7 +9,7 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::support::calls::Calls;
-use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
+use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, digest, image};
 use crate::support::images::pull;
 use crate::support::images::server::{Answer, Request, Server};
 use crate::support::machine::{Result, wait_for};
@@ -300,7 +300,9 @@ fn a_pull_resumes_after_the_server_was_killed() -> Result {
         let reference = format!("{}/app:1", server.host());
         let pulling = node.crictl(&["pull", &reference]).start()?;
         let hex = built.layers[0].trim_start_matches("sha256:");
-        let partial = node.join("root/ingest").join(format!("{hex}.partial"));
+        let registry = digest(server.host().as_bytes());
+        let name = format!("{hex}-{}.partial", &registry[7..23]);
+        let partial = node.join("root/ingest").join(name);
         wait_for("a part of the layer to be stored on disk", || {
             let length = fs::metadata(&partial).map_or(0, |metadata| metadata.len());
             Ok((length > 1 << 20).then_some(()))

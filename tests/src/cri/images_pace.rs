@@ -28,6 +28,16 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        a_slow_registry_delays_no_pull_of_the_same_layer_from_another_registry,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_layer_that_waits_behind_other_layers_of_its_image_delays_no_other_pull,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         layers_that_need_hours_to_be_unpacked_delay_no_other_pull,
         A_NODE,
         Need::RrunCri
@@ -181,6 +191,70 @@ fn a_slow_pull_gives_up_a_download_slot_to_another_pull_from_the_same_registry()
             "the server's log does not report that the slow download gave up its slot to the pull of another image"
         );
         node.asks(&["rmi", &format!("{host}/small:1")])?;
+        ends(node, hanging)
+    })
+}
+
+/// Two registries provide the same layer, and one of them sends one byte at a time.
+fn a_slow_registry_delays_no_pull_of_the_same_layer_from_another_registry() -> Result {
+    on_a_node(|node| {
+        configure(node, "least_rate = 0\njoin_rate = 0\n")?;
+        let built = of_layers("same", 1);
+        let slow = serve(&[("slow", &built)], dripping(&built))?;
+        let fast = serve(&[("fast", &built)], |_| None)?;
+        let hanging = node
+            .crictl(&["pull", &format!("{}/slow:1", slow.host())])
+            .start()?;
+        requested(&slow, &built)?;
+        let name = format!("{}/fast:1", fast.host());
+        node.pull(&name)?;
+        // The slow pull needs no more bytes, because the layer is now on the node.
+        let ended = hanging.end()?;
+        ensure_eq!(
+            ended.code,
+            0,
+            "exit code of the slow pull: {}",
+            ended.stderr
+        );
+        ensure_eq!(fast.count(&built.layers[0]), 1, "number of downloads");
+        node.asks(&["rmi", &name])?;
+        is_clean(node)
+    })
+}
+
+/// An image names another image's layer behind its own layers, which arrive one byte at a time. The
+/// fetch of the named layer therefore gets no slot.
+fn a_layer_that_waits_behind_other_layers_of_its_image_delays_no_other_pull() -> Result {
+    on_a_node(|node| {
+        configure(node, "least_rate = 0\n")?;
+        let hostile = of_layers("layer", 4);
+        let archive = Archive::new().file("layer-3", "content");
+        let victim = image(&[(archive.end(), Compression::Gzip)], json!({}));
+        ensure_eq!(
+            victim.layers[0],
+            hostile.layers[3],
+            "digest of the shared layer"
+        );
+        let slow: Vec<String> = hostile.layers[..3].to_vec();
+        let drips = dripping(&hostile);
+        let images = [("hostile", &hostile), ("victim", &victim)];
+        let server = serve(&images, move |request| {
+            let is_slow = slow.iter().any(|layer| request.path.ends_with(layer));
+            is_slow.then(|| drips(request)).flatten()
+        })?;
+        let host = server.host();
+        let hanging = node
+            .crictl(&["pull", &format!("{host}/hostile:1")])
+            .start()?;
+        wait_for(
+            "the registry to receive requests for the first layers",
+            || {
+                let sent = |layer: &String| server.count(layer) > 0;
+                Ok(hostile.layers[..3].iter().all(sent).then_some(()))
+            },
+        )?;
+        node.pull(&format!("{host}/victim:1"))?;
+        node.asks(&["rmi", &format!("{host}/victim:1")])?;
         ends(node, hanging)
     })
 }

@@ -603,10 +603,13 @@ fn large() -> Image {
     image(&[noisy("large", 9 << 20)], json!({}))
 }
 
-/// Returns the path of the file that keeps the beginning of the blob with the digest `digest`.
-fn partial(dir: &Dir, digest: &str) -> PathBuf {
-    let hex = digest.trim_start_matches("sha256:");
-    dir.0.join("ingest").join(format!("{hex}.partial"))
+/// Returns the path of the file that keeps the beginning of the blob with the digest `blob` from the
+/// registry `host`.
+fn partial(dir: &Dir, host: &str, blob: &str) -> PathBuf {
+    let hex = blob.trim_start_matches("sha256:");
+    let registry = digest(host.as_bytes());
+    let name = format!("{hex}-{}.partial", &registry[7..23]);
+    dir.0.join("ingest").join(name)
 }
 
 async fn resumed() -> Result<(), Failure> {
@@ -632,7 +635,7 @@ async fn resumed() -> Result<(), Failure> {
     let reference = format!("{}/app:1", server.host());
     let node = Node::new()?;
     assert!(node.images.pull(&reference, None).await.is_err());
-    let kept = partial(&node.dir, &built.layers[0]);
+    let kept = partial(&node.dir, &server.host(), &built.layers[0]);
     assert_eq!(std::fs::metadata(&kept)?.len(), 5 << 20);
     let node = node.restart()?;
     assert!(node.images.list().is_empty());
@@ -650,7 +653,10 @@ async fn spoilt() -> Result<(), Failure> {
     let reference = format!("{}/app:1", server.host());
     for length in [1 << 20, built.blobs[0].len(), built.blobs[0].len() + 1] {
         let node = Node::new()?;
-        std::fs::write(partial(&node.dir, &built.layers[0]), vec![7; length])?;
+        std::fs::write(
+            partial(&node.dir, &server.host(), &built.layers[0]),
+            vec![7; length],
+        )?;
         let image = node.images.pull(&reference, None).await?;
         assert_eq!(image.id, built.id);
         assert_eq!(node.leavings()?.len(), 1);
