@@ -18,6 +18,7 @@ use crate::id::by_prefix;
 use crate::sandbox::Sandbox;
 use crate::selinux::Selinux;
 use crate::stats::StatsCache;
+use crate::streaming::exec_output::OutputBudget;
 use crate::streaming::tickets::Streams;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::lock::lock;
@@ -46,6 +47,8 @@ pub(crate) struct Node {
     pub trash: Arc<Trash>,
     pub handlers: Handlers,
     pub streams: Streams,
+    /// The memory for the output of the commands that ExecSync runs.
+    pub exec_outputs: Arc<OutputBudget>,
     /// The creations of pods and containers that are in progress. Two requests for the same pod or
     /// container have the same key. The second request therefore joins the creation in progress.
     /// The result of a creation is the id of the pod or container.
@@ -75,6 +78,7 @@ impl Node {
             handlers: Handlers::new(&config),
             namespaces: config.namespaces(),
             streams: Streams::new(config.stream_sessions()),
+            exec_outputs: OutputBudget::new(config.exec_output_bytes.get()),
             config,
             store,
             images,

@@ -5,6 +5,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rrun_proto::v1::ExecSyncResponse;
@@ -12,23 +13,16 @@ use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::net::unix::pipe::Receiver;
 
 use super::command;
+use super::exec_output::{KeptOutput, MAX_OUTPUT_BYTES, Stream};
 use crate::container::{Container, Phase};
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
+use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 use rrun_protocol::Exec;
 
-/// The maximum number of bytes of stdout and stderr together that are returned. kubelet and crictl
-/// refuse a message of more than 16 MiB. The response's fields need at most 32 bytes in addition to
-/// the output. Further output is read and dropped. The process therefore never blocks on a full
-/// pipe, and the server's memory use is limited (CVE-2022-1708).
-const MAX_OUTPUT_BYTES: usize = (16 << 20) - 32;
-
 /// The maximum number of bytes that one read returns.
 const READ_BYTES: usize = 16 << 10;
-
-/// The text that the server appends to truncated output.
-const TRUNCATION_NOTE: &[u8] = b"\n[rrun: the rest of the output was dropped]\n";
 
 /// Runs a command in a container and returns its output and its exit code. The command is killed
 /// after `timeout` seconds; 0 means no timeout.
@@ -77,7 +71,9 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
     let mut process = slow(format!("{}: start a command", container.name()), started).await?;
     drop((null, stdout_end, stderr_end));
 
-    let (mut out, mut err) = (CapturedOutput::new(stdout), CapturedOutput::new(stderr));
+    let kept = Mutex::new(KeptOutput::new(&node.exec_outputs, &container.sandbox.id));
+    let mut out = CapturedOutput::new(stdout, Stream::Stdout, &kept);
+    let mut err = CapturedOutput::new(stderr, Stream::Stderr, &kept);
     let exit_code = loop {
         tokio::select! {
             code = process.wait() => break code,
@@ -91,21 +87,14 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
     // wait until the pipes are closed.
     out.drain().await?;
     err.drain().await?;
-    Ok(response(out, err, exit_code))
-}
-
-/// Returns the response with the command's output. If the output of both streams does not fit into
-/// the response, each stream gets half of the room, and the part that the other stream does not
-/// need.
-fn response(out: CapturedOutput, err: CapturedOutput, exit_code: i32) -> ExecSyncResponse {
-    let half = MAX_OUTPUT_BYTES / 2;
-    let room = |other: &CapturedOutput| MAX_OUTPUT_BYTES - other.kept.len().min(half);
-    let (out_room, err_room) = (room(&err), room(&out));
-    ExecSyncResponse {
-        stdout: out.bytes(out_room),
-        stderr: err.bytes(err_room),
+    drop((out, err));
+    let kept = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let (stdout, stderr) = kept.end();
+    Ok(ExecSyncResponse {
+        stdout,
+        stderr,
         exit_code,
-    }
+    })
 }
 
 fn pipe() -> Result<(Receiver, OwnedFd)> {
@@ -116,19 +105,19 @@ fn pipe() -> Result<(Receiver, OwnedFd)> {
 }
 
 /// One output stream of a command, which the server reads continuously.
-struct CapturedOutput {
+struct CapturedOutput<'a> {
     pipe: Receiver,
-    kept: Vec<u8>,
-    dropped: bool,
+    stream: Stream,
+    kept: &'a Mutex<KeptOutput>,
     open: bool,
 }
 
-impl CapturedOutput {
-    fn new(pipe: Receiver) -> Self {
+impl<'a> CapturedOutput<'a> {
+    fn new(pipe: Receiver, stream: Stream, kept: &'a Mutex<KeptOutput>) -> Self {
         CapturedOutput {
             pipe,
-            kept: Vec::new(),
-            dropped: false,
+            stream,
+            kept,
             open: true,
         }
     }
@@ -149,9 +138,9 @@ impl CapturedOutput {
     async fn drain(&mut self) -> Result<()> {
         let pending = rustix::io::ioctl_fionread(&self.pipe)
             .during(|| "measure the rest of a command's output".to_owned())?;
-        let room = MAX_OUTPUT_BYTES.saturating_sub(self.kept.len());
-        // One byte more than the room is enough to detect that output was dropped.
-        let most = usize::try_from(pending).unwrap_or(usize::MAX).min(room + 1);
+        // One byte more than the maximum is enough to detect that output was dropped.
+        let most = usize::try_from(pending).unwrap_or(usize::MAX);
+        let most = most.min(MAX_OUTPUT_BYTES + 1);
         self.take(most, |pipe, buffer| Ok(rustix::io::read(pipe, buffer)?))
             .await
     }
@@ -171,10 +160,8 @@ impl CapturedOutput {
                 Ok(0) => self.open = false,
                 Ok(length) => {
                     left -= length.min(left);
-                    let room = MAX_OUTPUT_BYTES.saturating_sub(self.kept.len()).min(length);
-                    self.dropped |= room < length;
-                    self.kept
-                        .extend_from_slice(buffer.get(..room).unwrap_or_default());
+                    let bytes = buffer.get(..length).unwrap_or_default();
+                    lock(self.kept).add(self.stream, bytes);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -184,16 +171,6 @@ impl CapturedOutput {
         }
         Ok(())
     }
-
-    /// Returns the output, of which at most `room` bytes are kept.
-    fn bytes(mut self, room: usize) -> Vec<u8> {
-        if self.dropped || self.kept.len() > room {
-            self.kept
-                .truncate(room.saturating_sub(TRUNCATION_NOTE.len()));
-            self.kept.extend_from_slice(TRUNCATION_NOTE);
-        }
-        self.kept
-    }
 }
 
 #[cfg(test)]
@@ -201,15 +178,25 @@ mod tests {
     use std::cell::Cell;
     use std::io::Write;
 
-    use rrun_proto::Message;
-
     use super::*;
+    use crate::streaming::exec_output::OutputBudget;
+
+    fn kept() -> Mutex<KeptOutput> {
+        let budget = OutputBudget::new(MAX_OUTPUT_BYTES);
+        Mutex::new(KeptOutput::new(&budget, "pod"))
+    }
+
+    fn stdout(kept: Mutex<KeptOutput>) -> Vec<u8> {
+        let kept = kept.into_inner().unwrap_or_else(PoisonError::into_inner);
+        kept.end().0
+    }
 
     #[tokio::test]
     async fn reads_stop_at_the_end_of_the_available_output() -> Result<()> {
         let (receiver, write) = pipe()?;
         let mut file = std::fs::File::from(write);
-        let mut output = CapturedOutput::new(receiver);
+        let kept = kept();
+        let mut output = CapturedOutput::new(receiver, Stream::Stdout, &kept);
         let written = file.write_all(b"one\n");
         written.during(|| "write".to_owned())?;
         output.read().await?;
@@ -219,54 +206,21 @@ mod tests {
         drop(file);
         output.read().await?;
         assert!(!output.open);
-        assert_eq!(output.bytes(MAX_OUTPUT_BYTES), b"one\n");
+        assert_eq!(stdout(kept), b"one\n");
         Ok(())
     }
 
     #[tokio::test]
     async fn output_is_read_before_the_reactor_reports_it() -> Result<()> {
         let (receiver, write) = pipe()?;
-        let mut output = CapturedOutput::new(receiver);
+        let kept = kept();
+        let mut output = CapturedOutput::new(receiver, Stream::Stdout, &kept);
         let written = std::fs::File::from(write).write_all(b"late\n");
         written.during(|| "write".to_owned())?;
         // The test has not awaited anything since the write, so the reactor has not noticed the
         // write.
         output.drain().await?;
-        assert_eq!(output.bytes(MAX_OUTPUT_BYTES), b"late\n");
-        Ok(())
-    }
-
-    /// Returns a stream whose command has written `length` bytes. The server keeps at most
-    /// [`MAX_OUTPUT_BYTES`] of them.
-    fn written(length: usize) -> Result<CapturedOutput> {
-        let mut output = CapturedOutput::new(pipe()?.0);
-        output.kept = vec![b'x'; length.min(MAX_OUTPUT_BYTES)];
-        output.dropped = length > MAX_OUTPUT_BYTES;
-        Ok(output)
-    }
-
-    #[tokio::test]
-    async fn a_response_is_never_larger_than_kubelet_accepts() -> Result<()> {
-        const HALF: usize = MAX_OUTPUT_BYTES / 2;
-        const ALL: usize = MAX_OUTPUT_BYTES + 1;
-        for (out, err, expected) in [
-            (ALL, 0, (MAX_OUTPUT_BYTES, 0)),
-            (0, ALL, (0, MAX_OUTPUT_BYTES)),
-            (ALL, ALL, (HALF, HALF)),
-            (ALL, 5, (MAX_OUTPUT_BYTES - 5, 5)),
-            (HALF + 1, HALF, (HALF, HALF)),
-            (HALF, HALF, (HALF, HALF)),
-        ] {
-            let response = response(written(out)?, written(err)?, -1);
-            let message = response.encoded_len();
-            let lengths = (response.stdout.len(), response.stderr.len());
-            assert_eq!(lengths, expected, "lengths for {out} and {err} bytes");
-            for (bytes, length) in [(response.stdout, out), (response.stderr, err)] {
-                let cut = bytes.ends_with(TRUNCATION_NOTE);
-                assert_eq!(cut, bytes.len() < length, "note for {out} and {err} bytes");
-            }
-            assert!(message <= 16 << 20, "a message of {message} bytes");
-        }
+        assert_eq!(stdout(kept), b"late\n");
         Ok(())
     }
 
@@ -284,7 +238,8 @@ mod tests {
     #[tokio::test]
     async fn endless_output_does_not_prevent_other_tasks() -> Result<()> {
         let (receiver, _write) = pipe()?;
-        let mut output = CapturedOutput::new(receiver);
+        let kept = kept();
+        let mut output = CapturedOutput::new(receiver, Stream::Stdout, &kept);
         let reads = Cell::new(0);
         tokio::select! {
             biased;
@@ -298,9 +253,10 @@ mod tests {
     #[tokio::test]
     async fn output_after_the_exit_is_not_read() -> Result<()> {
         let (receiver, _write) = pipe()?;
-        let mut output = CapturedOutput::new(receiver);
+        let kept = kept();
+        let mut output = CapturedOutput::new(receiver, Stream::Stdout, &kept);
         output.take(READ_BYTES + 5, endless(&Cell::new(0))).await?;
-        assert_eq!(output.kept.len(), READ_BYTES + 5);
+        assert_eq!(stdout(kept).len(), READ_BYTES + 5);
         Ok(())
     }
 }

@@ -9,6 +9,7 @@
 mod attach;
 mod command;
 mod exec;
+pub(crate) mod exec_output;
 mod exec_sync;
 mod fair_share;
 mod port_forward;
