@@ -120,5 +120,6 @@ fn run(file: Option<PathBuf>, flags: Flags) -> Result<(), String> {
     }
     cgroup::check()?;
     stderr_log::open(config.debug);
+    stderr_log::set_max_lines(config.log_lines);
     server::run(source, config).map_err(|error| error.to_string())
 }

@@ -64,7 +64,11 @@ impl Reload {
             stderr_log::set_level(config.debug);
             log::info!("SIGHUP: debug is now {}", config.debug);
         }
-        changed.retain(|key| key != "debug");
+        stderr_log::set_max_lines(config.log_lines);
+        if config.log_lines != self.config.log_lines {
+            log::info!("SIGHUP: log_lines is now {}", config.log_lines);
+        }
+        changed.retain(|key| key != "debug" && key != "log_lines");
         if !changed.is_empty() {
             log::warn!(
                 "SIGHUP: these changed keys take effect at the next start: {}",

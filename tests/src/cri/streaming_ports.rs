@@ -1,5 +1,6 @@
 //! Tests of port-forward through crictl, over SPDY and over WebSocket.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 
@@ -10,7 +11,7 @@ use crate::support::machine::{Result, command, deadline, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::support::spdy::SpdyClient;
-use crate::support::streams::{TRANSPORTS, port_forward_url};
+use crate::support::streams::{TRANSPORTS, port_forward_url, waiting};
 use crate::support::websocket::{reads, websocket};
 use crate::{ensure, ensure_eq, test};
 
@@ -24,6 +25,11 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         other_connections_work_while_one_program_does_not_read_its_data,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_client_that_opens_many_invalid_streams_writes_few_lines_to_the_servers_log,
         A_NODE,
         Need::RrunCri
     ),
@@ -241,6 +247,35 @@ fn other_connections_work_while_one_program_does_not_read_its_data() -> Result {
             );
             forward.signal(Signal::SIGKILL);
         }
+        Ok(())
+    })
+}
+
+fn a_client_that_opens_many_invalid_streams_writes_few_lines_to_the_servers_log() -> Result {
+    on_a_node(|node| {
+        let id = waiting(node, "flood")?;
+        let pod_id = node.asks(&["pods", "--quiet"])?;
+        let calls = Calls::new(node)?;
+        let url = port_forward_url(&calls, &pod_id, &[])?;
+        let mut client = SpdyClient::upgraded(&url, "portforward.k8s.io")?;
+        for _ in 0..200 {
+            client.open_with("data", &[("requestid", "1")])?;
+        }
+        for kind in ["error", "data"] {
+            client.open_with(kind, &[("port", "81"), ("requestid", "0")])?;
+        }
+        // The server has handled the invalid streams before it reports the closed port.
+        let refused = |streams: &BTreeMap<&str, String>| {
+            let error = streams.get("error");
+            error.is_some_and(|text| text.contains("refused"))
+        };
+        client.until(refused)?;
+        let lines = node.log().matches("contain no valid port").count();
+        ensure!(
+            (1..=10).contains(&lines),
+            "200 invalid streams wrote {lines} lines to the server's log"
+        );
+        node.asks(&["stop", "--timeout", "0", &id])?;
         Ok(())
     })
 }

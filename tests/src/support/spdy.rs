@@ -16,6 +16,8 @@ pub(crate) struct SpdyClient {
     stream: TcpStream,
     /// The SPDY stream id of each stream type.
     opened: BTreeMap<&'static str, u32>,
+    /// The SPDY stream id of the next stream.
+    next: u32,
 }
 
 impl SpdyClient {
@@ -56,6 +58,7 @@ impl SpdyClient {
         Ok(SpdyClient {
             stream,
             opened: BTreeMap::new(),
+            next: 1,
         })
     }
 
@@ -74,7 +77,8 @@ impl SpdyClient {
             headers.extend_from_slice(&u32::try_from(text.len())?.to_be_bytes());
             headers.extend_from_slice(text.as_bytes());
         }
-        let id = 2 * u32::try_from(self.opened.len())? + 1;
+        let id = self.next;
+        self.next += 2;
         let length = u16::try_from(headers.len())?;
         let mut body = id.to_be_bytes().to_vec();
         body.extend_from_slice(&[0; 6]);

@@ -44,6 +44,8 @@ pub(crate) struct Config {
     /// The address on which metrics are served. If the value is `None`, no metrics are served.
     pub metrics_listen: Option<SocketAddr>,
     pub debug: bool,
+    /// The maximum number of similar lines in the log within ten seconds, or 0 for no limit.
+    pub log_lines: u32,
     /// The PEM file with the streaming server's certificate. With a certificate and a key, streams
     /// are served over TLS.
     pub stream_tls_cert: Option<PathBuf>,
@@ -129,6 +131,7 @@ impl Default for Config {
             stream_listen: (Ipv4Addr::LOCALHOST, 0).into(),
             metrics_listen: None,
             debug: false,
+            log_lines: 500,
             stream_tls_cert: None,
             stream_tls_key: None,
             // The default of kubelet's streamingConnectionIdleTimeout is also four hours.

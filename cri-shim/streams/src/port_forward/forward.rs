@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use tokio::net::TcpStream;
 use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::sync::watch;
 
+use super::session_log::SessionLog;
 use super::target::PodPorts;
 use crate::backlog::QueueReceiver;
 use crate::channels::Channels;
@@ -56,6 +58,7 @@ impl Drop for Counted {
 /// The two channels of a forwarded connection.
 pub(super) struct ForwardChannels {
     pub channels: Channels,
+    pub log: Arc<SessionLog>,
     pub data: u32,
     pub error: u32,
 }
@@ -109,7 +112,7 @@ pub(super) async fn forward(
         Err(error) => Some(format!("error forwarding port {port} to the pod: {error}")),
     };
     if let Some(sentence) = failure {
-        log::info!("pod {}: {sentence}", pod.id());
+        client.log.add(format_args!("{sentence}"));
         let _ = client.fail(&sentence).await;
     }
     client.end().await;

@@ -9,6 +9,7 @@
 mod forward;
 mod pairs;
 mod ports;
+mod session_log;
 mod target;
 
 use std::io;

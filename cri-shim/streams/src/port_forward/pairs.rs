@@ -11,6 +11,7 @@ use tokio::task::{AbortHandle, JoinSet};
 use tokio::time::Instant;
 
 use super::forward::{ForwardChannels, count_open, forward};
+use super::session_log::SessionLog;
 use super::target::PodPorts;
 use crate::backlog::{Backlog, QueueSender};
 use crate::channels::Channels;
@@ -42,6 +43,7 @@ pub(super) async fn serve(
     watch: &Watch,
 ) -> io::Result<()> {
     let pairs = Pairs {
+        log: SessionLog::new(pod.id()),
         pod,
         channels: Channels::Spdy(writer),
         half_open: BTreeMap::new(),
@@ -57,6 +59,7 @@ pub(super) async fn serve(
 struct Pairs<P> {
     pod: Arc<P>,
     channels: Channels,
+    log: Arc<SessionLog>,
     /// The pairs of which only one stream is open, with the pair's id as the key.
     half_open: BTreeMap<String, HalfOpen>,
     served: Vec<ServedPair>,
@@ -125,9 +128,9 @@ impl<P: PodPorts> Pairs<P> {
     /// forwarded connection.
     fn opened(&mut self, stream: u32, headers: &Headers, fin: bool) {
         let Some(described) = DescribedStream::parse(stream, headers) else {
-            log::info!(
-                "the server reset a port-forward stream, because the headers of the stream are invalid: {headers:?}"
-            );
+            self.log.add(format_args!(
+                "the server reset a port-forward stream, because the stream's headers contain no valid port or no valid type"
+            ));
             self.channels.reset(stream);
             return;
         };
@@ -171,6 +174,7 @@ impl<P: PodPorts> Pairs<P> {
         let pod = Arc::clone(&self.pod);
         let client = ForwardChannels {
             channels: self.channels.clone(),
+            log: Arc::clone(&self.log),
             data,
             error,
         };
@@ -258,13 +262,12 @@ impl<P: PodPorts> Pairs<P> {
         let Some(pair) = stalled.filter(|pair| pair.input.stalled_for() >= STALL_TIMEOUT) else {
             return;
         };
-        log::info!(
-            "pod {}: the server closed the forwarded connection to port {}, because the program in the \
-             pod has not read for {} s while the client was sending data",
-            self.pod.id(),
+        self.log.add(format_args!(
+            "the server closed the forwarded connection to port {}, because the program in the pod has \
+             not read for {} s while the client was sending data",
             pair.port,
             STALL_TIMEOUT.as_secs()
-        );
+        ));
         self.channels.reset(pair.data);
         self.abandon(pair);
         self.full = false;

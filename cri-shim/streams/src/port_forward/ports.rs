@@ -6,6 +6,7 @@ use std::sync::Arc;
 use tokio::task::JoinSet;
 
 use super::forward::{ForwardChannels, forward};
+use super::session_log::SessionLog;
 use super::target::PodPorts;
 use crate::backlog::{Backlog, QueueSender};
 use crate::channels::Channels;
@@ -71,6 +72,7 @@ async fn connect(
 ) -> io::Result<(Vec<QueueSender>, JoinSet<()>)> {
     let mut inputs = Vec::new();
     let mut tasks = JoinSet::new();
+    let log = SessionLog::new(pod.id());
     for (channel, port) in (0_u32..).step_by(2).zip(ports).take(MAX_PORTS) {
         let port = u16::try_from(*port).unwrap_or(0);
         for channel in [channel, channel + 1] {
@@ -81,6 +83,7 @@ async fn connect(
         let pod = Arc::clone(pod);
         let client = ForwardChannels {
             channels: channels.clone(),
+            log: Arc::clone(&log),
             data: channel,
             error: channel + 1,
         };
