@@ -75,6 +75,15 @@ impl WriteHalf {
         }
     }
 
+    /// Returns the capacity in bytes of a pipe from which this half sends data. Returns 0 if
+    /// [`Self::socket`] returns `None`.
+    pub(crate) fn pipe_bytes(&self) -> usize {
+        match self {
+            WriteHalf::Plain(_, watch) => watch.pipe_bytes(),
+            WriteHalf::Locked(_) => 0,
+        }
+    }
+
     /// Sends the contents of a pipe. Fails if [`Self::socket`] returns `None`.
     pub(crate) fn poll_drain(
         &self,

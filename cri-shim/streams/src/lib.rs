@@ -12,6 +12,7 @@
 //! `backlog` stores the data that programs in the pod have not read yet.
 
 mod backlog;
+mod buffers;
 mod channels;
 mod descriptor;
 mod disconnect;
@@ -30,9 +31,9 @@ pub mod upgrade;
 mod watch;
 mod websocket;
 
+pub use buffers::set_buffer_limit;
 pub use descriptor::Descriptor;
 pub use disconnect::is_disconnect;
-pub use pipe::PIPE_BYTES;
 pub use transport::Transport;
 pub use watch::Watch;
 pub use websocket::Codec;

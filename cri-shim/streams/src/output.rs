@@ -149,7 +149,7 @@ impl SendPermit<'_> {
         };
         let pipe = match writer.pipe.take() {
             Some(pipe) => pipe,
-            None => Pipe::new()?,
+            None => Pipe::new(writer.half.pipe_bytes())?,
         };
         fill(writer.pipe.insert(pipe))
     }

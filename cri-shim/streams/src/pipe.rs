@@ -7,10 +7,9 @@ use std::os::fd::{AsFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::pipe::{PipeFlags, SpliceFlags, pipe_with, splice};
 
-/// The capacity of a pipe in bytes: the maximum without privileges (pipe(7)). With a larger pipe, a
-/// transfer needs fewer system calls and wake-ups. A pipe uses memory only for the bytes in the
-/// pipe.
-pub const PIPE_BYTES: usize = 1 << 20;
+/// The maximum number of bytes that one transfer moves into a pipe. A pipe can have a lower
+/// capacity.
+pub(crate) const PIPE_BYTES: usize = 1 << 20;
 
 /// A pipe, and the number of bytes in it.
 pub(crate) struct Pipe {
@@ -20,11 +19,13 @@ pub(crate) struct Pipe {
 }
 
 impl Pipe {
-    pub(crate) fn new() -> io::Result<Self> {
+    /// Creates a pipe with a capacity of `bytes`. With a larger pipe, a transfer needs fewer system
+    /// calls and wake-ups. A pipe uses memory only for the bytes in the pipe.
+    pub(crate) fn new(bytes: usize) -> io::Result<Self> {
         let (read, write) = pipe_with(PipeFlags::CLOEXEC | PipeFlags::NONBLOCK)?;
-        // A failure to enlarge the pipe is ignored, because the default capacity of 64 KiB is
+        // A failure to change the capacity is ignored, because the default capacity of 64 KiB is
         // sufficient.
-        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
+        let _ = rustix::pipe::fcntl_setpipe_size(&write, bytes);
         Ok(Pipe {
             read,
             write,
@@ -77,7 +78,7 @@ mod tests {
     fn a_pipe_passes_on_bytes_and_reports_the_end_of_the_data() -> io::Result<()> {
         let (from, mut writer) = std::io::pipe()?;
         let (mut reader, to) = std::io::pipe()?;
-        let mut pipe = Pipe::new()?;
+        let mut pipe = Pipe::new(PIPE_BYTES)?;
         let nothing = pipe.fill(&from, 9).map_err(|error| error.kind());
         assert_eq!(nothing, Err(io::ErrorKind::WouldBlock));
         writer.write_all(b"hello")?;

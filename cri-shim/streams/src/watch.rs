@@ -2,13 +2,15 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
+
+use crate::buffers::StreamBuffers;
 
 /// The interval at which the server checks whether the client has closed the connection. The checks
 /// are needed while the server does not read from the connection.
@@ -20,7 +22,12 @@ pub struct Watch {
     /// The time of the last transfer in seconds after `begin`.
     moved: AtomicU64,
     socket: OwnedFd,
+    buffers: OnceLock<StreamBuffers>,
 }
+
+/// The capacity in bytes of a pipe, if no buffers are reserved for the client. The kernel creates
+/// pipes with this capacity.
+const DEFAULT_PIPE_BYTES: usize = 64 << 10;
 
 impl Watch {
     pub(crate) fn new(socket: &TcpStream) -> io::Result<Arc<Self>> {
@@ -28,7 +35,20 @@ impl Watch {
             begin: Instant::now(),
             moved: AtomicU64::new(0),
             socket: socket.as_fd().try_clone_to_owned()?,
+            buffers: OnceLock::new(),
         }))
+    }
+
+    /// Reserves the kernel's buffers for the client, and limits the buffers of its socket.
+    pub fn limit_buffers(&self) -> io::Result<()> {
+        let buffers = self.buffers.get_or_init(StreamBuffers::of_client);
+        buffers.limit_socket(&self.socket)
+    }
+
+    /// Returns the capacity in bytes of the pipes for the client's data.
+    pub fn pipe_bytes(&self) -> usize {
+        let buffers = self.buffers.get();
+        buffers.map_or(DEFAULT_PIPE_BYTES, StreamBuffers::pipe_bytes)
     }
 
     pub(crate) fn touch(&self) {

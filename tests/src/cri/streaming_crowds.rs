@@ -5,10 +5,13 @@ use std::collections::VecDeque;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpStream;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::Duration;
+
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 
 use crate::support::calls::Calls;
 use crate::support::machine::{Result, deadline, wait_for};
@@ -36,6 +39,11 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         streams_of_one_pod_prevent_no_stream_for_another_pod,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        streams_have_small_buffers_if_the_limit_on_buffers_is_reached,
         A_NODE,
         Need::RrunCri
     ),
@@ -240,6 +248,35 @@ fn streams_of_one_pod_prevent_no_stream_for_another_pod() -> Result {
         let oldest = sessions.first_mut().ok_or("the test opened no streams")?;
         oldest.write_all(&message(0, b"hello\n"))?;
         reads(oldest, b"\x01hello\n")
+    })
+}
+
+fn streams_have_small_buffers_if_the_limit_on_buffers_is_reached() -> Result {
+    on_a_node(|node| {
+        configure(node, "stream_buffer_bytes = 1")?;
+        let id = waiting(node, "buffers")?;
+        let calls = Calls::new(node)?;
+        let mut session = websocket(&exec_url(&calls, &id, &["cat"])?, "v5.channel.k8s.io")?;
+        session.write_all(&message(0, b"hello\n"))?;
+        reads(&mut session, b"\x01hello\n")?;
+        let mut pipes = Vec::new();
+        for entry in fs::read_dir(format!("/proc/{}/fd", node.server_pid()?))? {
+            let path = entry?.path();
+            let target = fs::read_link(&path).unwrap_or_default();
+            if !target.to_string_lossy().starts_with("pipe:") {
+                continue;
+            }
+            let mut options = fs::OpenOptions::new();
+            let options = options.read(true).custom_flags(OFlag::O_NONBLOCK.bits());
+            if let Ok(pipe) = options.open(&path) {
+                pipes.push(fcntl(&pipe, FcntlArg::F_GETPIPE_SZ)?);
+            }
+        }
+        ensure!(
+            pipes.contains(&(32 << 10)) && pipes.iter().all(|size| *size <= 64 << 10),
+            "the server's pipes have the capacities {pipes:?} in bytes"
+        );
+        Ok(())
     })
 }
 

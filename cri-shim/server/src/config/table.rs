@@ -54,6 +54,8 @@ pub(crate) struct Config {
     pub(super) stream_idle_timeout: u64,
     /// See [`Config::stream_sessions`].
     pub(super) stream_sessions: NonZeroUsize,
+    /// The maximum number of bytes of the kernel's buffers for the streams of all clients.
+    pub stream_buffer_bytes: NonZeroUsize,
     /// The maximum number of bytes of output that the server keeps for all commands of ExecSync.
     pub exec_output_bytes: NonZeroUsize,
     /// The maximum number of open descriptors of a pod whose targets are read for one report of
@@ -137,6 +139,7 @@ impl Default for Config {
             // The default of kubelet's streamingConnectionIdleTimeout is also four hours.
             stream_idle_timeout: 4 * 60 * 60,
             stream_sessions: NonZeroUsize::new(1024).unwrap_or(NonZeroUsize::MIN),
+            stream_buffer_bytes: NonZeroUsize::new(512 << 20).unwrap_or(NonZeroUsize::MIN),
             exec_output_bytes: NonZeroUsize::new(128 << 20).unwrap_or(NonZeroUsize::MIN),
             stats_descriptors: 65_536,
             stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),

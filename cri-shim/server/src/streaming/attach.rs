@@ -19,10 +19,10 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_monitor_client::AttachHandle;
 use rrun_protocol::Attach;
 use rrun_protocol::omission_notice;
+use rrun_streams::Descriptor;
 use rrun_streams::remotecommand::{
     Channel, ClientInput, ClientReceiver, ClientSender, Outcome, StdinWrite, copy_output, resize,
 };
-use rrun_streams::{Descriptor, PIPE_BYTES};
 
 /// The server's descriptors for a client that is attached to a container.
 struct Attached {
@@ -42,7 +42,7 @@ pub(super) async fn attach(
     mut receiver: ClientReceiver,
     shutdown: &mut Shutdown,
 ) -> io::Result<()> {
-    let outcome = match begin(node, request).await {
+    let outcome = match begin(node, request, sender).await {
         Ok((container, mut attached)) => {
             let stdin = attached.stdin.take();
             tokio::select! {
@@ -77,9 +77,13 @@ fn sentence(reason: Reason) -> &'static str {
     }
 }
 
-async fn begin(node: &Node, request: &AttachRequest) -> Result<(Arc<Container>, Attached)> {
+async fn begin(
+    node: &Node,
+    request: &AttachRequest,
+    sender: &ClientSender,
+) -> Result<(Arc<Container>, Attached)> {
     let container = node.container(&request.container_id)?;
-    let attached = connect(&container, request).await?;
+    let attached = connect(&container, request, sender.watch().pipe_bytes()).await?;
     Ok((container, attached))
 }
 
@@ -106,8 +110,13 @@ async fn outputs(
     Ok(())
 }
 
-/// Creates pipes for the requested streams, and attaches them to the container.
-async fn connect(container: &Container, request: &AttachRequest) -> Result<Attached> {
+/// Creates pipes with a capacity of `pipe_bytes` for the requested streams, and attaches them to the
+/// container.
+async fn connect(
+    container: &Container,
+    request: &AttachRequest,
+    pipe_bytes: usize,
+) -> Result<Attached> {
     let what = || "create pipes for a container's output".to_owned();
     let mut theirs: Vec<OwnedFd> = Vec::new();
     let mut pipe = |requested: bool| {
@@ -115,9 +124,9 @@ async fn connect(container: &Container, request: &AttachRequest) -> Result<Attac
             return Ok(None);
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-        // The pipe is larger than the default of 64 KiB. It can therefore buffer the output while a
-        // client is briefly slow.
-        let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
+        // If few clients are connected, the pipe is larger than the default of 64 KiB. It can
+        // therefore buffer the output while a client is briefly slow.
+        let _ = rustix::pipe::fcntl_setpipe_size(&write, pipe_bytes);
         theirs.push(write);
         Descriptor::new(read).during(what).map(Some)
     };

@@ -15,10 +15,10 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
 use rrun_monitor_client::ExecHandle;
 use rrun_protocol::Exec;
+use rrun_streams::Descriptor;
 use rrun_streams::remotecommand::{
     Channel, ClientReceiver, ClientSender, Outcome, copy_input, copy_output_until_exit,
 };
-use rrun_streams::{Descriptor, PIPE_BYTES};
 
 /// The server's ends of the pipes for a command's stdio, or the command's terminal.
 #[derive(Default)]
@@ -39,7 +39,7 @@ pub(super) async fn exec(
     mut receiver: ClientReceiver,
     shutdown: &mut Shutdown,
 ) -> io::Result<()> {
-    let outcome = match begin(node, request).await {
+    let outcome = match begin(node, request, sender.watch().pipe_bytes()).await {
         Ok((process, stdio)) => {
             tokio::select! {
                 // Dropping `process` kills the command.
@@ -102,14 +102,18 @@ async fn run(
 }
 
 /// Starts the command. Drops the request, because a session can last long and its command can be
-/// long, too.
-async fn begin(node: &Node, request: ExecRequest) -> Result<(ExecHandle, Stdio)> {
+/// long, too. The pipes for the command's output have a capacity of `pipe_bytes`.
+async fn begin(
+    node: &Node,
+    request: ExecRequest,
+    pipe_bytes: usize,
+) -> Result<(ExecHandle, Stdio)> {
     let container = node.container(&request.container_id)?;
     let name = container.name();
     if container.phase() != Phase::Running {
         return Err(Error::wrong_state(format!("{name} is not running")));
     }
-    start(node, &container, &request)
+    start(node, &container, &request, pipe_bytes)
         .await
         .during(|| format!("execute in {name}"))
 }
@@ -118,6 +122,7 @@ async fn start(
     node: &Node,
     container: &Container,
     request: &ExecRequest,
+    pipe_bytes: usize,
 ) -> Result<(ExecHandle, Stdio)> {
     let process = command::process(node, container, &request.cmd, request.tty)?;
     let exec = Exec {
@@ -130,7 +135,7 @@ async fn start(
     let (mut stdio, theirs) = if request.tty {
         (Stdio::default(), Vec::new())
     } else {
-        Stdio::pipes(request)?
+        Stdio::pipes(request, pipe_bytes)?
     };
     let given: Vec<_> = theirs.iter().map(std::os::fd::AsFd::as_fd).collect();
     let started = container.sandbox.monitor.exec(exec, &given);
@@ -148,8 +153,9 @@ async fn start(
 
 impl Stdio {
     /// Creates pipes for the requested streams. Returns the server's ends of the pipes, and the
-    /// descriptors of the command's stdin, stdout and stderr.
-    fn pipes(request: &ExecRequest) -> Result<(Self, Vec<OwnedFd>)> {
+    /// descriptors of the command's stdin, stdout and stderr. The pipes for output have a capacity of
+    /// `pipe_bytes`.
+    fn pipes(request: &ExecRequest, pipe_bytes: usize) -> Result<(Self, Vec<OwnedFd>)> {
         let mut ours = Stdio::default();
         let mut theirs = Vec::new();
         theirs.push(if request.stdin {
@@ -165,9 +171,9 @@ impl Stdio {
         ] {
             theirs.push(if requested {
                 let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(making_stdio)?;
-                // The pipe is enlarged for commands with much output. With the default size of 64
-                // KiB, such a command would wake the server more often.
-                let _ = rustix::pipe::fcntl_setpipe_size(&write, PIPE_BYTES);
+                // If few clients are connected, the pipe is enlarged for commands with much output.
+                // With the default size of 64 KiB, such a command would wake the server more often.
+                let _ = rustix::pipe::fcntl_setpipe_size(&write, pipe_bytes);
                 *output = Some(Descriptor::new(read).during(making_stdio)?);
                 write
             } else {

@@ -28,8 +28,8 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::lock::lock;
 use rrun_kernel::descriptor_limit;
 use rrun_kernel::errno::describe;
-use rrun_streams::Transport;
 use rrun_streams::upgrade::{negotiate, refuse};
+use rrun_streams::{Transport, set_buffer_limit};
 
 /// The time limit for the TLS handshake and the head of a client's request.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
@@ -51,6 +51,7 @@ impl Server {
     /// node.
     pub(crate) async fn listen(node: &Node) -> Result<Self> {
         let config = &node.config;
+        set_buffer_limit(config.stream_buffer_bytes.get());
         let (cert, key) = (&config.stream_tls_cert, &config.stream_tls_key);
         let tls = tls::acceptor(cert.as_ref(), key.as_ref())
             .map_err(|(key, reason)| Error::invalid(format!("{key}: {reason}")))?;

@@ -52,6 +52,7 @@ impl Session {
         };
         let transport = parts.io.into_inner();
         let watch = transport.watch();
+        watch.limit_buffers()?;
         let idle = self.node.config.stream_idle_timeout();
         let replaced = self.shutdown.clone();
         let replaced = async {

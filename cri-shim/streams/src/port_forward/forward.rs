@@ -15,6 +15,7 @@ use tokio::sync::watch;
 use super::session_log::SessionLog;
 use super::target::PodPorts;
 use crate::backlog::QueueReceiver;
+use crate::buffers::StreamBuffers;
 use crate::channels::Channels;
 use crate::disconnect::is_disconnect;
 use crate::pipe::Pipe;
@@ -102,7 +103,7 @@ pub(super) async fn forward(
 ) {
     let _counted = Counted::new();
     let failure = match pod.connect(port).await {
-        Ok(stream) => match copy(stream, input, client).await {
+        Ok(stream) => match serve(stream, input, client).await {
             Err(error) if !is_disconnect(&error) => Some(format!(
                 "error forwarding port {port}: {}",
                 describe(&error)
@@ -116,6 +117,16 @@ pub(super) async fn forward(
         let _ = client.fail(&sentence).await;
     }
     client.end().await;
+}
+
+async fn serve(
+    stream: TcpStream,
+    input: QueueReceiver,
+    client: &ForwardChannels,
+) -> io::Result<()> {
+    let buffers = StreamBuffers::of_forward();
+    buffers.limit_socket(&stream)?;
+    copy(stream, input, client).await
 }
 
 /// Copies data between the client and the program in the pod. The two directions of the connection
