@@ -444,7 +444,6 @@ mod tests {
                 })
                 .collect(),
             unpacked: Vec::new(),
-            created: None,
             pinned: false,
         }
     }

@@ -96,6 +96,7 @@ pub(crate) async fn install(
         descriptors,
         configuration,
     } = image;
+    check_configuration(&image, store.settings.configuration_bytes)?;
     let published = {
         let keys: Vec<String> = descriptors.iter().map(|p| key_of(&p.diff_id)).collect();
         let top = directory_layer_key(&keys);
@@ -120,6 +121,20 @@ pub(crate) async fn install(
         store.release_fetches().await?;
     }
     published
+}
+
+/// Refuses an image whose configuration needs too much memory.
+fn check_configuration(image: &Image, limit: usize) -> Result<(), ImageError> {
+    let bytes = image.config.bytes();
+    if bytes <= limit {
+        return Ok(());
+    }
+    Err(ImageError::new(
+        Kind::ResourceExhausted,
+        format!(
+            "the arguments, variables and volumes in the image's configuration have {bytes} bytes, and the limit is {limit} bytes (image.configuration_bytes)"
+        ),
+    ))
 }
 
 /// Fetches and unpacks every layer, and creates the image's directory layer if the image needs one.

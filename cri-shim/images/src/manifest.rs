@@ -26,7 +26,7 @@ pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
 /// directory layer at the top.
 pub(crate) const MAX_LAYERS: usize = 498;
 
-/// The maximum number of arguments, environment variables, labels and volumes in an image's
+/// The maximum number of arguments, environment variables and volumes in an image's
 /// configuration together. The server keeps them in memory as long as the image is on the node.
 const MAX_STRINGS: usize = 1 << 16;
 
@@ -299,13 +299,11 @@ pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> 
 #[derive(Debug)]
 pub(crate) struct Configuration {
     pub config: ImageConfig,
-    pub created: Option<String>,
     pub diff_ids: Vec<String>,
 }
 
 #[derive(Deserialize)]
 struct RawConfiguration {
-    created: Option<String>,
     os: Option<String>,
     config: Option<RawConfig>,
     rootfs: Option<RawRootfs>,
@@ -326,16 +324,14 @@ struct RawConfig {
     working_dir: Option<String>,
     volumes: Option<BTreeMap<String, IgnoredAny>>,
     stop_signal: Option<String>,
-    labels: Option<BTreeMap<String, Option<String>>>,
 }
 
 impl RawConfig {
-    /// Returns the number of arguments, environment variables, labels and volumes.
+    /// Returns the number of arguments, environment variables and volumes.
     fn strings(&self) -> usize {
         let lists = [&self.entrypoint, &self.cmd, &self.env];
         let listed: usize = lists.into_iter().flatten().map(Vec::len).sum();
-        let labels = self.labels.as_ref().map_or(0, BTreeMap::len);
-        listed + labels + self.volumes.as_ref().map_or(0, BTreeMap::len)
+        listed + self.volumes.as_ref().map_or(0, BTreeMap::len)
     }
 }
 
@@ -356,7 +352,7 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
     let count = config.strings();
     if count > MAX_STRINGS {
         return Err(broken(format!(
-            "the image's configuration has {count} arguments, variables, labels and volumes, and the limit is {MAX_STRINGS}"
+            "the image's configuration has {count} arguments, variables and volumes, and the limit is {MAX_STRINGS}"
         )));
     }
     let user = config.user.unwrap_or_default();
@@ -382,14 +378,7 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
             working_dir: config.working_dir.unwrap_or_default(),
             volumes: config.volumes.unwrap_or_default().into_keys().collect(),
             stop_signal: config.stop_signal.filter(|signal| !signal.is_empty()),
-            labels: config
-                .labels
-                .unwrap_or_default()
-                .into_iter()
-                .map(|(key, value)| (key, value.unwrap_or_default()))
-                .collect(),
         },
-        created: raw.created,
         diff_ids,
     })
 }

@@ -24,9 +24,6 @@ pub struct Image {
     /// directories. `unpacked` is empty in records of older versions (see [`Image::keys`]).
     #[serde(default)]
     pub unpacked: Vec<String>,
-    /// The build time from the image's configuration (RFC 3339), if the configuration contains this
-    /// time.
-    pub created: Option<String>,
     /// True if kubelet's garbage collection must keep the image.
     pub pinned: bool,
 }
@@ -70,5 +67,14 @@ pub struct ImageConfig {
     pub volumes: Vec<String>,
     /// The stop signal, which is a name or a number as in the image's configuration.
     pub stop_signal: Option<String>,
-    pub labels: std::collections::BTreeMap<String, String>,
+}
+
+impl ImageConfig {
+    /// Returns the number of bytes of all strings.
+    pub(crate) fn bytes(&self) -> usize {
+        let lists = [&self.entrypoint, &self.cmd, &self.env, &self.volumes];
+        let listed = lists.into_iter().flatten().map(String::len);
+        let signal = self.stop_signal.as_ref().map_or(0, String::len);
+        listed.sum::<usize>() + self.user.len() + self.working_dir.len() + signal
+    }
 }

@@ -54,7 +54,6 @@ impl ResolvedImage {
                     size: descriptor.size,
                 })
                 .collect(),
-            created: parsed.created,
             pinned: false,
         };
         Ok(ResolvedImage {

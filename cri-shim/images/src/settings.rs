@@ -23,6 +23,10 @@ pub struct ImageSettings {
     pub layer_bytes: u64,
     /// The maximum number of files in one layer.
     pub layer_files: u64,
+    /// The maximum number of bytes of the strings in an image's configuration that the server keeps in
+    /// memory: arguments, environment variables, volumes, and the user, working directory and stop
+    /// signal.
+    pub configuration_bytes: usize,
     /// The maximum number of bytes and files in the volumes that the image of one container declares.
     pub volume_bytes: u64,
     pub volume_files: u64,
@@ -58,6 +62,7 @@ impl Default for ImageSettings {
             parallel_unpacks: 3,
             layer_bytes: 64 << 30,
             layer_files: 4 << 20,
+            configuration_bytes: 1 << 20,
             volume_bytes: 16 << 30,
             volume_files: 1 << 20,
             silence_seconds: 30,
@@ -84,6 +89,7 @@ impl ImageSettings {
             ("image.parallel_unpacks", self.parallel_unpacks == 0),
             ("image.layer_bytes", self.layer_bytes == 0),
             ("image.layer_files", self.layer_files == 0),
+            ("image.configuration_bytes", self.configuration_bytes == 0),
             ("image.silence_seconds", self.silence_seconds == 0),
             ("image.least_rate_seconds", self.least_rate_seconds == 0),
             ("image.abandoned_seconds", self.abandoned_seconds == 0),

@@ -51,6 +51,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             other_credentials,
         ),
         trial("an_index_yields_the_image_for_this_machine", index),
+        trial(
+            "a_configuration_with_too_many_bytes_is_refused_and_labels_occupy_no_memory",
+            configurations,
+        ),
         trial("a_decompression_bomb_is_stopped_at_the_limit", bomb),
         trial(
             "an_unlisted_directory_has_the_metadata_of_the_layer_below",
@@ -507,6 +511,33 @@ async fn bomb() -> Result<(), Failure> {
     })?;
     let error = failure(&node, &format!("{}/app:1", server.host())).await?;
     assert_eq!(error.kind(), Kind::ResourceExhausted, "{error}");
+    Ok(())
+}
+
+async fn configurations() -> Result<(), Failure> {
+    let layers = [noisy("a", 1000)];
+    let labels: serde_json::Map<_, _> = (0..60_000)
+        .map(|number| (format!("label-{number}"), json!("value")))
+        .collect();
+    let labelled = image(&layers, json!({ "Labels": labels }));
+    let long = image(&layers, json!({ "Env": ["A=1".repeat(400)] }));
+    let server = Server::start(&[("labelled", &labelled), ("long", &long)], |_| None)?;
+    let node = Node::with(ImageSettings {
+        configuration_bytes: 1000,
+        ..ImageSettings::default()
+    })?;
+    let error = failure(&node, &format!("{}/long:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::ResourceExhausted, "{error}");
+    assert!(error.to_string().contains("image.configuration_bytes"));
+    assert_eq!(server.count(&long.layers[0]), 0);
+    let pulled = node
+        .images
+        .pull(&format!("{}/labelled:1", server.host()), None)
+        .await?;
+    let record = serde_json::to_string(&*pulled)?;
+    assert!(record.len() < 10_000, "{} bytes", record.len());
+    let whole = node.images.configuration(&pulled.id)?;
+    assert!(whole.is_some_and(|whole| whole.get().contains("label-59999")));
     Ok(())
 }
 

@@ -190,7 +190,6 @@ mod tests {
             config: Default::default(),
             layers: Vec::new(),
             unpacked: Vec::new(),
-            created: None,
             pinned: false,
         };
         let shown = |requested: &str, user: &str, image: &Image| {
