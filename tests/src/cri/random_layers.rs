@@ -12,9 +12,7 @@ use crate::support::containerd::{CONTAINERD, CTR, Containerd};
 use crate::support::images::build::{Compression, Image, image};
 use crate::support::images::server::Server;
 use crate::support::leak_check::unmount_below;
-use crate::support::machine::{
-    Dice, Directory, Failed, Result, command, full, note, fixed_seed,
-};
+use crate::support::machine::{Dice, Directory, Failed, Result, command, fixed_seed, full, note};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::support::random_layers::{Kind, Layer, Member, archive, stack};

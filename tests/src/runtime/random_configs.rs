@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::support::bundle::Bundle;
-use crate::support::machine::{Dice, Result, full, note, fixed_seed};
+use crate::support::machine::{Dice, Result, fixed_seed, full, note};
 use crate::support::needs::{Need, Test};
 use crate::support::peers::{COVERED, Class, Outcome, Surroundings};
 use crate::support::random_config::{self, Choices};
