@@ -18,6 +18,10 @@ use rrun_store::{Change, Store, Table};
 /// requires at least one lower directory.
 pub(crate) const EMPTY_LAYER: u64 = 0;
 
+/// The maximum number of tags, and of digest references, of one image. The server keeps them in
+/// memory, and ListImages returns the names of all images in one message.
+const MAX_NAMES: usize = 1000;
+
 /// The record of one unpacked layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Layer {
@@ -190,6 +194,13 @@ impl Catalog {
         if let Some(digest) = digest {
             let digests = names.iter().map(|name| name.with_digest(digest));
             add(&mut image.repo_digests, digests);
+        }
+        for list in [&mut image.repo_tags, &mut image.repo_digests] {
+            for name in take_excess_names(list) {
+                if self.names.get(&name) == Some(&image.id) {
+                    self.names.remove(&name);
+                }
+            }
         }
         for key in image.keys() {
             if self.unrecorded.contains(key)
@@ -419,6 +430,34 @@ fn add(names: &mut Vec<String>, new: impl IntoIterator<Item = String>) {
     names.extend(new.into_iter().filter(|name| known.insert(name.clone())));
 }
 
+/// Removes names until at most [`MAX_NAMES`] names are left, and returns the removed names. Removes
+/// the oldest names of the repository with the most names. A user who pulls an image under many
+/// names can therefore hardly remove the names that other users have pulled.
+fn take_excess_names(names: &mut Vec<String>) -> Vec<String> {
+    let mut taken = Vec::new();
+    while names.len() > MAX_NAMES {
+        let mut counts: HashMap<&str, usize> = HashMap::new();
+        for name in names.iter() {
+            *counts.entry(repository(name)).or_default() += 1;
+        }
+        let most = counts.values().copied().max();
+        let oldest = names
+            .iter()
+            .position(|name| counts.get(repository(name)).copied() == most);
+        match oldest {
+            Some(oldest) => taken.push(names.remove(oldest)),
+            None => break,
+        }
+    }
+    taken
+}
+
+/// Returns a name without its digest or tag.
+fn repository(name: &str) -> &str {
+    let end = name.find('@').or_else(|| name.rfind(':'));
+    name.get(..end.unwrap_or(name.len())).unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -481,6 +520,22 @@ mod tests {
         assert_eq!(found, Some(id("b")));
         let old = catalog.find(&id("a"));
         assert!(old.is_some_and(|old| old.repo_tags.is_empty() && old.repo_digests.len() == 1));
+        Ok(())
+    }
+
+    #[test]
+    fn an_image_with_very_many_names_loses_the_oldest_names_of_the_largest_repository()
+    -> Result<(), ImageError> {
+        let mut catalog = with_layers(&[]);
+        catalog.publish(image("a", &[]), &[Name::parse("few:1")?], Some(&id("e")))?;
+        for number in 0..MAX_NAMES + 5 {
+            let name = Name::parse(&format!("many:{number}"))?;
+            catalog.publish(image("a", &[]), &[name], None)?;
+        }
+        let found = catalog.find("few:1");
+        assert!(found.is_some_and(|found| found.repo_tags.len() == MAX_NAMES));
+        assert!(catalog.find("many:5").is_none());
+        assert!(catalog.find("many:6").is_some());
         Ok(())
     }
 
