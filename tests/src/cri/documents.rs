@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use crate::support::machine::{Result, command};
+use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, Node, on_a_node};
 use crate::{ensure, test};
@@ -132,6 +132,10 @@ fn run_document(document: &str) -> Result {
         // another server. The test therefore kills every server and starts its own server again.
         command("pkill", ["-x", "rrun-cri"]).end()?;
         node.kill_server()?;
+        wait_for("the other server to exit", || {
+            let running = command("pidof", ["rrun-cri"]).end()?;
+            Ok((running.code != 0).then_some(()))
+        })?;
         node.start_server()?;
         if !had_root && Path::new(RUNTIME_ROOT).exists() {
             fs::remove_dir_all(RUNTIME_ROOT)?;
