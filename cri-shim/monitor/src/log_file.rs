@@ -15,6 +15,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{CWD, OFlags};
 use rustix::io::Errno;
@@ -29,6 +30,10 @@ const MAX_PENDING_BYTES: usize = 256 << 10;
 /// The capacity in bytes above which the log's thread frees an empty buffer.
 const MAX_IDLE_CAPACITY: usize = 32 << 10;
 
+/// The time for which [`LogFile::opened`] waits for the log's thread. The event loop does not serve
+/// the pod meanwhile. On a busy node, the thread can need many milliseconds until it runs.
+const OPEN_TIMEOUT: Duration = Duration::from_millis(100);
+
 /// The stack size in bytes of the thread that writes the log. The thread needs little stack.
 const STACK_BYTES: usize = 64 << 10;
 
@@ -42,6 +47,8 @@ struct Shared {
     path: PathBuf,
     mailbox: Mutex<Mailbox>,
     work: Condvar,
+    /// Notified when `opened` in the mailbox is set.
+    is_opened: Condvar,
     /// The eventfd(2) through which the log's thread wakes the event loop.
     wake: Arc<OwnedFd>,
 }
@@ -81,6 +88,7 @@ impl LogFile {
             path,
             mailbox: Mutex::default(),
             work: Condvar::new(),
+            is_opened: Condvar::new(),
             wake: Arc::clone(wake),
         });
         let for_writer = Arc::clone(&shared);
@@ -95,10 +103,17 @@ impl LogFile {
         &self.shared.path
     }
 
-    /// Returns the result of the first attempt to open the file. Returns `None` until the thread
-    /// has tried to open the file.
+    /// Returns the result of the first attempt to open the file. Usually the thread has already tried
+    /// to open the file. Otherwise, this function waits for the thread. Returns `None` if the file
+    /// system does not answer within [`OPEN_TIMEOUT`].
     pub(crate) fn opened(&self) -> Option<Result<(), Unfit>> {
-        self.shared.mailbox().opened
+        let is_opening = |mailbox: &mut Mailbox| mailbox.opened.is_none();
+        let mailbox = self.shared.mailbox();
+        let waited = self
+            .shared
+            .is_opened
+            .wait_timeout_while(mailbox, OPEN_TIMEOUT, is_opening);
+        waited.unwrap_or_else(PoisonError::into_inner).0.opened
     }
 
     /// Returns whether more lines can be appended. If the result is false, the log's thread wakes
@@ -187,6 +202,7 @@ fn write_loop(shared: &Shared) {
     let mut batch = Vec::new();
     let mut mailbox = shared.mailbox();
     mailbox.opened = Some(opened);
+    shared.is_opened.notify_all();
     loop {
         if !mailbox.pending.is_empty() {
             std::mem::swap(&mut batch, &mut mailbox.pending);
