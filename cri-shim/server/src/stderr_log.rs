@@ -22,7 +22,7 @@ const INTERVAL: Duration = Duration::from_secs(10);
 /// The maximum number of bytes of a line. Longer lines are cut.
 const MAX_LINE_BYTES: usize = 6 << 10;
 
-/// The maximum number of lines from one place in the code per [`INTERVAL`], or 0 for no limit.
+/// The maximum number of lines from one place in the code per [`INTERVAL`]. 0 disables the limit.
 static MAX_LINES: AtomicU32 = AtomicU32::new(0);
 
 struct Stderr {
@@ -78,8 +78,8 @@ pub(crate) fn open(debug: bool) {
     }
 }
 
-/// Sets the maximum number of lines from one place in the code per [`INTERVAL`]. 0 means that there
-/// is no limit.
+/// Sets the maximum number of lines from one place in the code per [`INTERVAL`]. 0 disables the
+/// limit.
 pub(crate) fn set_max_lines(max: u32) {
     MAX_LINES.store(max, Ordering::Relaxed);
 }

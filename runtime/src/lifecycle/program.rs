@@ -14,7 +14,7 @@ use crate::log;
 use crate::process::descriptors::Descriptors;
 use crate::process::lsm::OpenLabels;
 use crate::process::terminal::Terminal;
-use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed, null_device};
+use crate::process::{Process, enter_cwd, environment, make_cwd, not_executed};
 use crate::seccomp::{Filter, SharedPage};
 use crate::sys::syscalls::{self, Execution};
 
@@ -41,9 +41,8 @@ pub(crate) fn apply_process(
     // process. This process never returns to that code ([`crate::sys::child::NeverReturn`]).
     unsafe { descriptors.close_all_but(kept) }?;
     environment::complete(&mut process.env, process.uid, descriptors.listen);
-    null_device::replace_host_device()?;
+    process.take_standard_streams()?;
     process.apply_inherited()?;
-    process.chown_stdio();
     rustix::process::umask(Mode::from_raw_mode(process.umask.unwrap_or(0o022)));
     // Enter the working directory before the process changes its user, because possibly only root
     // has access to the directory. But a network file system can refuse root and accept the user.

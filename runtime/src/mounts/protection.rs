@@ -11,6 +11,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 use super::tree::{clone_descriptor, clone_tree, move_mount};
 use crate::error::{Context, Result, refuse};
 use crate::mounts::rootfs::{Protected, Rootfs};
+use crate::process::null_device::is_null_device;
 use crate::sys::path::cleaned;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
@@ -54,7 +55,7 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
 fn null_device(doing: impl Fn() -> String + Copy) -> Result<OwnedFd> {
     let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
     let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
-    if stat.st_rdev != rustix::fs::makedev(1, 3) {
+    if !is_null_device(&stat) {
         refuse!("{}: the host's /dev/null is not the null device", doing());
     }
     mount_setattr(null.as_fd(), false, &MountAttr::READ_ONLY).doing(doing)?;

@@ -259,27 +259,20 @@ impl Process {
         })
     }
 
-    /// Makes the process's user the owner of standard input, output and error. Then the process can
-    /// open these streams again through paths such as /dev/stdout.
-    pub(crate) fn chown_stdio(&self) {
-        if self.uid == 0 {
-            return;
-        }
-        for fd in [
-            rustix::stdio::stdin(),
-            rustix::stdio::stdout(),
-            rustix::stdio::stderr(),
-        ] {
-            let Ok(stat) = rustix::fs::fstat(fd) else {
-                continue;
-            };
-            let is_null = stat.st_rdev == rustix::fs::makedev(1, 3);
-            if !is_null && stat.st_uid != self.uid {
+    /// Makes the process's user the owner of its standard streams. Then the process can open these
+    /// streams again through paths such as /dev/stdout. A stream that is the host's /dev/null is
+    /// replaced with the container's null device, and keeps its owner.
+    ///
+    /// # Errors
+    /// Fails if a null device can be neither opened nor created.
+    pub(crate) fn take_standard_streams(&self) -> Result<()> {
+        null_device::replace_host_device(|stream, stat| {
+            if self.uid != 0 && stat.st_uid != self.uid {
                 // A failure of fchown(2) is ignored, because the stream's file system can be
                 // read-only or can lack a mapping for the user id.
-                let _ = rustix::fs::fchown(fd, Some(Uid::from_raw(self.uid)), None);
+                let _ = rustix::fs::fchown(stream, Some(Uid::from_raw(self.uid)), None);
             }
-        }
+        })
     }
 }
 

@@ -5,9 +5,9 @@
 //! change the mode of /dev/null for the whole host. The process gets another file instead, which is
 //! also the null device.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags};
+use rustix::fs::{CWD, FileType, Mode, OFlags, Stat, fstat};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
@@ -16,13 +16,14 @@ use crate::error::{Context, Result};
 
 type Duplicate = fn(&OwnedFd) -> std::result::Result<(), Errno>;
 
-/// Replaces each standard stream that is the null device. The process must be in the container's
-/// mount namespace, and must still have its capabilities.
-pub(crate) fn replace_host_device() -> Result<()> {
-    replace().doing(|| "replace a standard stream that is the host's /dev/null")
+/// Replaces each standard stream that is the null device, and calls `other` for each other open
+/// stream with the result of fstat(2). The process must be in the container's mount namespace, and
+/// must still have its capabilities.
+pub(crate) fn replace_host_device(other: impl Fn(BorrowedFd<'_>, &Stat)) -> Result<()> {
+    replace(other).doing(|| "replace a standard stream that is the host's /dev/null")
 }
 
-fn replace() -> std::result::Result<(), Errno> {
+fn replace(other: impl Fn(BorrowedFd<'_>, &Stat)) -> std::result::Result<(), Errno> {
     let streams: [(_, Duplicate); 3] = [
         (stdin(), |null| dup2_stdin(null)),
         (stdout(), |null| dup2_stdout(null)),
@@ -30,9 +31,13 @@ fn replace() -> std::result::Result<(), Errno> {
     ];
     let mut null = None;
     for (stream, duplicate) in streams {
-        match is_null_device(stream) {
-            Ok(true) => {}
-            Ok(false) | Err(Errno::BADF) => continue,
+        match fstat(stream) {
+            Ok(stat) if is_null_device(&stat) => {}
+            Ok(stat) => {
+                other(stream, &stat);
+                continue;
+            }
+            Err(Errno::BADF) => continue,
             Err(errno) => return Err(errno),
         }
         let null = match &mut null {
@@ -41,7 +46,7 @@ fn replace() -> std::result::Result<(), Errno> {
                 Ok(opened) => none.insert(opened),
                 // Either the container's devices do not include the null device, or the process is
                 // in a user namespace, whose root does not own the host's /dev/null.
-                Err(Errno::PERM) => return Ok(()),
+                Err(Errno::PERM) => continue,
                 Err(errno) => return Err(errno),
             },
         };
@@ -50,10 +55,10 @@ fn replace() -> std::result::Result<(), Errno> {
     Ok(())
 }
 
-fn is_null_device(file: impl AsFd) -> std::result::Result<bool, Errno> {
-    let stat = rustix::fs::fstat(file)?;
-    let is_device = FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice;
-    Ok(is_device && stat.st_rdev == rustix::fs::makedev(1, 3))
+/// Returns whether the file is the null device. See null(4).
+pub(crate) fn is_null_device(stat: &Stat) -> bool {
+    FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+        && stat.st_rdev == rustix::fs::makedev(1, 3)
 }
 
 /// Opens the container's /dev/null. Returns `None` if this path is not the null device.
@@ -70,13 +75,13 @@ fn open() -> std::result::Result<Option<OwnedFd>, Errno> {
     let Some(found) = open(OFlags::PATH)? else {
         return Ok(None);
     };
-    if !is_null_device(&found)? {
+    if !is_null_device(&fstat(&found)?) {
         return Ok(None);
     }
     let Some(opened) = open(OFlags::RDWR | OFlags::NONBLOCK | OFlags::NOCTTY)? else {
         return Ok(None);
     };
-    if !is_null_device(&opened)? {
+    if !is_null_device(&fstat(&opened)?) {
         return Ok(None);
     }
     // The stream must block like other files.
