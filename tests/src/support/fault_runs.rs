@@ -205,6 +205,10 @@ impl Runs<'_> {
                     subject.result(&traced)
                 );
                 self.deaths += 1;
+                // A later command was killed, so the earlier commands have succeeded.
+                if traced.command > 0 {
+                    (subject.failed)(traced.command)?;
+                }
                 "killed".to_owned()
             }
         };
