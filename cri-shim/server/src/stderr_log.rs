@@ -1,5 +1,4 @@
 //! The log on standard error, which systemd forwards to the journal.
-
 //!
 //! Clients, pods and registries can cause many lines. The journal accepts only a limited number of
 //! lines from a service, and would drop the other lines of the server, too. The number of lines
