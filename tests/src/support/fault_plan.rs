@@ -119,8 +119,11 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
         ("open" | "openat", ENOENT) if object == "/dev/null" => {
             Some("the container has no /dev/null")
         }
-        ("open" | "openat", ENOENT) if object.contains("/state/e2e-") => {
+        ("open" | "openat" | "stat" | "newfstatat", ENOENT) if object.contains("/state/e2e-") => {
             Some("another process has removed the container")
+        }
+        ("openat", ENOENT) if object == "cgroup.procs" => {
+            Some("another process has removed the cgroup")
         }
         ("mkdir" | "mkdirat" | "mknodat" | "symlinkat", EEXIST) => Some("the file exists"),
         ("connect", ENOENT | ECONNREFUSED | EAGAIN) => Some("no process waits at the socket"),

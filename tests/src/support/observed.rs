@@ -60,11 +60,11 @@ pub(crate) fn of_report(report: &str) -> Result<Value> {
     // The fields of /proc/PID/stat after the process name: nice, rt_priority and policy.
     let stat: Vec<Value> = [16, 37, 38].map(|at| report["stat"][at].clone()).into();
     report["stat"] = json!(stat);
-    report["keyring"] = json!(report["keyring"].as_str().map(|text| {
-        let mut parts: Vec<&str> = text.split(';').collect();
-        parts.pop();
-        parts.join(";")
-    }));
+    // The fields of a keyring's description: type, owner, group, permissions and name. If the key
+    // quota of the owner is used up, rrun chooses another owner.
+    let keyring = report["keyring"].as_str().unwrap_or_default();
+    let fields: Vec<&str> = keyring.split(';').collect();
+    report["keyring"] = json!([fields.first(), fields.get(2), fields.get(3)]);
     Ok(report)
 }
 
