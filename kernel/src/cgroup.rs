@@ -1,6 +1,7 @@
 //! Directories of the unified hierarchy (cgroup v2) and their interface files. See cgroups(7) and
 //! the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
+mod survivors;
 mod tree;
 
 use std::fs::File;
@@ -12,6 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
+pub use survivors::Survivors;
 pub use tree::CgroupTree;
 
 /// The mount point of the unified hierarchy (cgroup v2).

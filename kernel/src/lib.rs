@@ -13,6 +13,7 @@ pub mod heap;
 pub mod id;
 pub mod mount_setattr;
 pub mod own_cgroup;
+pub mod process_stat;
 pub mod procfs;
 pub mod readonly_exec;
 pub mod regular_file;

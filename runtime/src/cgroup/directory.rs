@@ -14,14 +14,16 @@ use crate::error::{Context, Error, Kind, Reason as _, Result, refuse};
 use crate::log;
 use crate::sys::path::cleaned;
 
-use rrun_kernel::cgroup::CgroupTree;
 pub(crate) use rrun_kernel::cgroup::MOUNT_POINT;
+use rrun_kernel::cgroup::{CgroupTree, Survivors};
 
 /// The largest number of bytes that rrun reads from a cgroup's file. The longest cgroup file is
 /// cgroup.procs in a cgroup with many processes.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// The time limit for killed processes to leave their cgroup, and for a cgroup to freeze or thaw.
 pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
+/// The maximum time for which [`kill_all_and_survivors`] waits for an empty cgroup.
+const SURVIVORS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// The mode of a container's cgroup. The sticky bit marks the cgroup as the cgroup of a container.
 /// rrun creates no second container in a marked cgroup, because the deletion of one container kills
@@ -309,10 +311,53 @@ pub(crate) fn kill_all(path: &Path) -> Result<()> {
         .doing(|| format!("kill all processes in cgroup {}", path.display()))
 }
 
+/// Kills every process in a cgroup and in the cgroups below it, also a process that cgroup.kill does
+/// not kill (see [`Survivors`]). Returns when the processes have exited, but at the latest after
+/// [`SURVIVORS_TIMEOUT`].
+pub(crate) fn kill_all_and_survivors(path: &Path) -> Result<()> {
+    kill_all(path)?;
+    let mut survivors = Survivors::new();
+    wait_until_empty(path, &mut survivors, Instant::now() + SURVIVORS_TIMEOUT)?;
+    survivors.thaw(path);
+    Ok(())
+}
+
+/// Waits until the killed cgroup is empty, and kills the survivors. Returns false if the cgroup is
+/// not empty at `deadline`.
+pub(super) fn wait_until_empty(
+    path: &Path,
+    survivors: &mut Survivors,
+    deadline: Instant,
+) -> Result<bool> {
+    wait_for_event_meanwhile(path, "populated 0", deadline, || {
+        survivors.kill_if_due(path);
+        survivors.next
+    })
+}
+
 /// Waits until cgroup.events contains the line `wanted`, or the cgroup no longer exists. Returns
 /// false if the time limit `within` expires first. This function calls poll(2) on cgroup.events.
 /// The kernel wakes the polling process at every change of this file.
-pub(super) fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Result<bool> {
+fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Result<bool> {
+    let deadline = Instant::now() + within;
+    let found = wait_for_event_meanwhile(path, wanted, deadline, || deadline)?;
+    if !found {
+        log::warning(&format!(
+            "watch cgroup.events of {}: the line \"{wanted}\" did not appear within the time limit",
+            path.display()
+        ));
+    }
+    Ok(found)
+}
+
+/// Does the same as [`wait_for_event`], but without a warning, and calls `meanwhile` each time before it waits. `meanwhile`
+/// returns the time at which it must be called again.
+fn wait_for_event_meanwhile(
+    path: &Path,
+    wanted: &str,
+    deadline: Instant,
+    mut meanwhile: impl FnMut() -> Instant,
+) -> Result<bool> {
     let doing = || format!("watch cgroup.events of {}", path.display());
     let file = match rustix::fs::open(
         path.join("cgroup.events"),
@@ -322,7 +367,6 @@ pub(super) fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Res
         Err(Errno::NOENT) => return Ok(true),
         result => result.doing(doing)?,
     };
-    let deadline = Instant::now() + within;
     let mut buffer = [0u8; 256];
     loop {
         match rustix::io::pread(&file, &mut buffer, 0) {
@@ -338,14 +382,12 @@ pub(super) fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Res
             Err(Errno::NODEV) => return Ok(true),
             Err(errno) => return Err(errno).doing(doing),
         }
-        let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            log::warning(&format!(
-                "{}: the line \"{wanted}\" did not appear within the time limit",
-                doing()
-            ));
+        let again = meanwhile().min(deadline);
+        let now = Instant::now();
+        if now >= deadline {
             return Ok(false);
         }
+        let left = again.saturating_duration_since(now);
         let timeout = Timespec {
             tv_sec: left.as_secs() as _,
             tv_nsec: left.subsec_nanos() as _,

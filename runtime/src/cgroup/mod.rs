@@ -27,11 +27,13 @@ use rustix::io::Errno;
 use crate::error::{Context, Result};
 use crate::log;
 use crate::sys::files::exists;
-use directory::{Directory, EMPTY_TIMEOUT, check_unified, wait_for_event};
+use directory::{Directory, EMPTY_TIMEOUT, check_unified, wait_until_empty};
+use rrun_kernel::cgroup::Survivors;
 use systemd::{Placeholder, Scope};
 
 pub(crate) use directory::{
-    MOUNT_POINT, all_pids, existing_below, freeze, is_frozen, kill_all, of_process, open,
+    MOUNT_POINT, all_pids, existing_below, freeze, is_frozen, kill_all, kill_all_and_survivors,
+    of_process, open,
 };
 pub(crate) use resources::{check_memory_above_use, complete_update, memory_swap};
 pub(crate) use stats::{oom_kills, stats};
@@ -251,7 +253,8 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
         // rrun kills the processes itself. systemd would first send SIGTERM, and would send SIGKILL
         // only after a delay.
         kill_all(path)?;
-        wait_for_event(path, "populated 0", EMPTY_TIMEOUT)?;
+        let deadline = Instant::now() + EMPTY_TIMEOUT;
+        wait_until_empty(path, &mut Survivors::new(), deadline)?;
         systemd::stop(unit)?;
     }
     match rustix::fs::rmdir(path) {
@@ -262,13 +265,10 @@ pub(crate) fn remove(path: &Path, unit: Option<&str>) -> Result<()> {
         // rmdir(2) failed because the cgroup still contains processes or child cgroups.
         Err(_) => kill_all(path)?,
     }
+    let mut survivors = Survivors::new();
     let deadline = Instant::now() + EMPTY_TIMEOUT;
     loop {
-        let emptied = wait_for_event(
-            path,
-            "populated 0",
-            deadline.saturating_duration_since(Instant::now()),
-        )?;
+        let emptied = wait_until_empty(path, &mut survivors, deadline)?;
         let Err((directory, errno)) = rrun_kernel::cgroup::remove_tree(path) else {
             return Ok(());
         };

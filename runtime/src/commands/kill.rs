@@ -58,9 +58,9 @@ fn kill(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         return all_reached_without_cgroup(&state, signal, requested);
     }
     if is_kill {
-        let left = || cgroup::all_pids(&state.cgroup).is_ok_and(|pids| !pids.is_empty());
-        let running = process.is_some() || requested || left();
-        cgroup::kill_all(&state.cgroup)?;
+        let running =
+            process.is_some() || requested || rrun_kernel::cgroup::is_populated(&state.cgroup);
+        cgroup::kill_all_and_survivors(&state.cgroup)?;
         if running {
             return Ok(0);
         }
@@ -120,8 +120,9 @@ fn send_to_all(state: &State, signal: i32) -> Result<()> {
             };
             match pidfd_open(pid, PidfdFlags::empty()) {
                 Ok(pidfd) => processes.push((*number, pidfd)),
-                // EINVAL means that the kernel has reused the process id as a thread id.
-                Err(Errno::SRCH | Errno::INVAL) => {}
+                // EINVAL, or ENOENT since Linux 6.16, means that the kernel has reused the process
+                // id as a thread id.
+                Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => {}
                 Err(errno) => return Err(errno).doing(|| format!("open process {number}")),
             }
         }
