@@ -65,6 +65,7 @@ suites! {
         faults_commands,
         races,
         deep_cgroups,
+        main_threads,
         limits,
         shared_limits,
         effects,

@@ -101,7 +101,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
     if state.is_being_created(&directory(&globals.root, id)?)? {
         refuse!("cannot exec in container {id}: the container is still being created");
     }
-    let Some(init) = state.open_process()? else {
+    let Some(init) = state.open_namespaces()? else {
         refuse!("cannot exec in a stopped container");
     };
     if crate::cgroup::is_frozen(&state.cgroup)? && !arguments.is_set("ignore-paused") {

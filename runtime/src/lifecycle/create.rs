@@ -542,9 +542,9 @@ fn owner() -> String {
 /// Returns when the container's first process was started, in clock ticks since the boot. See the
 /// field `starttime` in proc_pid_stat(5).
 fn start_time(pid: i32) -> Result<u64> {
-    let (start_time, _) = process_stat(pid)?.ok_or_else(|| {
+    let stat = process_stat(pid)?.ok_or_else(|| {
         let sentence = "the host's /proc does not list the container's first process";
         Error::new(format!("{sentence} (process id {pid})"))
     })?;
-    Ok(start_time)
+    Ok(stat.start_time)
 }

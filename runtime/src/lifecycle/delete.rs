@@ -1,11 +1,11 @@
 //! The deletion of a container, including its processes, its cgroup and its directory.
 
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::io::Errno;
+use rustix::io::{Errno, retry_on_intr};
 
 use crate::config::hooks;
 use crate::error::{Context, Error, Kind, Result, refuse};
@@ -16,6 +16,10 @@ use crate::{cgroup, log};
 
 /// The maximum time that rrun waits for the exit of a container's first process after SIGKILL.
 const KILL_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The time after which rrun checks whether a killed process has exited although its pidfd does not
+/// report its exit.
+const EXIT_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Deletes a container. If `force` is true, this function first kills a running container, and
 /// reports success if the container does not exist.
@@ -145,12 +149,7 @@ fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
             Err(Errno::SRCH) => {}
             result => result.doing(doing)?,
         }
-        let timeout = Timespec {
-            tv_sec: KILL_TIMEOUT.as_secs() as _,
-            tv_nsec: 0,
-        };
-        let dead = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&timeout));
-        if dead.doing(doing)? == 0 {
+        if !wait_for_exit(state, &process)? {
             return Err(Error::new(format!(
                 "{}: the process is still alive after {} s",
                 doing(),
@@ -170,4 +169,26 @@ fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
         &state.json_for_hooks(Status::Stopped),
     );
     Ok(())
+}
+
+/// Waits until the killed first process has exited. Returns false if the process is still alive
+/// after [`KILL_TIMEOUT`].
+fn wait_for_exit(state: &State, process: &OwnedFd) -> Result<bool> {
+    let deadline = Instant::now() + KILL_TIMEOUT;
+    let timeout = Timespec::try_from(EXIT_CHECK_INTERVAL).unwrap_or_default();
+    loop {
+        let mut watched = [PollFd::new(process, PollFlags::IN)];
+        let exited = retry_on_intr(|| poll(&mut watched, Some(&timeout)));
+        if exited.doing(|| format!("watch the first process of container {}", state.id))? != 0 {
+            return Ok(true);
+        }
+        // The pidfd is not readable if all threads have exited, but the tracer of one of them has
+        // not reaped it.
+        if state.open_process()?.is_none() {
+            return Ok(true);
+        }
+        if Instant::now() >= deadline {
+            return Ok(false);
+        }
+    }
 }

@@ -34,7 +34,7 @@ use oci_spec::runtime::LinuxNamespaceType as Type;
 /// The parameters of `exec`: a process, and the container in which it runs.
 pub(crate) struct ExecRequest<'a> {
     pub(crate) state: &'a State,
-    /// The pidfd of the container's first process.
+    /// The pidfd of the container's first process or of one of its threads.
     pub(crate) init: OwnedFd,
     pub(crate) process: Process,
     /// The path of a cgroup for the process, relative to the container's cgroup.

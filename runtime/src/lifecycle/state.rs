@@ -10,7 +10,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Hooks;
-use rustix::io::Errno;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::OFlags;
+use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +25,7 @@ use crate::lifecycle::start_socket;
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::seccomp::Filter;
 use crate::sys::files::{exists, read_own, write_replacing};
-use crate::sys::procfs::process_stat;
+use crate::sys::procfs::{process_stat, running_thread, thread_stat};
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -138,36 +140,86 @@ impl State {
         .map_err(|error| error.while_doing(format!("write the state of container {}", self.id)))
     }
 
-    /// Returns a pidfd of the first process, if the process still exists and is not a zombie.
+    /// Returns a pidfd of the first process, if the process still exists and has not exited.
     pub(crate) fn open_process(&self) -> Result<Option<OwnedFd>> {
+        Ok(self.open()?.map(|(pidfd, _)| pidfd))
+    }
+
+    /// Returns a pidfd with which setns(2) can enter the container's namespaces, if the first
+    /// process still exists and has not exited.
+    ///
+    /// A thread loses its namespaces when it exits. If the main thread has exited and another
+    /// thread of the process runs on, this function therefore returns a pidfd of this other thread.
+    pub(crate) fn open_namespaces(&self) -> Result<Option<OwnedFd>> {
+        let thread = match self.open()? {
+            Some((_, Some(thread))) => thread,
+            other => return Ok(other.map(|(pidfd, _)| pidfd)),
+        };
+        let doing = || {
+            format!(
+                "open thread {thread} of process {}, whose main thread has exited",
+                self.pid
+            )
+        };
+        // rustix and libc have no name for PIDFD_THREAD. Its value is O_EXCL.
+        let flags = PidfdFlags::from_bits_retain(OFlags::EXCL.bits());
+        let pid = Pid::from_raw(thread).ok_or(Errno::SRCH).doing(doing)?;
+        let pidfd = pidfd_open(pid, flags).doing(doing)?;
+        // If the thread has exited before the call of pidfd_open(2), its id can belong to a thread
+        // on the host.
+        let is_thread = thread_stat(self.pid, thread)?.is_some_and(|stat| !stat.has_exited);
+        Ok((is_thread && self.open()?.is_some()).then_some(pidfd))
+    }
+
+    /// Returns a pidfd of the first process, if the process still exists and has not exited. If the
+    /// main thread has exited, also returns the id of a thread that runs on.
+    fn open(&self) -> Result<Option<(OwnedFd, Option<i32>)>> {
         let Some(pid) = Pid::from_raw(self.pid).filter(|_| self.pid > 0) else {
             return Ok(None);
         };
         let pidfd = match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
-            // EINVAL means that the kernel has reused the process id as a thread id.
-            Err(Errno::SRCH | Errno::INVAL) => return Ok(None),
+            // EINVAL, or ENOENT since Linux 6.16, means that the kernel has reused the process id
+            // as a thread id.
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => return Ok(None),
             Err(errno) => return Err(errno).doing(|| format!("open process {}", self.pid)),
         };
         // Compare the start times after opening the pidfd. If both start times are equal, the pidfd
         // refers to the recorded process.
-        match process_stat(self.pid)? {
-            Some((start_time, zombie)) if start_time == self.start_time && !zombie => {
-                Ok(Some(pidfd))
-            }
-            _ => Ok(None),
+        let stat = process_stat(self.pid)?.filter(|stat| stat.start_time == self.start_time);
+        match stat {
+            None => Ok(None),
+            Some(stat) if !stat.has_exited => Ok(Some((pidfd, None))),
+            Some(_) => Ok(self
+                .remaining_thread(&pidfd)?
+                .map(|thread| (pidfd, Some(thread)))),
         }
     }
 
-    /// Returns whether the first process exists and is not a zombie.
+    /// Returns the id of a thread of the first process that runs on after the main thread has
+    /// exited. `pidfd` refers to the first process.
+    fn remaining_thread(&self, pidfd: &OwnedFd) -> Result<Option<i32>> {
+        let doing = || format!("find out whether process {} has exited", self.pid);
+        let now = Timespec::default();
+        let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
+        if retry_on_intr(|| poll(&mut watched, Some(&now))).doing(doing)? != 0 {
+            return Ok(None);
+        }
+        // The pidfd is not readable either if all threads have exited, but the tracer of one of
+        // them has not reaped it.
+        running_thread(self.pid)
+    }
+
+    /// Returns whether the first process exists and has not exited.
     fn is_alive(&self) -> Result<bool> {
         if self.pid <= 0 {
             return Ok(false);
         }
-        Ok(matches!(
-            process_stat(self.pid)?,
-            Some((start_time, false)) if start_time == self.start_time
-        ))
+        match process_stat(self.pid)? {
+            Some(stat) if stat.start_time != self.start_time => Ok(false),
+            Some(stat) if stat.has_exited => Ok(self.open()?.is_some()),
+            stat => Ok(stat.is_some()),
+        }
     }
 
     pub(crate) fn status(&self, directory: &Path) -> Result<Status> {

@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 pub(crate) mod attacker;
 mod calls32;
+mod headless;
 mod keys;
 pub(crate) mod observation;
 mod tracer;
@@ -56,6 +57,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
             .parse()
             .map_err(InsideError::from)
             .and_then(in_transit),
+        ["headless", mode @ ..] => headless::main(mode),
         ["deaf"] => deaf(),
         ["spin", seconds] => seconds.parse().map_err(InsideError::from).map(spin),
         ["allocate", megabytes] => megabytes
