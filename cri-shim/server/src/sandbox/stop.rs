@@ -36,7 +36,10 @@ pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     let stops = containers
         .iter()
         .map(|container| container::stop::stop(&node, container, 0));
-    first_error(join_all(stops).await)?;
+    if let Err(error) = first_error(join_all(stops).await) {
+        kill_pause(&sandbox).await;
+        return Err(error);
+    }
     let records = containers.iter().map(|container| container.save(&node));
     first_error(join_all(records).await)?;
     release(&node, &sandbox, &containers, RetryBy::Caller).await?;
@@ -103,7 +106,10 @@ async fn release(
     let deletions = containers
         .iter()
         .map(|container| container::remove::delete_from_runtime(node, container));
-    first_error(join_all(deletions).await)?;
+    if let Err(error) = first_error(join_all(deletions).await) {
+        kill_pause(sandbox).await;
+        return Err(error);
+    }
     sandbox.state().retired = true;
     slow(
         format!("{name}: stop the pod's monitor"),
@@ -132,6 +138,15 @@ async fn release(
     )
     .await
     .map_err(Error::from)
+}
+
+/// Kills the pause process of a pod with a container that could not be stopped or deleted. The
+/// kernel then kills all processes in the pod's shared PID namespace, so the caller's next attempt
+/// can succeed.
+async fn kill_pause(sandbox: &Sandbox) {
+    if let Err(error) = pause::remove(sandbox).await {
+        log::error!("{}: {}", sandbox.name(), error.sentence());
+    }
 }
 
 /// Stops the pod's monitor. Containers that the monitor still manages are deleted first.
