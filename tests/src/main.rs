@@ -101,6 +101,7 @@ suites! {
         streaming,
         streaming_exec,
         exec_leftovers,
+        main_threads,
         streaming_attach,
         streaming_ports,
         streaming_server,

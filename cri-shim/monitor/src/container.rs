@@ -12,7 +12,7 @@ use super::oom::OomWatch;
 use super::output::Output;
 use super::own_log;
 use super::runtime::RuntimeCommand;
-use rrun_kernel::cgroup;
+use rrun_kernel::cgroup::{self, Survivors};
 use rrun_kernel::errno::describe;
 use rrun_kernel::signal as kernel_signal;
 use rrun_protocol::{Create, ExitRecord, Failure, Phase};
@@ -61,9 +61,9 @@ pub(crate) enum State {
 pub(crate) struct Termination {
     pub(crate) code: i32,
     pub(crate) finished_at: i64,
-    /// The deadline for the exit of the killed processes in the cgroup. `None` until the monitor
-    /// has killed these processes.
-    pub(crate) kill_deadline: Option<Instant>,
+    /// The deadline for the exit of the killed processes in the cgroup, and the search for those
+    /// that survive the kill. `None` until the monitor has killed these processes.
+    pub(crate) killed: Option<(Instant, Survivors)>,
     /// The interval until the next check of the cgroup.
     pub(crate) check_interval: Duration,
     pub(crate) next_check: Option<Instant>,

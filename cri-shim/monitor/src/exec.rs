@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::calls::{Calls, Purpose};
 use super::clients::Clients;
@@ -14,6 +15,7 @@ use super::container::{Container, State};
 use super::descendants;
 use super::effect::Effect;
 use super::exec_cgroup::ExecCgroup;
+use super::killed_execs::KilledExecs;
 use super::leftovers::Leftovers;
 use super::own_log;
 use super::runtime::{Call, RuntimeCommand, Stdio, memory_file, path_of, read_pid};
@@ -27,6 +29,7 @@ pub(crate) struct Execs {
     starting: BTreeMap<u64, StartingExec>,
     /// The running execs, with the pid of the exec's first process as the key.
     running: BTreeMap<i32, ExecProcess>,
+    pub(crate) killed: KilledExecs,
     pub(crate) leftovers: Leftovers,
 }
 
@@ -145,7 +148,7 @@ impl Execs {
     pub(crate) fn client_gone(&mut self, client: ClientId, calls: &Calls) {
         for process in self.running.values() {
             if process.client == client {
-                process.kill();
+                process.kill(&mut self.killed);
             }
         }
         for (number, starting) in &self.starting {
@@ -154,7 +157,7 @@ impl Execs {
             {
                 // The runtime must still be the parent of its children at this time, because the
                 // monitor may find them only through their parent.
-                starting.scope.kill(call.pid);
+                starting.scope.kill(call.pid, &mut self.killed);
                 call.kill();
             }
         }
@@ -258,14 +261,10 @@ impl FailedExec {
     /// Kills the exec's processes, and returns the exec's cgroup. `reaped` is true if the monitor
     /// has reaped the exec's first process. The pid of the first process can then belong to another
     /// process, so this function kills only the processes in the exec's cgroup.
-    pub(crate) fn kill(self, reaped: bool) -> Option<ExecCgroup> {
+    pub(crate) fn kill(self, reaped: bool, killed: &mut KilledExecs) -> Option<ExecCgroup> {
         match self.pid {
-            Some(pid) if !reaped => self.scope.kill(pid),
-            _ => {
-                if let Some(own) = &self.scope.own {
-                    own.kill();
-                }
-            }
+            Some(pid) if !reaped => self.scope.kill(pid, killed),
+            _ => drop(self.scope.kill_cgroup(killed)),
         }
         self.scope.own
     }
@@ -282,8 +281,8 @@ impl ExecProcess {
 
     /// Kills the exec's first process, and all processes that the first process started. The
     /// monitor must not have reaped the first process yet.
-    pub(crate) fn kill(&self) {
-        self.scope.kill(self.pid);
+    pub(crate) fn kill(&self, killed: &mut KilledExecs) {
+        self.scope.kill(self.pid, killed);
     }
 
     /// Returns the cgroup of an exec whose process has exited.
@@ -295,8 +294,12 @@ impl ExecProcess {
 impl Scope {
     /// Kills the exec's first process, which has this pid and must not have been reaped. Also kills
     /// all processes that the first process started.
-    fn kill(&self, pid: i32) {
-        if self.own.as_ref().is_some_and(ExecCgroup::kill) {
+    fn kill(&self, pid: i32, killed: &mut KilledExecs) {
+        if self.kill_cgroup(killed) {
+            // The first process can have left the cgroup, if the container can write to cgroups.
+            if let Some(pid) = Pid::from_raw(pid) {
+                let _ = kill_process(pid, Signal::KILL);
+            }
             return;
         }
         if !descendants::kill(&self.container, pid, self.init) {
@@ -304,6 +307,14 @@ impl Scope {
                 "kill the exec process {pid} and its descendants: they fork faster than the monitor can kill them"
             ));
         }
+    }
+
+    /// Kills all processes in the exec's own cgroup. Returns false if the cgroup does not exist or
+    /// is empty, or if the kill failed. The cgroup is empty if the runtime ignores the option
+    /// `--cgroup`.
+    fn kill_cgroup(&self, killed: &mut KilledExecs) -> bool {
+        let own = self.own.as_ref();
+        own.is_some_and(|own| killed.kill(own.path()))
     }
 }
 

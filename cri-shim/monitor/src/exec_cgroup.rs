@@ -47,10 +47,8 @@ impl ExecCgroup {
         &self.name
     }
 
-    /// Kills all processes in the cgroup. Returns false if the cgroup was empty or the kill failed.
-    /// The cgroup is empty if the runtime ignores the option `--cgroup`.
-    pub(crate) fn kill(&self) -> bool {
-        cgroup::is_populated(&self.path) && cgroup::kill(&self.path).is_ok()
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// Removes the cgroup if it contains no processes. Returns true if the cgroup no longer exists.

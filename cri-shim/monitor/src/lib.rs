@@ -41,6 +41,7 @@ mod follower;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;
 mod joined;
+mod killed_execs;
 mod leftovers;
 mod log_file;
 mod oom;

@@ -629,7 +629,8 @@ impl Monitor {
                 self.fail(failed.client(), FailureKind::Runtime, failed.reason());
                 let pid = failed.pid();
                 let reaped = pid.is_some_and(|pid| self.early_exits.claim(pid).is_some());
-                self.remove_exec_cgroup(failed.kill(reaped));
+                let cgroup = failed.kill(reaped, &mut self.execs.killed);
+                self.remove_exec_cgroup(cgroup);
             }
         }
     }
@@ -650,7 +651,7 @@ impl Monitor {
                 // If the process has been reaped, its pid may already belong to another process,
                 // which must not be killed.
                 if exited.is_none() {
-                    process.kill();
+                    process.kill(&mut self.execs.killed);
                 }
             }
         }
@@ -658,7 +659,7 @@ impl Monitor {
             Some(code) => self.exec_exited(process, code),
             None => {
                 if !self.clients.contains(client) {
-                    process.kill();
+                    process.kill(&mut self.execs.killed);
                 }
                 self.execs.add_running(process);
             }
@@ -685,6 +686,7 @@ impl Monitor {
         let next = containers
             .chain(self.calls.next_check())
             .chain(self.clients.next_check())
+            .chain(self.execs.killed.next_check())
             .chain(self.execs.leftovers.next_examination())
             .min()?;
         let left = next.saturating_duration_since(Instant::now());
@@ -695,6 +697,7 @@ impl Monitor {
         let now = Instant::now();
         self.clients.end_accept_pause(now, &self.poller);
         self.calls.check(now);
+        self.execs.killed.check(now);
         let (poller, serials) = (&self.poller, &mut self.serials);
         self.execs.leftovers.examine(now, poller, serials);
         for client in self.clients.overdue(now) {

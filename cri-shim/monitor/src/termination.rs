@@ -14,7 +14,7 @@ use super::container_log::ReadBuffer;
 use super::effect::Effect;
 use super::exit;
 use super::own_log;
-use rrun_kernel::cgroup;
+use rrun_kernel::cgroup::{self, Survivors};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Event, ExitRecord, FailureKind};
 
@@ -39,7 +39,7 @@ impl Termination {
         Termination {
             code,
             finished_at,
-            kill_deadline: None,
+            killed: None,
             check_interval: MIN_CGROUP_CHECK_INTERVAL,
             next_check: None,
             log_deadline: None,
@@ -55,16 +55,17 @@ impl Termination {
         }
         let now = Instant::now();
         let path = cgroup.display();
-        let deadline = *self.kill_deadline.get_or_insert_with(|| {
+        let (deadline, survivors) = self.killed.get_or_insert_with(|| {
             if let Err(errno) = cgroup::kill(cgroup) {
                 own_log::write(&format!(
                     "kill all processes in {path}: {}",
                     describe(&errno.into())
                 ));
             }
-            now + KILL_TIMEOUT
+            (now + KILL_TIMEOUT, Survivors::new())
         });
-        if now < deadline {
+        survivors.kill_if_due(cgroup);
+        if now < *deadline {
             self.next_check = Some(now + self.check_interval);
             self.check_interval = (self.check_interval * 2).min(MAX_CGROUP_CHECK_INTERVAL);
             return false;

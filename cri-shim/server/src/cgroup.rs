@@ -12,7 +12,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use rrun_calls::error::{During, Error, Result};
-use rrun_kernel::cgroup;
+use rrun_kernel::cgroup::{self, Survivors};
 use rrun_kernel::errno::describe;
 
 pub(crate) use rrun_kernel::cgroup::{MOUNT_POINT, keyed};
@@ -181,6 +181,7 @@ pub(crate) fn remove_dirs(made: &[PathBuf]) {
 /// and removes the cgroups. A missing cgroup is not an error.
 pub(crate) async fn destroy(dir: &Path) -> Result<()> {
     cgroup::kill(dir).during(|| format!("kill the cgroup {}", dir.display()))?;
+    let mut survivors = Survivors::new();
     let mut pause = Duration::from_millis(1);
     // A process in an uninterruptible sleep can take a long time to exit. Until it has exited,
     // rmdir(2) fails with EBUSY for the process's cgroup.
@@ -189,6 +190,7 @@ pub(crate) async fn destroy(dir: &Path) -> Result<()> {
             Ok(()) => return Ok(()),
             Err((_, Errno::BUSY)) => {
                 tokio::time::sleep(pause).await;
+                survivors.kill_if_due(dir);
                 pause = (pause * 2).min(Duration::from_millis(100));
             }
             Err((dir, errno)) => {
