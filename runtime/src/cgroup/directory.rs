@@ -2,6 +2,7 @@
 //! this module list, freeze and kill the processes of a cgroup. See cgroups(7) and the kernel's
 //! Documentation/admin-guide/cgroup-v2.rst.
 
+use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,8 +18,8 @@ use crate::sys::path::cleaned;
 pub(crate) use rrun_kernel::cgroup::MOUNT_POINT;
 use rrun_kernel::cgroup::{CgroupTree, Survivors};
 
-/// The largest number of bytes that rrun reads from a cgroup's file. The longest cgroup file is
-/// cgroup.procs in a cgroup with many processes.
+/// The largest number of bytes that rrun reads from a cgroup's file. This limit does not apply to
+/// cgroup.procs, which is longer in a cgroup with many processes.
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// The time limit for killed processes to leave their cgroup, and for a cgroup to freeze or thaw.
 pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -180,11 +181,6 @@ pub(crate) fn read(cgroup: &Path, file: &str) -> std::result::Result<String, std
     content(std::fs::File::open(cgroup.join(file))?)
 }
 
-fn read_at(cgroup: impl AsFd, file: &str) -> std::result::Result<String, std::io::Error> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    content(rustix::fs::openat(cgroup, file, flags, Mode::empty())?.into())
-}
-
 fn content(file: std::fs::File) -> std::result::Result<String, std::io::Error> {
     use std::io::Read as _;
     let mut text = String::new();
@@ -281,8 +277,8 @@ pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
         return Ok(pids);
     };
     loop {
-        match read_at(tree.directory(), "cgroup.procs") {
-            Ok(text) => pids.extend(text.lines().filter_map(|line| line.parse::<i32>().ok())),
+        match add_pids(&mut pids, tree.directory()) {
+            Ok(()) => {}
             // EOPNOTSUPP means that the cgroup is threaded. The kernel lists the processes of a
             // threaded cgroup in the cgroup.procs file of an ancestor. So this function skips the
             // threaded cgroup.
@@ -296,6 +292,17 @@ pub(crate) fn all_pids(path: &Path) -> Result<Vec<i32>> {
             return Ok(pids);
         }
     }
+}
+
+/// Adds the ids of the processes in a cgroup to `pids`. The list has no limit, because its end can
+/// contain the ids of processes that must be killed. The kernel limits the number of processes.
+fn add_pids(pids: &mut Vec<i32>, cgroup: BorrowedFd<'_>) -> std::io::Result<()> {
+    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::openat(cgroup, "cgroup.procs", flags, Mode::empty())?;
+    for line in BufReader::new(std::fs::File::from(file)).lines() {
+        pids.extend(line?.parse::<i32>().ok());
+    }
+    Ok(())
 }
 
 fn cannot_be_listed(error: &std::io::Error) -> bool {
@@ -421,4 +428,25 @@ pub(crate) fn existing_below(path: &Path, inner: &str) -> Result<PathBuf> {
     rustix::fs::statat(rustix::fs::CWD, &full, AtFlags::SYMLINK_NOFOLLOW)
         .doing(|| format!("open cgroup {}", full.display()))?;
     Ok(full)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The test uses an ordinary directory instead of a cgroup, because the kernel does not always
+    /// allow so many processes.
+    #[test]
+    fn all_processes_of_a_cgroup_are_listed_even_if_the_list_is_long() {
+        let path = std::env::temp_dir().join(format!("rrun-all-pids-{}", std::process::id()));
+        let below = path.join("below");
+        std::fs::create_dir_all(&below).unwrap();
+        let pids: Vec<i32> = (1_000_000..1_700_000).collect();
+        let text: String = pids.iter().map(|pid| format!("{pid}\n")).collect();
+        std::fs::write(path.join("cgroup.procs"), text).unwrap();
+        std::fs::write(below.join("cgroup.procs"), "7\n").unwrap();
+        let listed = all_pids(&path).unwrap();
+        std::fs::remove_dir_all(&path).unwrap();
+        assert!(listed == [&pids[..], &[7]].concat());
+    }
 }

@@ -2,7 +2,7 @@ use std::collections::BTreeSet;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Resource, getrlimit, pidfd_open};
 
 use crate::arguments::{Arguments, switch};
 use crate::cgroup;
@@ -14,8 +14,8 @@ use crate::sys::files::exists;
 use crate::sys::syscalls::pidfd_send_signal;
 use rrun_kernel::signal::{self, Notation};
 
-/// The number of processes that rrun keeps open at the same time. The usual limit on open
-/// descriptors is 1024.
+/// The number of processes that rrun opens without raising the limit on open descriptors. The usual
+/// limit is 1024.
 const PIDFDS_MAX: usize = 512;
 
 pub(crate) const COMMAND: Command = Command {
@@ -108,7 +108,8 @@ fn all_reached_without_cgroup(state: &State, signal: i32, requested: bool) -> Re
 
 /// Sends the signal to all processes in the container's cgroup.
 fn send_to_all(state: &State, signal: i32) -> Result<()> {
-    for pids in cgroup::all_pids(&state.cgroup)?.chunks(PIDFDS_MAX) {
+    let pids = cgroup::all_pids(&state.cgroup)?;
+    for pids in pids.chunks(pidfds_max(pids.len())) {
         let mut processes = Vec::with_capacity(pids.len());
         for number in pids {
             // The kernel shows the id 0 for a process outside rrun's PID namespace.
@@ -139,4 +140,16 @@ fn send_to_all(state: &State, signal: i32) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// Returns the number of processes that rrun keeps open at the same time. rrun reads the list of all
+/// processes once for each such group. So rrun raises the limit on open descriptors if the list is
+/// long.
+fn pidfds_max(processes: usize) -> usize {
+    if processes <= PIDFDS_MAX {
+        return PIDFDS_MAX;
+    }
+    rrun_kernel::descriptor_limit::raise();
+    let limit = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    usize::try_from(limit / 2).unwrap_or(usize::MAX).max(1)
 }
