@@ -6,6 +6,7 @@
 //! also remains the parent of its children, so the search finds the children. The search does not
 //! find a process that has created its own session and whose parent has exited.
 
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::os::fd::OwnedFd;
@@ -15,6 +16,7 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use rrun_kernel::cgroup::CgroupTree;
+use rrun_kernel::process_stat::ProcessStat;
 
 /// The maximum number of cgroups below the container's cgroup in which the monitor searches for
 /// processes. A container can create nested cgroups, and move its processes into them.
@@ -28,7 +30,7 @@ const MAX_PASSES: usize = 16;
 /// further process immediately.
 const MAX_STOPPED: usize = 512;
 
-/// The properties of a process that the monitor reads from /proc/PID/stat (proc_pid_stat(5)).
+/// A process of the container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Process {
     pid: i32,
@@ -38,24 +40,44 @@ struct Process {
 
 impl Process {
     fn read(pid: i32) -> Option<Self> {
-        let stat = std::fs::read(format!("/proc/{pid}/stat")).ok()?;
-        Process::parse(pid, &stat)
-    }
-
-    /// Parses the contents of /proc/PID/stat. The process name in this file is in parentheses, and
-    /// can itself contain parentheses. For this reason, the last closing parenthesis in the file is
-    /// the end of the name.
-    fn parse(pid: i32, stat: &[u8]) -> Option<Self> {
-        let name_end = stat.iter().rposition(|byte| *byte == b')')?;
-        let rest = std::str::from_utf8(stat.get(name_end + 1..)?).ok()?;
-        let mut fields = rest.split_ascii_whitespace().skip(1);
-        let parent = fields.next()?.parse().ok()?;
-        let session = fields.nth(1)?.parse().ok()?;
+        let stat = ProcessStat::read(&format!("/proc/{pid}/stat")).ok()??;
         Some(Process {
             pid,
-            parent,
-            session,
+            parent: stat.parent,
+            session: stat.session,
         })
+    }
+}
+
+/// The processes that the monitor kills: the processes of a session, and the descendants of these
+/// processes.
+#[derive(Default)]
+struct Family {
+    session: Option<i32>,
+    members: HashSet<i32>,
+}
+
+impl Family {
+    /// Adds all processes that belong to the family, and returns them. In the result, each process
+    /// precedes its children. The time for this call grows linearly with the number of processes.
+    fn add(&mut self, processes: Vec<Process>) -> Vec<Process> {
+        let mut children: HashMap<i32, Vec<Process>> = HashMap::new();
+        let mut found: VecDeque<Process> = VecDeque::new();
+        for process in processes {
+            if self.session == Some(process.session) || self.members.contains(&process.parent) {
+                found.push_back(process);
+            } else {
+                children.entry(process.parent).or_default().push(process);
+            }
+        }
+        let mut added = Vec::new();
+        while let Some(process) = found.pop_front() {
+            found.extend(children.remove(&process.pid).unwrap_or_default());
+            if self.members.insert(process.pid) {
+                added.push(process);
+            }
+        }
+        added
     }
 }
 
@@ -69,34 +91,28 @@ pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
     let monitor = rustix::process::getpid().as_raw_nonzero().get();
     let own =
         session(leader).filter(|own| session(init) != Some(*own) && session(monitor) != Some(*own));
-    let mut family: Vec<i32> = Vec::new();
+    let mut family = Family {
+        session: own,
+        members: HashSet::new(),
+    };
     let mut stopped: Vec<OwnedFd> = Vec::new();
     let mut complete = false;
     if let Some(pidfd) = stop(leader, None) {
-        family.push(leader);
+        family.members.insert(leader);
         stopped.push(pidfd);
     }
     for _ in 0..MAX_PASSES {
-        let before = family.len();
-        let mut processes = list(cgroup);
-        while let Some(at) = processes
-            .iter()
-            .position(|process| own == Some(process.session) || family.contains(&process.parent))
-        {
-            let process = processes.swap_remove(at);
-            if family.contains(&process.pid) {
-                continue;
-            }
-            family.push(process.pid);
+        let added = family.add(list(cgroup));
+        if added.is_empty() {
+            complete = true;
+            break;
+        }
+        for process in added {
             match stop(process.pid, Some(process)) {
                 Some(pidfd) if stopped.len() < MAX_STOPPED => stopped.push(pidfd),
                 Some(pidfd) => drop(pidfd_send_signal(&pidfd, Signal::KILL)),
                 None => {}
             }
-        }
-        if family.len() == before {
-            complete = true;
-            break;
         }
     }
     for pidfd in stopped {
@@ -147,11 +163,42 @@ fn list(cgroup: &Path) -> Vec<Process> {
 mod tests {
     use super::*;
 
+    fn process(pid: i32, parent: i32, session: i32) -> Process {
+        Process {
+            pid,
+            parent,
+            session,
+        }
+    }
+
+    /// The list contains each process before its parent, and a thousand processes of another family.
+    /// An algorithm that is not linear would need hours.
     #[test]
-    fn a_process_name_can_contain_parentheses() {
-        let stat = b"7 (a) b) S 3) R 12 13 14 34816 7 4194560 105 0";
-        let process = Process::parse(7, stat).unwrap();
-        assert_eq!((process.parent, process.session), (12, 14));
-        assert_eq!(Process::parse(7, b"7 (a"), None);
+    fn all_descendants_are_found_in_one_pass_through_a_long_list() {
+        const LAST: i32 = 400_000;
+        let mut family = Family::default();
+        family.members.insert(1);
+        let mut processes: Vec<Process> = (LAST..LAST + 1000)
+            .map(|pid| process(pid + 1, LAST + 2000, 7))
+            .collect();
+        processes.extend((2..=LAST).rev().map(|pid| process(pid, pid - 1, pid)));
+        let added: Vec<i32> = family.add(processes).iter().map(|it| it.pid).collect();
+        assert_eq!(added, (2..=LAST).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn a_family_consists_of_a_session_and_its_descendants() {
+        let mut family = Family {
+            session: Some(5),
+            members: HashSet::from([5]),
+        };
+        let all = [
+            process(9, 8, 9),
+            process(5, 1, 5),
+            process(6, 1, 6),
+            process(8, 1, 5),
+        ];
+        assert_eq!(family.add(all.to_vec()), [all[3], all[0]]);
+        assert_eq!(family.add(all.to_vec()), []);
     }
 }
