@@ -76,6 +76,11 @@ fn events(globals: &Globals, arguments: &Arguments) -> Result<u8> {
             return Ok(0);
         }
         if Instant::now() >= next {
+            // The pidfd does not report the exit if a thread is traced and its tracer has not
+            // reaped it.
+            if state.open_process()?.is_none() {
+                return Ok(0);
+            }
             print_event(id, "stats", Some(cgroup::stats(&state.cgroup)?))?;
             next += interval;
         }

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sys::signal::{Signal, kill};
 use serde_json::json;
 
 use crate::support::cgroup_use::{file, groups_below};
@@ -21,6 +22,11 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         stop_container_ends_processes_without_a_main_thread,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        processes_without_a_main_thread_end_if_their_monitor_is_killed,
         A_NODE,
         Need::RrunCri
     ),
@@ -78,7 +84,7 @@ fn is_gone(node: &Node, id: &str, cgroup: &Path) -> Result {
     ensure_eq!(
         status["state"],
         "CONTAINER_EXITED",
-        "the container's state after `crictl stop`"
+        "the state of the stopped container"
     );
     let events = file(cgroup, "cgroup.events").unwrap_or_default();
     ensure!(
@@ -119,6 +125,18 @@ fn stop_container_ends_processes_without_a_main_thread() -> Result {
             node.asks(&["rmp", &pod_id])?;
         }
         Ok(())
+    })
+}
+
+fn processes_without_a_main_thread_end_if_their_monitor_is_killed() -> Result {
+    on_a_node(|node| {
+        let (pod_id, id) = start(node, 0, &["headless", "child"])?;
+        let cgroup = node.cgroup(&id)?;
+        wait_for_process_without_main_thread(&cgroup)?;
+        kill(node.monitor(&pod_id)?, Signal::SIGKILL)?;
+        node.exited(&id)?;
+        is_gone(node, &id, &cgroup)?;
+        node.asks(&["rmp", "--force", &pod_id]).map(drop)
     })
 }
 
