@@ -53,14 +53,14 @@ impl Survivors {
     /// Kills all processes in the cgroup and in all cgroups below it. Does nothing before the time
     /// [`Survivors::next`].
     ///
-    /// The first search also freezes the cgroup. Otherwise, the processes could fork faster than
-    /// the search finds them. The kernel also kills frozen processes.
+    /// This function also freezes the cgroup. Otherwise, the processes could fork faster than the
+    /// search finds them. The kernel also kills frozen processes.
     pub fn kill_if_due(&mut self, cgroup: &Path) {
         if Instant::now() < self.next {
             return;
         }
-        if !self.froze && !is_frozen(cgroup) {
-            self.froze = write(cgroup, "cgroup.freeze", "1").is_ok();
+        if !is_frozen(cgroup) {
+            self.froze |= write(cgroup, "cgroup.freeze", "1").is_ok();
         }
         // This call kills the processes that the survivors have created.
         let _ = kill(cgroup);

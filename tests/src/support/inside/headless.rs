@@ -79,10 +79,11 @@ fn move_and_rest() {
     rest();
 }
 
-/// Continues in a new process again and again. The main thread of each of these processes exits
-/// immediately.
+/// Continues in a new process every two milliseconds. The main thread of each of these processes
+/// exits immediately, so most of the time, no process has a main thread.
 fn fork_forever() {
     loop {
+        std::thread::sleep(Duration::from_millis(2));
         // SAFETY: the only other thread of this process has exited, or is about to exit and holds
         // no lock.
         match unsafe { fork() } {
@@ -91,7 +92,7 @@ fn fork_forever() {
                 end_thread()
             }
             Ok(ForkResult::Parent { .. }) => std::process::exit(0),
-            Err(_) => std::thread::sleep(Duration::from_millis(1)),
+            Err(_) => {}
         }
     }
 }
