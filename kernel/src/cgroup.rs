@@ -1,7 +1,7 @@
 //! Directories of the unified hierarchy (cgroup v2) and their interface files. See cgroups(7) and
 //! the kernel's Documentation/admin-guide/cgroup-v2.rst.
 
-mod survivors;
+mod kill;
 mod tree;
 
 use std::fs::File;
@@ -10,11 +10,13 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{FsWord, Mode, OFlags};
+use rustix::fs::FsWord;
 use rustix::io::Errno;
 
-pub use survivors::Survivors;
+pub use kill::{Survivors, kill};
 pub use tree::CgroupTree;
+
+use kill::write;
 
 /// The mount point of the unified hierarchy (cgroup v2).
 pub const MOUNT_POINT: &str = "/sys/fs/cgroup";
@@ -37,24 +39,6 @@ pub fn is_cgroup(directory: impl AsFd) -> Result<bool, Errno> {
 pub fn is_populated(cgroup: &Path) -> bool {
     let events = std::fs::read_to_string(cgroup.join("cgroup.events"));
     events.is_ok_and(|events| keyed(&events, "populated") == Some(1))
-}
-
-/// Kills every process in the cgroup and in all cgroups below it. If one of these processes forks
-/// at the same time, the kernel also kills the new child. `kill` does not wait until the processes
-/// have exited. `kill` returns `Ok` if the cgroup does not exist.
-pub fn kill(cgroup: &Path) -> Result<(), Errno> {
-    match write(cgroup, "cgroup.kill", "1") {
-        // ENODEV means that the cgroup was removed after its file was opened.
-        Err(Errno::NOENT | Errno::NODEV) => Ok(()),
-        result => result,
-    }
-}
-
-fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    let file = rustix::fs::open(cgroup.join(file), flags, Mode::empty())?;
-    rustix::io::write(&file, value.as_bytes())?;
-    Ok(())
 }
 
 /// Removes the cgroup and all cgroups below it. These cgroups must not contain any processes.

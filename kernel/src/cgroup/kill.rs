@@ -1,10 +1,11 @@
-//! Kills the processes that survive a kill of their cgroup.
+//! Kills the processes of a cgroup.
 //!
 //! A write to cgroup.kill sends SIGKILL only to the main thread of each process. The signal has no
 //! effect if the main thread has exited and another thread of the process runs on. Such a thread
 //! can also move into another cgroup. The process is then missing in cgroup.procs there, because
-//! its main thread stays in the old cgroup. This module therefore searches the threads of a cgroup,
-//! and sends SIGKILL to their processes through pidfds. This signal reaches all threads.
+//! its main thread stays in the old cgroup. If a cgroup does not become empty after a write to
+//! cgroup.kill, this module therefore searches its threads, and sends SIGKILL to their processes
+//! through pidfds. This signal reaches all threads of a process.
 
 use std::collections::HashSet;
 use std::fs::File;
@@ -13,10 +14,11 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
 
-use super::{CgroupTree, kill, write};
+use super::tree::CgroupTree;
 use crate::process_stat::ProcessStat;
 
 /// The time between the kill of the cgroup and the first search for survivors. Most processes exit
@@ -27,6 +29,17 @@ const FIRST_INTERVAL: Duration = Duration::from_millis(25);
 const MAX_INTERVAL: Duration = Duration::from_secs(1);
 
 const READ: OFlags = OFlags::RDONLY.union(OFlags::CLOEXEC);
+
+/// Kills every process in the cgroup and in all cgroups below it. If one of these processes forks
+/// at the same time, the kernel also kills the new child. `kill` does not wait until the processes
+/// have exited. `kill` returns `Ok` if the cgroup does not exist.
+pub fn kill(cgroup: &Path) -> Result<(), Errno> {
+    match write(cgroup, "cgroup.kill", "1") {
+        // ENODEV means that the cgroup was removed after its file was opened.
+        Err(Errno::NOENT | Errno::NODEV) => Ok(()),
+        result => result,
+    }
+}
 
 /// The search for processes that survive a kill of their cgroup. The caller begins the search when
 /// it kills the cgroup, and repeats the search until the cgroup is empty.
@@ -76,6 +89,13 @@ impl Survivors {
             let _ = write(cgroup, "cgroup.freeze", "0");
         }
     }
+}
+
+pub(super) fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let file = rustix::fs::open(cgroup.join(file), flags, Mode::empty())?;
+    rustix::io::write(&file, value.as_bytes())?;
+    Ok(())
 }
 
 fn is_frozen(cgroup: &Path) -> bool {
