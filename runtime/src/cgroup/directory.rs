@@ -357,8 +357,8 @@ fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Result<bool> {
     Ok(found)
 }
 
-/// Does the same as [`wait_for_event`], but without a warning, and calls `meanwhile` each time before it waits. `meanwhile`
-/// returns the time at which it must be called again.
+/// Does the same as [`wait_for_event`], but without a warning. Also calls `meanwhile` each time
+/// before it waits. `meanwhile` returns the time at which it must be called again.
 fn wait_for_event_meanwhile(
     path: &Path,
     wanted: &str,
