@@ -5,7 +5,6 @@
 //! queue is full and the future stops receiving. The data therefore can't fill the memory.
 
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,7 +25,7 @@ use crate::settings::ImageSettings;
 use crate::slots::{Slot, Slots};
 use crate::source::Source;
 use crate::turns::{ReaderInTurns, UnpackTurn, UnpackTurns};
-use crate::unpacked_layer::{UnpackedLayer, make};
+use crate::unpacked_layer::{LayerDirectories, UnpackedLayer};
 use rrun_calls::wait::{blocking, slow};
 
 /// The maximum number of chunks that wait for the unpacking thread. A chunk from the HTTP client
@@ -52,31 +51,31 @@ impl Origin {
     }
 }
 
-/// A layer to fetch, the number of its directory, and its limits.
+/// A layer to fetch, and its limits.
 #[derive(Clone)]
 pub(crate) struct LayerRequest {
-    pub root: PathBuf,
-    pub number: u64,
     pub descriptor: LayerDescriptor,
     pub bounds: Bounds,
 }
 
-/// The queues in which a fetch waits.
+/// The queues in which a fetch waits, and the directories into which it unpacks.
 pub(crate) struct Queues {
     pub slots: Arc<Slots>,
     pub places: Arc<Places>,
     pub turns: Arc<UnpackTurns>,
     pub min_rate: MinRate,
+    pub directories: Arc<LayerDirectories>,
 }
 
 impl Queues {
-    pub(crate) fn new(settings: &ImageSettings) -> Self {
+    pub(crate) fn new(settings: &ImageSettings, directories: Arc<LayerDirectories>) -> Self {
         let fetched = settings.parallel_layers.max(1);
         Queues {
             slots: Slots::new(fetched, settings.layers_per_host()),
             places: Places::new(fetched.saturating_add(settings.parallel_unpacks)),
             turns: UnpackTurns::new(settings.parallel_unpacks),
             min_rate: settings.min_rate(),
+            directories,
         }
     }
 }
@@ -133,14 +132,14 @@ async fn extract(
     let reader = archive.blob(&digest)?;
     let what = format!("layer {digest}");
     let _place = place(queues, pull, &what).await;
-    let turns = Arc::clone(&queues.turns);
-    let unpacked = on_a_thread(request.number, move |is_abandoned| {
+    let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
+    let unpacked = on_a_thread(move |is_abandoned| {
         let turn = Rc::new(UnpackTurn::new(&turns, what));
         let in_turns = ReaderInTurns {
             reader,
             turn: Rc::clone(&turn),
         };
-        receive(in_turns, &turn, is_abandoned, &request)
+        receive(in_turns, &turn, is_abandoned, &request, &directories)
     })?;
     let fetched = unpacked.await.unwrap_or_else(|_| Err(ended_early()))?;
     progress(size);
@@ -158,7 +157,7 @@ async fn download(
     check_size(request)?;
     let slot = Arc::new(slot);
     let watch = Arc::new(RateWatch::new(queues.min_rate, Some(Arc::clone(&slot))));
-    let kept = PartialName::new(&request.root, source.name(), descriptor);
+    let kept = PartialName::new(&queues.directories.root, source.name(), descriptor);
     let _piece = DiscardOnDrop::of_small(&kept);
     // The highest number of bytes that an attempt has received. Only later bytes are progress.
     let farthest = AtomicU64::new(0);
@@ -236,15 +235,15 @@ async fn attempt(
     let (to_thread, chunks) = mpsc::channel(CHUNK_QUEUE_LENGTH);
     let (send_had, had) = oneshot::channel();
     let (for_thread, kept) = (request.clone(), kept.clone());
-    let turns = Arc::clone(&queues.turns);
+    let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
     let gave_way = slot.gave_way_flag();
-    let unpacked = on_a_thread(request.number, move |is_abandoned| {
+    let unpacked = on_a_thread(move |is_abandoned| {
         let LayerDescriptor { digest, size, .. } = &for_thread.descriptor;
         let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}")));
         let partial = Partial::open(&kept);
         let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
         let _ = send_had.send(blob.replay);
-        let result = receive(&mut blob, &turn, is_abandoned, &for_thread);
+        let result = receive(&mut blob, &turn, is_abandoned, &for_thread, &directories);
         blob.end(
             result.as_ref().err(),
             *size,
@@ -294,12 +293,11 @@ fn ended_early() -> LayerError {
 /// the receiver is dropped early, the argument of `work` returns true, and the result is dropped at
 /// the end of the work. Dropping the result removes the unpacked layer.
 fn on_a_thread(
-    number: u64,
     work: impl FnOnce(&dyn Fn() -> bool) -> Result<UnpackedLayer, LayerError> + Send + 'static,
 ) -> Result<oneshot::Receiver<Result<UnpackedLayer, LayerError>>, ImageError> {
     let (done, unpacked) = oneshot::channel();
     std::thread::Builder::new()
-        .name(format!("layer-{number}"))
+        .name("layer".to_owned())
         .stack_size(512 << 10)
         .spawn(move || {
             let result = work(&|| done.is_closed());
@@ -321,6 +319,7 @@ fn receive(
     turn: &UnpackTurn,
     is_abandoned: &dyn Fn() -> bool,
     request: &LayerRequest,
+    directories: &LayerDirectories,
 ) -> Result<UnpackedLayer, LayerError> {
     let go_on = || {
         turn.take();
@@ -330,7 +329,7 @@ fn receive(
             Ok(())
         }
     };
-    let made = make(&request.root, request.number, |into| {
+    let made = directories.make(|into| {
         let LayerRequest {
             descriptor, bounds, ..
         } = request;
@@ -346,26 +345,25 @@ fn receive(
 /// For a hostile image, creating the directory layer can be as expensive as unpacking a large
 /// layer. Creating the directory layer also needs several open files for each layer of the image.
 /// The creation of a directory layer therefore waits in the same queues as unpacking a layer. A
-/// separate thread creates the directory layer, and keeps its place until the thread ends. If the pull is abandoned, the thread stops before its next step.
+/// separate thread creates the directory layer, and keeps its place until the thread ends. If the
+/// pull is abandoned, the thread stops before its next step.
 pub(crate) async fn make_directory_layer(
     queues: &Queues,
-    root: &Path,
-    number: u64,
     stack: &[Layer],
     (pull, pull_name): (u64, &str),
 ) -> Result<Option<UnpackedLayer>, ImageError> {
     let layers: Vec<LowerLayer> = stack
         .iter()
         .map(|layer| LowerLayer {
-            path: directory(root, layer.number).join("fs"),
+            path: directory(&queues.directories.root, layer.number).join("fs"),
             unlisted: layer.unlisted,
         })
         .collect();
-    let root = root.to_owned();
     let what = "set the owner and mode of directories that the image's layers do not list";
     let whole = format!("pull {pull_name}: {what}");
     let place = place(queues, pull, &whole).await;
     let turn = UnpackTurn::new(&queues.turns, whole.clone());
+    let directories = Arc::clone(&queues.directories);
     let waits = Arc::new(());
     let waiter = Arc::downgrade(&waits);
     let made = blocking(whole, move || {
@@ -377,7 +375,7 @@ pub(crate) async fn make_directory_layer(
                 _ => Ok(()),
             }
         };
-        make(&root, number, |into| {
+        directories.make(|into| {
             let inodes = layer::make_directory_layer(&layers, into, go_on)?;
             Ok((inodes > 0).then(|| UnpackSummary {
                 bytes: inodes.saturating_mul(4096),

@@ -7,15 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use tokio::sync::watch;
-
 use crate::catalog::{Catalog, directory};
 use crate::error::ImageError;
 use crate::fetch::Queues;
 use crate::hosts::Registries;
+use crate::partial;
 use crate::pulls_in_progress::{FetchKey, PullInProgress, PullKey, WeakFetch};
 use crate::settings::ImageSettings;
-use crate::{partial, unpacked_layer};
 use rrun_calls::lock::lock;
 use rrun_store::Store;
 
@@ -27,17 +25,11 @@ pub(crate) struct ImageStore {
     pub catalog: Mutex<Catalog>,
     pub pulls: Mutex<HashMap<PullKey, PullInProgress>>,
     pub fetches: Mutex<HashMap<FetchKey, WeakFetch>>,
-    /// The queues in which fetches of layers wait.
+    /// The queues in which fetches of layers wait, and the directories of new layers.
     pub queues: Arc<Queues>,
-    pub next_layer: AtomicU64,
     pub next_pull: AtomicU64,
     /// The lock for the import of archives.
     pub preloading: tokio::sync::Mutex<()>,
-    /// The lock for the removal of layers from the disk.
-    pub removing: Arc<tokio::sync::Mutex<()>>,
-    /// The number of layer removals in progress, including the removals that wait for the lock
-    /// `removing`.
-    pub removals: Arc<watch::Sender<usize>>,
     /// True if the task for the removal of expired partial blobs was started.
     pub sweeping_partials: AtomicBool,
     /// A function that is called at the end of each pull.
@@ -106,52 +98,7 @@ impl ImageStore {
             .iter()
             .map(|layer| directory(&self.root, layer.number))
             .collect();
-        let removal = LayerRemoval {
-            removing: Arc::clone(&self.removing),
-            removals: Arc::clone(&self.removals),
-            attempts: 0,
-        };
-        removal.begin(directories);
+        self.queues.directories.removals.begin(directories);
         Ok(written?)
-    }
-}
-
-/// The time after the first failed removal of a layer. Each further failure doubles the time, up to
-/// about 17 minutes.
-const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-const MAX_DOUBLINGS: u32 = 10;
-
-/// A removal of layers from the disk, in the background.
-struct LayerRemoval {
-    removing: Arc<tokio::sync::Mutex<()>>,
-    removals: Arc<watch::Sender<usize>>,
-    /// The number of failed attempts.
-    attempts: u32,
-}
-
-impl LayerRemoval {
-    /// Removes the directories. If a directory can't be removed, tries again later.
-    fn begin(mut self, directories: Vec<PathBuf>) {
-        self.removals.send_modify(|count| *count += 1);
-        tokio::spawn(async move {
-            // A node that is short of disk space can have many layers to remove. The removals run
-            // one after the other and therefore use only one thread.
-            let removing = self.removing.lock().await;
-            let removed = tokio::task::spawn_blocking(move || {
-                let mut directories = directories;
-                directories.retain(|directory| !unpacked_layer::remove(directory));
-                directories
-            });
-            let left = removed.await.unwrap_or_default();
-            drop(removing);
-            self.removals
-                .send_modify(|count| *count = count.saturating_sub(1));
-            if !left.is_empty() {
-                let doublings = self.attempts.min(MAX_DOUBLINGS);
-                tokio::time::sleep(RETRY_INTERVAL * (1 << doublings)).await;
-                self.attempts += 1;
-                self.begin(left);
-            }
-        });
     }
 }

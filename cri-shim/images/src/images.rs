@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use serde_json::value::RawValue;
+use tokio::runtime::Handle;
 
 use crate::auth::Auth;
 use crate::catalog::{Catalog, EMPTY_LAYER, Lease, empty_layer};
@@ -17,8 +18,9 @@ use crate::hosts::Registries;
 use crate::image_store::{ImageStore, PullEnd};
 use crate::record::Image;
 use crate::reference::Name;
+use crate::removals::Removals;
 use crate::settings::ImageSettings;
-use crate::unpacked_layer::remove;
+use crate::unpacked_layer::LayerDirectories;
 use crate::{partial, pull};
 use rrun_calls::lock::lock;
 use rrun_kernel::errno::describe;
@@ -46,13 +48,20 @@ pub struct Images {
 
 impl Images {
     /// Loads the records from `store`, and removes incomplete files of failed pulls from `root`
-    /// (rrun-cri's `--root`). This call blocks on disk I/O.
+    /// (rrun-cri's `--root`) in the background. This call blocks on disk I/O. The caller must run
+    /// in a runtime of tokio.
     pub fn open(
         root: &Path,
         store: Store,
         registries: Registries,
         settings: ImageSettings,
     ) -> Result<Self, ImageError> {
+        let runtime = Handle::try_current().map_err(|error| {
+            ImageError::new(
+                Kind::Internal,
+                format!("open the images in {}: {error}", root.display()),
+            )
+        })?;
         for dir in [root.join("layers"), root.join("ingest")] {
             make_private(&dir)?;
         }
@@ -62,27 +71,26 @@ impl Images {
         let (mut catalog, mut changes) = Catalog::load(&store, root)?;
         let (_, swept) = catalog.sweep();
         changes.extend(swept);
-        // This function need not wait for the commit. `remove_leavings` removes all directories
-        // without a record, so it also removes the directories of the deleted records. If the
-        // commit does not reach the disk, the next start finds these directories missing and
-        // deletes the records again.
+        // This function need not wait for the commit. All directories without a record are removed,
+        // also the directories of the deleted records. If the commit does not reach the disk, the
+        // next start finds these directories missing and deletes the records again.
         drop(store.commit(changes));
-        let next = remove_leavings(root, &catalog)?;
+        let Leavings { paths, next } = leavings(root, &catalog)?;
+        let removals = Removals::new(runtime);
+        removals.begin(paths);
+        let directories = LayerDirectories::new(root, removals, next);
         Ok(Images {
             store: Arc::new(ImageStore {
                 root: root.to_owned(),
                 records: store,
                 registries,
-                queues: Arc::new(Queues::new(&settings)),
+                queues: Arc::new(Queues::new(&settings, directories)),
                 settings,
                 catalog: Mutex::new(catalog),
                 pulls: Mutex::default(),
                 fetches: Mutex::default(),
-                next_layer: AtomicU64::new(next),
                 next_pull: AtomicU64::new(1),
                 preloading: tokio::sync::Mutex::default(),
-                removing: Arc::default(),
-                removals: Arc::default(),
                 sweeping_partials: AtomicBool::new(false),
                 observer: OnceLock::new(),
             }),
@@ -264,8 +272,7 @@ impl Images {
 
     /// Waits until the unneeded layers are removed from the disk, but at most for `limit`.
     pub async fn removed(&self, limit: Duration) {
-        let mut removals = self.store.removals.subscribe();
-        let _ = tokio::time::timeout(limit, removals.wait_for(|count| *count == 0)).await;
+        self.store.queues.directories.removals.done(limit).await;
     }
 
     /// Returns the disk usage of the unpacked layers, which is computed from the records without
@@ -300,44 +307,79 @@ fn make_private(dir: &Path) -> Result<(), ImageError> {
         .map_err(|error| failed("set the mode of", dir, &error))
 }
 
-/// Removes interrupted downloads from `ingest/`, except partial blobs that a pull can resume. Also
-/// removes the layer directories that no record names. Returns the number for the next new layer
-/// directory.
-fn remove_leavings(root: &Path, catalog: &Catalog) -> Result<u64, ImageError> {
-    let read = |dir: &Path| -> Result<Vec<PathBuf>, ImageError> {
-        std::fs::read_dir(dir)
+/// The remains of interrupted pulls and removals.
+struct Leavings {
+    paths: Vec<PathBuf>,
+    /// The number for the next new layer directory. The names of the remains contain only lower
+    /// numbers.
+    next: u64,
+}
+
+/// Finds the interrupted downloads in `ingest/`, except partial blobs that a pull can resume, and
+/// the layer directories that no record names.
+fn leavings(root: &Path, catalog: &Catalog) -> Result<Leavings, ImageError> {
+    let read = |name: &str| -> Result<Vec<PathBuf>, ImageError> {
+        let dir = root.join(name);
+        std::fs::read_dir(&dir)
             .and_then(|entries| entries.map(|entry| entry.map(|e| e.path())).collect())
-            .map_err(|error| failed("read", dir, &error))
+            .map_err(|error| failed("read", &dir, &error))
     };
-    for path in read(&root.join("ingest"))? {
-        if partial::is_fresh(&path) {
-            continue;
+    let number = |path: &Path| path.file_name()?.to_str()?.parse::<u64>().ok();
+    let recorded = catalog.numbers();
+    let mut paths = read("ingest")?;
+    paths.retain(|path| !partial::is_fresh(path));
+    for path in read("layers")? {
+        let is_used = |number| number == EMPTY_LAYER || recorded.contains(&number);
+        if !number(&path).is_some_and(is_used) {
+            paths.push(path);
         }
+    }
+    for path in &paths {
         log::info!(
-            "remove an incomplete file or directory of an interrupted pull: {}",
+            "remove the remains of an interrupted pull or removal: {}",
             path.display()
         );
-        remove(&path);
     }
-    let numbers = catalog.numbers();
-    let mut last = numbers.iter().copied().max().unwrap_or(EMPTY_LAYER);
-    for path in read(&root.join("layers"))? {
-        let number = path
-            .file_name()
-            .and_then(|name| name.to_str())
-            .and_then(|name| name.parse::<u64>().ok());
-        match number {
-            Some(EMPTY_LAYER) => {}
-            Some(number) if numbers.contains(&number) => {}
-            _ => {
-                log::info!(
-                    "remove a layer directory without a record: {}",
-                    path.display()
-                );
-                remove(&path);
-                last = last.max(number.unwrap_or(EMPTY_LAYER));
-            }
+    let left = paths.iter().filter_map(|path| number(path));
+    let last = recorded.into_iter().chain(left).max();
+    Ok(Leavings {
+        next: last.unwrap_or(EMPTY_LAYER).saturating_add(1),
+        paths,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{LayerError, UnpackSummary};
+
+    #[tokio::test]
+    async fn the_start_does_not_wait_for_the_removal_of_remains()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let root = std::env::temp_dir().join(format!("rrun-remains-{}", std::process::id()));
+        let remains = ["layers/5", "layers/other", "ingest/9", "ingest/a.piece"];
+        let paths = remains.map(|path| root.join(path));
+        for path in &paths {
+            std::fs::create_dir_all(path.join("fs/etc"))?;
+            std::fs::write(path.join("fs/etc/file"), "")?;
         }
+        let images = Images::open(
+            &root,
+            Store::open(&root.join("meta.redb"))?,
+            Registries::new(&root.join("certs.d")),
+            ImageSettings::default(),
+        )?;
+        // The runtime of this test has one thread, so the removals begin at the next `await`.
+        assert!(paths.iter().all(|path| path.exists()));
+        images.removed(Duration::from_secs(600)).await;
+        assert!(paths.iter().all(|path| !path.exists()));
+        assert!(empty_layer(&root).exists());
+        let fill = |fs: &Path| {
+            std::fs::create_dir(fs).map_err(LayerError::Stream)?;
+            Ok(Some(UnpackSummary::default()))
+        };
+        let layer = images.store.queues.directories.make(fill)?;
+        assert!(layer.is_some_and(|layer| layer.keep().number == 10));
+        Ok(std::fs::remove_dir_all(&root)?)
     }
-    Ok(last + 1)
 }

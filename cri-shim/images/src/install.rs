@@ -174,9 +174,7 @@ async fn bring_layers(
     let made = if known {
         None
     } else {
-        let number = store.next_layer.fetch_add(1, Ordering::Relaxed);
-        let named = (pull, log_name);
-        fetch::make_directory_layer(&store.queues, &store.root, number, &stack, named).await?
+        fetch::make_directory_layer(&store.queues, &stack, (pull, log_name)).await?
     };
     // The layers must be on the disk before the store lists them.
     if !recorded || made.is_some() {
@@ -335,8 +333,6 @@ fn begin_fetch(
     let ours = Arc::clone(&state);
     let key = key.clone();
     let request = LayerRequest {
-        root: store.root.clone(),
-        number: store.next_layer.fetch_add(1, Ordering::Relaxed),
         descriptor: descriptor.clone(),
         bounds: Bounds {
             bytes: store.settings.layer_bytes,

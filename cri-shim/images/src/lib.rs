@@ -37,6 +37,7 @@ mod reach;
 mod record;
 mod reference;
 mod registry;
+mod removals;
 mod resolved;
 mod settings;
 mod slots;

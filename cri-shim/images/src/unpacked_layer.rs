@@ -2,6 +2,8 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
@@ -9,36 +11,58 @@ use crate::catalog::{Layer, directory};
 use rrun_kernel::errno::describe;
 
 use crate::layer::{self, LayerError, UnpackSummary};
+use crate::removals::Removals;
 
-/// Calls `fill` to unpack a layer into `ingest/NUMBER/fs`, then moves the layer to its final
-/// directory. Returns `None` if `fill` created no layer.
-pub(crate) fn make(
-    root: &Path,
-    number: u64,
-    fill: impl FnOnce(&Path) -> Result<Option<UnpackSummary>, LayerError>,
-) -> Result<Option<UnpackedLayer>, LayerError> {
-    let ingest = root.join("ingest").join(number.to_string());
-    let fail = |what: &str, error: io::Error| LayerError::System {
-        what: format!("{what} {}", ingest.display()),
-        errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
-    };
-    std::fs::create_dir(&ingest).map_err(|error| fail("create the directory", error))?;
-    let result = fill(&ingest.join("fs")).and_then(|unpacked| {
-        let Some(unpacked) = unpacked else {
-            return Ok(None);
-        };
-        let path = directory(root, number);
-        std::fs::rename(&ingest, &path).map_err(|error| fail("move the layer from", error))?;
-        Ok(Some(UnpackedLayer {
-            path: Some(path),
-            number,
-            unpacked,
-        }))
-    });
-    if !matches!(result, Ok(Some(_))) {
-        remove(&ingest);
+/// Creates the directories of new layers.
+pub(crate) struct LayerDirectories {
+    pub root: PathBuf,
+    pub removals: Arc<Removals>,
+    /// The number of the next directory.
+    next: AtomicU64,
+}
+
+impl LayerDirectories {
+    pub(crate) fn new(root: &Path, removals: Arc<Removals>, next: u64) -> Arc<Self> {
+        Arc::new(LayerDirectories {
+            root: root.to_owned(),
+            removals,
+            next: next.into(),
+        })
     }
-    result
+
+    /// Calls `fill` to unpack a layer into `ingest/NUMBER/fs`, then moves the layer to its final
+    /// directory. Returns `None` if `fill` created no layer. If the layer is not complete, its files
+    /// are removed in the background. No two calls have the same number, because the removal of an
+    /// earlier attempt can still be in progress.
+    pub(crate) fn make(
+        &self,
+        fill: impl FnOnce(&Path) -> Result<Option<UnpackSummary>, LayerError>,
+    ) -> Result<Option<UnpackedLayer>, LayerError> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let ingest = self.root.join("ingest").join(number.to_string());
+        let fail = |what: &str, error: io::Error| LayerError::System {
+            what: format!("{what} {}", ingest.display()),
+            errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        };
+        std::fs::create_dir(&ingest).map_err(|error| fail("create the directory", error))?;
+        let result = fill(&ingest.join("fs")).and_then(|unpacked| {
+            let Some(unpacked) = unpacked else {
+                return Ok(None);
+            };
+            let path = directory(&self.root, number);
+            std::fs::rename(&ingest, &path).map_err(|error| fail("move the layer from", error))?;
+            Ok(Some(UnpackedLayer {
+                path: Some(path),
+                number,
+                unpacked,
+                removals: Arc::clone(&self.removals),
+            }))
+        });
+        if !matches!(result, Ok(Some(_))) {
+            self.removals.begin(vec![ingest]);
+        }
+        result
+    }
 }
 
 /// An unpacked layer in its final directory, which no record names yet. Dropping this value removes
@@ -47,6 +71,7 @@ pub(crate) struct UnpackedLayer {
     path: Option<PathBuf>,
     number: u64,
     unpacked: UnpackSummary,
+    removals: Arc<Removals>,
 }
 
 impl UnpackedLayer {
@@ -65,21 +90,13 @@ impl UnpackedLayer {
 impl Drop for UnpackedLayer {
     fn drop(&mut self) {
         if let Some(path) = self.path.take() {
-            // This value can be dropped on a thread of the async runtime, and such a thread must
-            // not block. A separate thread therefore removes the directory.
-            let removal = std::thread::Builder::new().spawn(move || {
-                remove(&path);
-            });
-            if let Err(error) = removal {
-                log::warn!("cannot start a thread to remove a layer: {error}");
-            }
+            self.removals.begin(vec![path]);
         }
     }
 }
 
 /// Removes a directory that no record names. Returns whether the removal succeeded. A failure can
-/// have a cause that passes, so the removal is repeated once. If it fails again, the next start of
-/// the server removes the directory.
+/// have a cause that passes, so the removal is repeated once.
 pub(crate) fn remove(path: &Path) -> bool {
     let removed = layer::remove_path(path).or_else(|_| layer::remove_path(path));
     if let Err(errno) = removed {
@@ -90,4 +107,44 @@ pub(crate) fn remove(path: &Path) -> bool {
         );
     }
     removed.is_ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::runtime::Handle;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn neither_a_failed_nor_a_dropped_layer_delays_its_thread()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let root = std::env::temp_dir().join(format!("rrun-failed-{}", std::process::id()));
+        for dir in ["layers", "ingest"] {
+            std::fs::create_dir_all(root.join(dir))?;
+        }
+        let removals = Removals::new(Handle::current());
+        let directories = LayerDirectories::new(&root, Arc::clone(&removals), 1);
+        let fill = |fs: &Path| {
+            let made = std::fs::create_dir(fs).and_then(|()| std::fs::write(fs.join("file"), ""));
+            made.map_err(LayerError::Stream)
+        };
+        let failed = directories.make(|fs| {
+            fill(fs)?;
+            Err(LayerError::Digest("the digest is wrong".to_owned()))
+        });
+        assert!(failed.is_err());
+        let whole = directories.make(|fs| {
+            fill(fs)?;
+            Ok(Some(UnpackSummary::default()))
+        })?;
+        drop(whole);
+        // The runtime of this test has one thread, so the removals begin at the next `await`.
+        let left = ["ingest/1", "layers/2"].map(|path| root.join(path));
+        assert!(left.iter().all(|path| path.join("fs/file").exists()));
+        removals.done(Duration::from_secs(600)).await;
+        assert!(left.iter().all(|path| !path.exists()));
+        Ok(std::fs::remove_dir_all(&root)?)
+    }
 }

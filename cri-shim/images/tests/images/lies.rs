@@ -743,7 +743,7 @@ async fn killed() -> Result<(), Failure> {
     child.wait()?;
     let images = open(&dir.0, ImageSettings::default())?;
     let node = Node { images, dir };
-    assert_eq!(node.leavings()?, Vec::<PathBuf>::new());
+    node.becomes_clean().await?;
     assert!(node.images.list().is_empty());
     let good = Server::start(&[("app", &built)], |_| None)?;
     node.images
