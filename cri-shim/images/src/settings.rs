@@ -11,7 +11,8 @@ use crate::pin::Pins;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ImageSettings {
-    /// The maximum number of layers that all pulls together fetch at the same time.
+    /// The maximum number of layers that all pulls together fetch at the same time. The extra slots
+    /// do not count (see the module `slots`).
     pub parallel_layers: usize,
     /// The maximum number of layers that are fetched from one host at the same time. See
     /// [`ImageSettings::layers_per_host`].

@@ -2,7 +2,9 @@
 //!
 //! A fetch of a layer needs a slot. The number of slots limits how many layers all pulls together
 //! fetch at the same time. A separate, lower limit applies to each host. One slow host therefore
-//! can't block the pulls from all other hosts.
+//! can't block the pulls from all other hosts. Several hosts together could still occupy all slots.
+//! If all normal slots are occupied, a pull without a slot therefore gets one of the extra slots
+//! for a fetch from a host without a slot. Only the extra slots have a separate limit.
 //!
 //! A turn is a period in which a fetch has a slot. A fetch gives its slot to a waiting pull if
 //! almost no bytes arrive, or if the turn is over. The received bytes are kept, and the fetch
@@ -13,6 +15,7 @@
 //! from a registry that always sends a blob from its beginning. If a fetch of one of these kinds
 //! receives no new byte in a turn, its next turn is twice as long.
 
+use std::cmp::Reverse;
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -25,11 +28,18 @@ use rrun_calls::lock::lock;
 /// The normal length of a turn while another pull waits for a slot.
 const SHORT_TURN: Duration = Duration::from_secs(60);
 
-/// The length of a turn of a fast or large fetch while another pull waits for a slot. A fetch is
+/// The length of a turn of a fast or large fetch while another pull waits for a further slot. A fetch is
 /// fast if it reaches [`FAST_BYTES_PER_SECOND`]. A fetch is large if it received
 /// [`LARGE_REPLAY_BYTES`] in earlier turns. At the beginning of each turn, all bytes from earlier
 /// turns are unpacked again. A few long turns therefore cost less than many short turns.
 const LONG_TURN: Duration = Duration::from_secs(600);
+
+/// The rate at which the bytes from earlier turns are probably unpacked again, in bytes per second,
+/// divided by four. If a pull without a slot waits, a turn lasts [`SHORT_TURN`] plus the time for
+/// these bytes at this rate. A fetch then spends at most about a quarter of its turns on bytes that
+/// it already had, and a fetch without such bytes does not keep its slot longer than
+/// [`SHORT_TURN`], even if it is fast.
+const REPLAY_BYTES_PER_SECOND: u64 = 16 << 20;
 
 /// The maximum length of a turn while another pull waits for a slot.
 const MAX_TURN: Duration = Duration::from_secs(3600);
@@ -49,8 +59,11 @@ const WAIT_BEFORE_LOG: Duration = Duration::from_secs(10);
 
 /// The slots for fetching layers on this node.
 pub(crate) struct Slots {
-    /// The maximum number of slots for all hosts together.
+    /// The maximum number of normal slots for all hosts together.
     most: usize,
+    /// The maximum number of extra slots. If there is only one normal slot, there are no extra
+    /// slots.
+    extra: usize,
     /// The maximum number of slots for one host.
     per_host: usize,
     state: Mutex<SlotTable>,
@@ -68,6 +81,8 @@ struct Holder {
     id: u64,
     pull: u64,
     host: String,
+    /// True if the fetch has an extra slot.
+    extra: bool,
     since: Instant,
     gauge: Arc<Gauge>,
 }
@@ -91,6 +106,12 @@ struct Gauge {
     in_vain: AtomicU32,
 }
 
+impl Waiter {
+    fn wants(&self) -> (u64, &str) {
+        (self.pull, &self.host)
+    }
+}
+
 impl Holder {
     /// Returns the rate of this fetch in bytes per second.
     fn rate(&self, now: Instant) -> u64 {
@@ -98,9 +119,14 @@ impl Holder {
         self.gauge.now.load(Ordering::Relaxed) / seconds
     }
 
-    fn has_had_its_turn(&self, now: Instant) -> bool {
-        let much = self.gauge.before.load(Ordering::Relaxed) >= LARGE_REPLAY_BYTES;
-        let turn = if much || self.rate(now) >= FAST_BYTES_PER_SECOND {
+    /// Returns whether this fetch must give its slot to another pull. `is_first` is true if the
+    /// other pull has no slot.
+    fn has_had_its_turn(&self, now: Instant, is_first: bool) -> bool {
+        let before = self.gauge.before.load(Ordering::Relaxed);
+        let turn = if is_first {
+            let replay = Duration::from_secs(before / REPLAY_BYTES_PER_SECOND);
+            SHORT_TURN.saturating_add(replay).min(LONG_TURN)
+        } else if before >= LARGE_REPLAY_BYTES || self.rate(now) >= FAST_BYTES_PER_SECOND {
             LONG_TURN
         } else {
             SHORT_TURN
@@ -115,6 +141,7 @@ impl Slots {
         let most = most.max(1);
         Arc::new(Slots {
             most,
+            extra: most - 1,
             per_host: per_host.clamp(1, most),
             state: Mutex::default(),
         })
@@ -141,21 +168,43 @@ impl Slots {
         state.holders.iter().filter(|h| h.host == host).count()
     }
 
+    /// Looks for a slot for a fetch of `pull` from `host`. Returns whether the free slot is an extra
+    /// slot, or `None` if no slot is free. The slot of the holder `without` counts as free.
+    fn free(
+        &self,
+        state: &SlotTable,
+        (pull, host): (u64, &str),
+        without: Option<u64>,
+    ) -> Option<bool> {
+        let others = || state.holders.iter().filter(|h| Some(h.id) != without);
+        let from_host = others().filter(|h| h.host == host).count();
+        let extra = others().filter(|h| h.extra).count();
+        if from_host >= self.per_host {
+            None
+        } else if others().count() - extra < self.most {
+            Some(false)
+        } else {
+            let is_first = from_host == 0 && others().all(|h| h.pull != pull);
+            (is_first && extra < self.extra).then_some(true)
+        }
+    }
+
     /// Grants the free slots to waiting layers. Each free slot is granted to a layer of the pull
     /// with the fewest slots. A pull therefore need not wait until all layers of an earlier, larger
     /// pull are fetched.
     fn grant(&self, state: &mut SlotTable) {
         state.waiters.retain(|waiter| !waiter.granted.is_closed());
-        while state.holders.len() < self.most {
+        loop {
             let of_pull = |pull| state.holders.iter().filter(|h| h.pull == pull).count();
-            let next = state
-                .waiters
-                .iter()
-                .enumerate()
-                .filter(|(_, waiter)| Self::from_host(state, &waiter.host) < self.per_host)
-                .min_by_key(|(_, waiter)| of_pull(waiter.pull))
-                .map(|(at, _)| at);
-            let Some(waiter) = next.and_then(|at| state.waiters.remove(at)) else {
+            let waiters = state.waiters.iter().enumerate();
+            let next = waiters
+                .filter_map(|(at, waiter)| {
+                    Some((at, waiter, self.free(state, waiter.wants(), None)?))
+                })
+                .min_by_key(|(_, waiter, _)| of_pull(waiter.pull))
+                .map(|(at, _, extra)| (at, extra));
+            let Some((at, extra)) = next else { return };
+            let Some(waiter) = state.waiters.remove(at) else {
                 return;
             };
             if waiter.granted.send(()).is_ok() {
@@ -164,6 +213,7 @@ impl Slots {
                     id: waiter.id,
                     pull: waiter.pull,
                     host: waiter.host,
+                    extra,
                     since: Instant::now(),
                     gauge: waiter.gauge,
                 });
@@ -177,16 +227,11 @@ impl Slots {
         let Some(ours) = state.holders.iter().find(|holder| holder.id == id) else {
             return false;
         };
-        let full = state.holders.len() >= self.most;
         let waiting = state.waiters.iter().filter(|w| !w.granted.is_closed());
         for waiter in waiting.filter(|waiter| waiter.pull != ours.pull) {
-            let host_full = Self::from_host(state, &waiter.host) >= self.per_host;
             let helps = |holder: &Holder| {
-                if host_full {
-                    holder.host == waiter.host
-                } else {
-                    full
-                }
+                let free = |without| self.free(state, waiter.wants(), without);
+                free(None).is_none() && free(Some(holder.id)).is_some()
             };
             if !helps(ours) {
                 continue;
@@ -194,15 +239,19 @@ impl Slots {
             if stalled {
                 return true;
             }
-            // If the turns of several fetches are over, only the slowest of these fetches gives up
-            // its slot.
-            let slowest = state
+            let is_first = state.holders.iter().all(|h| h.pull != waiter.pull);
+            // If the turns of several fetches are over, only one of them gives up its slot: a fetch
+            // from the host with the most slots, and the slowest fetch from such a host.
+            let leaving = state
                 .holders
                 .iter()
                 .filter(|holder| holder.pull != waiter.pull && helps(holder))
-                .filter(|holder| holder.has_had_its_turn(now))
-                .min_by_key(|holder| holder.rate(now));
-            if slowest.is_some_and(|slowest| slowest.id == id) {
+                .filter(|holder| holder.has_had_its_turn(now, is_first))
+                .min_by_key(|holder| {
+                    let slots = Self::from_host(state, &holder.host);
+                    (Reverse(slots), holder.rate(now))
+                });
+            if leaving.is_some_and(|leaving| leaving.id == id) {
                 return true;
             }
         }
@@ -500,6 +549,8 @@ mod tests {
             !must(&slow, SHORT_TURN),
             "a fetch would lose its slot to a layer of the same image"
         );
+        let extra = slot(&slots, 3);
+        assert!(enters(&extra, "c"));
         let other = slot(&slots, 2);
         let mut other_waits = Box::pin(other.at("b"));
         assert!((&mut other_waits).now_or_never().is_none());
@@ -512,6 +563,63 @@ mod tests {
             "a fetch with many bytes from earlier turns would lose its slot after a short turn"
         );
         assert!(must(&slow, LONG_TURN));
+    }
+
+    #[tokio::test]
+    async fn several_hosts_can_not_occupy_the_slots_of_another_host() {
+        let slots = Slots::new(4, 3);
+        let held: Vec<Slot> = (0..5).map(|_| slot(&slots, 1)).collect();
+        for (slot, host) in held.iter().zip(["a", "a", "a", "b"]) {
+            assert!(enters(slot, host));
+        }
+        assert!(
+            !enters(&held[4], "c"),
+            "a pull with a slot got an extra slot"
+        );
+        let extra: Vec<Slot> = (2..6).map(|pull| slot(&slots, pull)).collect();
+        assert!(
+            !enters(&extra[3], "b"),
+            "a fetch got an extra slot although its host has a slot"
+        );
+        for (slot, host) in extra.iter().zip(["c", "d", "e"]) {
+            assert!(enters(slot, host));
+        }
+        assert!(!enters(&extra[3], "f"), "the extra slots have no limit");
+        // A free normal slot is granted although extra slots are in use.
+        held[3].leave();
+        assert!(enters(&extra[3], "b"));
+    }
+
+    #[tokio::test]
+    async fn a_fast_fetch_gives_its_slot_to_a_pull_without_a_slot_after_a_short_turn() {
+        let slots = Slots::new(1, 1);
+        let fast = slot(&slots, 1);
+        assert!(enters(&fast, "a"));
+        let other = slot(&slots, 2);
+        let mut waits = Box::pin(other.at("b"));
+        assert!((&mut waits).now_or_never().is_none());
+        fast.count_received(1 << 40);
+        let second = Duration::from_secs(1);
+        assert!(!must_leave_after(&fast, SHORT_TURN - second));
+        assert!(must_leave_after(&fast, SHORT_TURN));
+        assert!((&mut waits).now_or_never().is_some());
+        // Of two fetches whose turns are over, the fetch from the host with more slots leaves.
+        let slots = Slots::new(3, 2);
+        let held = [1, 1, 2].map(|pull| slot(&slots, pull));
+        for (slot, host) in held.iter().zip(["a", "a", "b"]) {
+            assert!(enters(slot, host));
+        }
+        held[0].count_received(20_000);
+        held[1].count_received(10_000);
+        let other = slot(&slots, 3);
+        let mut waits = Box::pin(other.at("b"));
+        assert!((&mut waits).now_or_never().is_none());
+        let state = lock(&slots.state);
+        let after = Instant::now() + SHORT_TURN;
+        let leaves = held
+            .each_ref()
+            .map(|slot| slots.must_leave(&state, slot.id, false, after));
+        assert_eq!(leaves, [false, true, false]);
     }
 
     /// Returns whether the fetch gives up its slot to another pull after it has had the slot for
