@@ -24,6 +24,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let begun = Instant::now();
     let image = images.pull(reference, None).await?;
     let wall = begun.elapsed();
+    let disk = images.fs_usage()?;
     let usage = nix::sys::resource::getrusage(nix::sys::resource::UsageWho::RUSAGE_SELF)?;
     let seconds =
         |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1_000_000.0;
@@ -31,8 +32,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
         "{} layers, {} bytes compressed, {} bytes and {} inodes unpacked",
         image.layers.len(),
         image.size,
-        images.fs_usage().bytes,
-        images.fs_usage().inodes
+        disk.bytes,
+        disk.inodes
     );
     println!(
         "wall {:.2} s, user {:.2} s, system {:.2} s, peak RSS {:.1} MB",

@@ -129,6 +129,7 @@ impl Catalog {
                     "layers of the image {id} no longer exist; the image must be pulled again"
                 );
                 changes.push(Change::delete(Table::IMAGES, &id));
+                changes.push(Change::delete(Table::CONFIGURATIONS, &id));
             }
         }
         catalog.leases = store.load(Table::LEASES)?.into_iter().collect();
@@ -403,17 +404,18 @@ impl Catalog {
         self.layers.values().map(|layer| layer.number).collect()
     }
 
-    /// Returns the size of an image on the disk in bytes, including the layers that it shares with
-    /// other images.
+    /// Returns the size of an image on the disk in bytes, including its configuration in the store
+    /// and the layers that it shares with other images.
     pub(crate) fn bytes_of(&self, image: &Image) -> u64 {
         let mut counted = HashSet::new();
-        image
+        let layers: u64 = image
             .keys()
             .into_iter()
             .filter(|key| counted.insert(*key))
             .filter_map(|key| self.layers.get(key))
             .map(|layer| layer.bytes)
-            .sum()
+            .sum();
+        layers.saturating_add(image.document_bytes())
     }
 
     /// Returns the number of bytes and inodes of all layers.
@@ -474,6 +476,7 @@ mod tests {
             repo_digests: Vec::new(),
             size: 1,
             config: ImageConfig::default(),
+            large_config: false,
             layers: layers
                 .iter()
                 .map(|layer| LayerName {

@@ -1,6 +1,7 @@
 //! The facade of this crate, with all operations on the node's images.
 
 use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -21,7 +22,7 @@ use crate::reference::Name;
 use crate::removals::Removals;
 use crate::settings::ImageSettings;
 use crate::unpacked_layer::LayerDirectories;
-use crate::{partial, pull};
+use crate::{manifest, partial, pull};
 use rrun_calls::lock::lock;
 use rrun_kernel::errno::describe;
 use rrun_store::{Store, StoreError, Table};
@@ -29,12 +30,12 @@ use rrun_store::{Store, StoreError, Table};
 /// A future that resolves when a commit is on the disk.
 type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 
-/// The disk usage of all images.
+/// The disk usage of all images and of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FsUsage {
     /// The directory that contains the layers.
     pub path: PathBuf,
-    /// The number of bytes of all unpacked layers.
+    /// The number of bytes of all unpacked layers and of the store.
     pub bytes: u64,
     /// The number of inodes of all unpacked layers.
     pub inodes: u64,
@@ -130,8 +131,8 @@ impl Images {
         lock(&self.store.catalog).list()
     }
 
-    /// Returns the unpacked size of an image on the disk in bytes, not the registry's compressed
-    /// size. Kubelet's garbage collection relies on this number.
+    /// Returns the size of an image on the disk in bytes: its unpacked layers and its configuration.
+    /// Kubelet's garbage collection relies on this number.
     pub fn bytes_of(&self, image: &Image) -> u64 {
         lock(&self.store.catalog).bytes_of(image)
     }
@@ -140,6 +141,27 @@ impl Images {
     /// config.md). This call blocks on disk I/O.
     pub fn configuration(&self, id: &str) -> Result<Option<Box<RawValue>>, ImageError> {
         Ok(self.store.records.get(Table::CONFIGURATIONS, id)?)
+    }
+
+    /// Returns the image with its whole `config`. The catalog does not contain large configurations.
+    /// If the image has a large configuration, this call blocks on disk I/O.
+    pub fn complete(&self, image: Arc<Image>) -> Result<Arc<Image>, ImageError> {
+        if !image.large_config {
+            return Ok(image);
+        }
+        let gone = || {
+            let what = format!(
+                "the configuration of the image {} no longer exists; pull the image again",
+                image.id
+            );
+            ImageError::new(Kind::DataLoss, what)
+        };
+        let text = self.configuration(&image.id)?.ok_or_else(gone)?;
+        let config = manifest::parse_configuration(text.get().as_bytes())?.config;
+        Ok(Arc::new(Image {
+            config,
+            ..Image::clone(&image)
+        }))
     }
 
     /// Removes the image that `name` refers to, with all its names. Does nothing if `name` refers
@@ -275,15 +297,21 @@ impl Images {
         self.store.queues.directories.removals.done(limit).await;
     }
 
-    /// Returns the disk usage of the unpacked layers, which is computed from the records without
-    /// walking the directories.
-    pub fn fs_usage(&self) -> FsUsage {
+    /// Returns the disk usage of the unpacked layers and of the store, which contains the images'
+    /// configurations. The usage of the layers is computed from the records without walking the
+    /// directories. This call blocks on disk I/O.
+    pub fn fs_usage(&self) -> Result<FsUsage, ImageError> {
         let (bytes, inodes) = lock(&self.store.catalog).usage();
-        FsUsage {
+        let records = self.store.records.path();
+        let of_records = std::fs::metadata(records)
+            .map_err(|error| failed("find the size of", records, &error))?
+            .blocks()
+            .saturating_mul(512);
+        Ok(FsUsage {
             path: self.store.root.join("layers"),
-            bytes,
+            bytes: bytes.saturating_add(of_records),
             inodes,
-        }
+        })
     }
 }
 

@@ -410,13 +410,15 @@ fn add(store: &ImageStore, key: &str, layer: UnpackedLayer) {
 
 async fn publish(
     store: &Arc<ImageStore>,
-    image: Image,
+    mut image: Image,
     names: &[Name],
     digest: Option<&str>,
     configuration: &[u8],
 ) -> PullResult {
-    // The only purpose of the complete configuration is to answer CRI requests that inspect the
-    // image. It is stored as text: a `serde_json::Value` can need forty times as much memory.
+    // The complete configuration answers CRI requests that inspect the image, and contains the
+    // strings of a large configuration for new containers. It is stored as text: a
+    // `serde_json::Value` can need forty times as much memory.
+    image.drop_large_config();
     let whole: Option<&RawValue> = serde_json::from_slice(configuration).ok();
     let whole = Change::put(Table::CONFIGURATIONS, &image.id, &whole)?;
     let (image, before, written) = {

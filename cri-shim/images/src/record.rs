@@ -2,6 +2,14 @@
 
 use serde::{Deserialize, Serialize};
 
+/// The maximum number of bytes of a configuration that is kept in memory. The configurations of
+/// most images are far smaller. The creation of a container of another image reads the
+/// configuration from the store.
+const KEPT_CONFIG_BYTES: usize = 16 << 10;
+
+/// The approximate number of bytes that a string occupies in addition to its content.
+const STRING_BYTES: usize = 48;
+
 /// One image: a configuration and the layers that it lists. Several names can refer to one image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Image {
@@ -15,7 +23,12 @@ pub struct Image {
     /// The image's size, calculated as in containerd: the number of bytes of the manifest, the
     /// configuration and the compressed layers.
     pub size: u64,
+    /// The part of the configuration that is used to create a container. If `large_config` is true,
+    /// only the user is set (see [`Images::complete`](crate::Images::complete)).
     pub config: ImageConfig,
+    /// True if the configuration is too large to be kept in memory.
+    #[serde(default)]
+    pub large_config: bool,
     /// The image's layers, lowest first, as the manifest lists them.
     pub layers: Vec<LayerName>,
     /// The keys of the unpacked layers that form the image's root file system, lowest first.
@@ -36,6 +49,25 @@ impl Image {
             self.layers.iter().map(|l| l.diff_id.as_str()).collect()
         } else {
             self.unpacked.iter().map(String::as_str).collect()
+        }
+    }
+
+    /// Returns the number of bytes of the manifest and the configuration.
+    pub(crate) fn document_bytes(&self) -> u64 {
+        let layers = self.layers.iter().map(|layer| layer.size);
+        self.size
+            .saturating_sub(layers.fold(0, u64::saturating_add))
+    }
+
+    /// Removes a large configuration from this record. Only the user remains, because ListImages
+    /// returns it. The store contains the complete configuration.
+    pub(crate) fn drop_large_config(&mut self) {
+        if self.config.memory() > KEPT_CONFIG_BYTES {
+            self.large_config = true;
+            self.config = ImageConfig {
+                user: std::mem::take(&mut self.config.user),
+                ..ImageConfig::default()
+            };
         }
     }
 }
@@ -72,9 +104,18 @@ pub struct ImageConfig {
 impl ImageConfig {
     /// Returns the number of bytes of all strings.
     pub(crate) fn bytes(&self) -> usize {
-        let lists = [&self.entrypoint, &self.cmd, &self.env, &self.volumes];
-        let listed = lists.into_iter().flatten().map(String::len);
+        let listed = self.lists().into_iter().flatten().map(String::len);
         let signal = self.stop_signal.as_ref().map_or(0, String::len);
         listed.sum::<usize>() + self.user.len() + self.working_dir.len() + signal
+    }
+
+    /// Returns the approximate number of bytes that the configuration occupies in memory.
+    fn memory(&self) -> usize {
+        let listed: usize = self.lists().into_iter().map(Vec::len).sum();
+        self.bytes() + listed * STRING_BYTES
+    }
+
+    fn lists(&self) -> [&Vec<String>; 4] {
+        [&self.entrypoint, &self.cmd, &self.env, &self.volumes]
     }
 }

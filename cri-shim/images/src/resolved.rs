@@ -45,6 +45,7 @@ impl ResolvedImage {
                 u64::saturating_add,
             ),
             config: parsed.config,
+            large_config: false,
             unpacked: Vec::new(),
             layers: descriptors
                 .iter()

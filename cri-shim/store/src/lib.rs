@@ -279,6 +279,11 @@ impl Store {
         parsed.transpose()
     }
 
+    /// Returns the path of the database file.
+    pub fn path(&self) -> &Path {
+        &self.file.path
+    }
+
     /// Writes either all the changes or no change. The returned future resolves when the changes
     /// are on the disk.
     ///

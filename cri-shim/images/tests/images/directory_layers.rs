@@ -421,13 +421,13 @@ async fn counted() -> Result<(), Failure> {
     let node = Node::new()?;
     node.images.pull(&name("alone"), None).await?;
     assert_eq!(node.leavings()?.len(), 2);
-    let before = node.images.fs_usage();
+    let before = node.images.fs_usage()?;
     let image = node.images.pull(&name("good"), None).await?;
     // The lower layer and the directory layer of the image `good` are new. The shared layer was
     // already unpacked for the image `alone`.
     assert_eq!(node.leavings()?.len(), 4);
     assert_eq!(image.layers.len(), 2);
-    let after = node.images.fs_usage();
+    let after = node.images.fs_usage()?;
     assert_eq!(after.inodes - before.inodes, 3 + 3);
     assert!(node.images.bytes_of(&image) >= 2 * 3 * 4096);
     // A container's lease keeps the layers when the image is removed and the server restarts.

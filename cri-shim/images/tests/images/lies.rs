@@ -65,6 +65,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             "redirected_layers_count_towards_the_limit_of_their_new_host",
             sent_on,
         ),
+        trial(
+            "a_large_configuration_is_on_the_disk_and_its_size_is_reported",
+            large_configuration,
+        ),
         trial("a_restart_removes_the_remains_of_a_killed_pull", killed),
         trial(
             "the_fetch_of_a_large_blob_continues_after_a_restart",
@@ -538,6 +542,35 @@ async fn configurations() -> Result<(), Failure> {
     assert!(record.len() < 10_000, "{} bytes", record.len());
     let whole = node.images.configuration(&pulled.id)?;
     assert!(whole.is_some_and(|whole| whole.get().contains("label-59999")));
+    Ok(())
+}
+
+async fn large_configuration() -> Result<(), Failure> {
+    let env: Vec<_> = (0..20_000).map(|number| format!("A{number}=1")).collect();
+    let config = json!({ "Env": env, "User": "7", "Cmd": ["x"], "StopSignal": "SIGINT" });
+    let large = image(&[], config);
+    // Empty strings occupy memory, too.
+    let empty = image(&[], json!({ "Env": vec![""; 20_000] }));
+    let server = Server::start(&[("large", &large), ("empty", &empty)], |_| None)?;
+    let node = Node::new()?;
+    let before = node.images.fs_usage()?.bytes;
+    for name in ["large", "empty"] {
+        let name = format!("{}/{name}:1", server.host());
+        node.images.pull(&name, None).await?;
+    }
+    let documents = (large.blobs[0].len() + large.blobs[1].len()) as u64;
+    assert!(node.images.fs_usage()?.bytes >= before + documents);
+    let node = node.restart()?;
+    let found = |id: &str| node.images.find(id).ok_or("the image does not exist");
+    let (large, empty) = (found(&large.id)?, found(&empty.id)?);
+    assert!(large.config.env.is_empty() && large.config.user == "7");
+    assert!(empty.config.env.is_empty());
+    assert_eq!(node.images.bytes_of(&large), documents);
+    let whole = node.images.complete(large)?;
+    assert_eq!(whole.config.env, env);
+    assert_eq!(whole.config.cmd, ["x"]);
+    assert_eq!(whole.config.stop_signal.as_deref(), Some("SIGINT"));
+    assert_eq!(node.images.complete(empty)?.config.env.len(), 20_000);
     Ok(())
 }
 

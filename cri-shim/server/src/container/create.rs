@@ -67,6 +67,7 @@ pub(crate) async fn create(
         .images
         .find(name)
         .ok_or_else(|| Error::not_found(format!("the image {name:?} is not on this node")))?;
+    let image = complete(&node, image).await?;
     let record = new_record(&sandbox, &image, config)?;
     let made = make(&node, &sandbox, record.clone(), &image).await;
     match made {
@@ -85,6 +86,16 @@ pub(crate) async fn create(
             Err(error).during(|| format!("create {}", rest.name()))
         }
     }
+}
+
+/// Returns the image with its whole configuration, which can be too large to be kept in memory.
+async fn complete(node: &Node, image: Arc<Image>) -> Result<Arc<Image>> {
+    if !image.large_config {
+        return Ok(image);
+    }
+    let what = format!("read the configuration of the image {}", image.id);
+    let images = node.images.clone();
+    Ok(blocking(what, move || images.complete(image)).await?)
 }
 
 /// Returns the record of a container that is about to be created.

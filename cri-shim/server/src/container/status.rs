@@ -190,6 +190,7 @@ mod tests {
             config: Default::default(),
             layers: Vec::new(),
             unpacked: Vec::new(),
+            large_config: false,
             pinned: false,
         };
         let shown = |requested: &str, user: &str, image: &Image| {

@@ -153,8 +153,9 @@ impl Image {
             .map_err(|error| Error::internal(format!("describe the image {}: {error}", image.id)))
     }
 
-    fn fs_info(&self) -> ImageFsInfoResponse {
-        let usage = self.node.images.fs_usage();
+    async fn fs_info(&self) -> Result<ImageFsInfoResponse> {
+        let images = self.node.images.clone();
+        let usage = blocking("find the disk usage", move || images.fs_usage()).await?;
         let filesystem = |path: &std::path::Path, bytes, inodes| FilesystemUsage {
             timestamp: now(),
             fs_id: Some(FilesystemIdentifier {
@@ -167,10 +168,10 @@ impl Image {
         // therefore reported for both. If their usage were reported separately, kubelet would count
         // the same bytes twice.
         let images = filesystem(&usage.path, usage.bytes, usage.inodes);
-        ImageFsInfoResponse {
+        Ok(ImageFsInfoResponse {
             container_filesystems: vec![images.clone()],
             image_filesystems: vec![images],
-        }
+        })
     }
 }
 
@@ -228,7 +229,7 @@ impl ImageService for Image {
             self.node.images.removed(REMOVAL_TIMEOUT),
             self.node.trash.emptied(REMOVAL_TIMEOUT),
         );
-        Ok(Response::new(self.fs_info()))
+        Ok(Response::new(self.fs_info().await?))
     }
 }
 
