@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ImageError;
 use crate::images::failed;
+use crate::pin::Pins;
 use crate::record::Image;
 use crate::reference::{Name, Target};
 use rrun_store::{Change, Store, Table};
@@ -21,6 +22,10 @@ pub(crate) const EMPTY_LAYER: u64 = 0;
 /// The maximum number of tags, and of digest references, of one image. The server keeps them in
 /// memory, and ListImages returns the names of all images in one message.
 const MAX_NAMES: usize = 1000;
+
+/// The number of names of one image up to which a registry loses no name because of the names from
+/// other registries.
+const NAMES_OF_A_REGISTRY: usize = MAX_NAMES / 10;
 
 /// The record of one unpacked layer.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -81,6 +86,8 @@ pub(crate) struct Catalog {
     /// For each layer, the number of pulls in progress that need the layer. The key is the layer's
     /// key.
     holds: HashMap<String, usize>,
+    /// The patterns of names that an image with too many names does not lose.
+    pub pins: Pins,
 }
 
 pub(crate) fn directory(root: &Path, number: u64) -> PathBuf {
@@ -191,13 +198,19 @@ impl Catalog {
         for other in self.take_tags(&tags, &image.id) {
             changes.push(Change::put(Table::IMAGES, &other.id, other.as_ref())?);
         }
-        add(&mut image.repo_tags, tags);
-        if let Some(digest) = digest {
-            let digests = names.iter().map(|name| name.with_digest(digest));
-            add(&mut image.repo_digests, digests);
-        }
-        for list in [&mut image.repo_tags, &mut image.repo_digests] {
-            for name in take_excess_names(list) {
+        let digests = digest.into_iter();
+        let digests = digests.flat_map(|digest| names.iter().map(|name| name.with_digest(digest)));
+        let digests: Vec<String> = digests.collect();
+        for (list, new) in [
+            (&mut image.repo_tags, tags),
+            (&mut image.repo_digests, digests),
+        ] {
+            add(list, new.iter().cloned());
+            for name in take_excess_names(list, &new, &self.pins) {
+                log::info!(
+                    "the image {} loses the name {name}, because it has more than {MAX_NAMES} names",
+                    image.id
+                );
                 if self.names.get(&name) == Some(&image.id) {
                     self.names.remove(&name);
                 }
@@ -433,31 +446,41 @@ fn add(names: &mut Vec<String>, new: impl IntoIterator<Item = String>) {
 }
 
 /// Removes names until at most [`MAX_NAMES`] names are left, and returns the removed names. Removes
-/// the oldest names of the repository with the most names. A user who pulls an image under many
-/// names can therefore hardly remove the names that other users have pulled.
-fn take_excess_names(names: &mut Vec<String>) -> Vec<String> {
+/// the newest name from the registry with the most names, except pinned names and the names `new`
+/// of the pull in progress. A user who pulls an image under many names can therefore hardly remove
+/// the names that other users have pulled.
+fn take_excess_names(names: &mut Vec<String>, new: &[String], pins: &Pins) -> Vec<String> {
     let mut taken = Vec::new();
     while names.len() > MAX_NAMES {
-        let mut counts: HashMap<&str, usize> = HashMap::new();
-        for name in names.iter() {
-            *counts.entry(repository(name)).or_default() += 1;
-        }
-        let most = counts.values().copied().max();
-        let oldest = names
-            .iter()
-            .position(|name| counts.get(repository(name)).copied() == most);
-        match oldest {
-            Some(oldest) => taken.push(names.remove(oldest)),
+        let newest = newest_of_largest(names, |name| !pins.hold_name(name) && !new.contains(name))
+            .or_else(|| newest_of_largest(names, |name| !pins.hold_name(name)))
+            .or_else(|| newest_of_largest(names, |_| true));
+        match newest {
+            Some(newest) => taken.push(names.remove(newest)),
             None => break,
         }
     }
     taken
 }
 
-/// Returns a name without its digest or tag.
-fn repository(name: &str) -> &str {
-    let end = name.find('@').or_else(|| name.rfind(':'));
-    name.get(..end.unwrap_or(name.len())).unwrap_or_default()
+/// Of the names that match `may_go`, finds the newest from the registry with the most names. If no
+/// registry has more than [`NAMES_OF_A_REGISTRY`] names, finds the newest of all.
+fn newest_of_largest(names: &[String], may_go: impl Fn(&String) -> bool) -> Option<usize> {
+    let free: Vec<(usize, &str)> = names
+        .iter()
+        .enumerate()
+        .filter(|(_, name)| may_go(name))
+        .map(|(at, name)| (at, name.split('/').next().unwrap_or_default()))
+        .collect();
+    let mut counts: HashMap<&str, usize> = HashMap::new();
+    for (_, registry) in &free {
+        *counts.entry(registry).or_default() += 1;
+    }
+    let counted = |registry: &str| counts.get(registry).copied().unwrap_or_default();
+    let newest = free
+        .iter()
+        .max_by_key(|(at, registry)| (counted(registry).max(NAMES_OF_A_REGISTRY), *at));
+    newest.map(|(at, _)| *at)
 }
 
 #[cfg(test)]
@@ -526,19 +549,65 @@ mod tests {
         Ok(())
     }
 
+    /// Records the same image under all names at once. Returns its record.
+    fn pull_as(
+        catalog: &mut Catalog,
+        names: impl IntoIterator<Item = String>,
+    ) -> Result<Arc<Image>, ImageError> {
+        let names = names.into_iter().map(|name| Name::parse(&name));
+        let names = names.collect::<Result<Vec<_>, _>>()?;
+        Ok(catalog.publish(image("a", &[]), &names, Some(&id("e")))?.0)
+    }
+
     #[test]
-    fn an_image_with_very_many_names_loses_the_oldest_names_of_the_largest_repository()
+    fn the_names_of_one_registry_do_not_remove_the_names_of_another() -> Result<(), ImageError> {
+        let mut catalog = with_layers(&[]);
+        let few = ["r.example/few:1", "r.example/few:2", "r.example/other:1"];
+        pull_as(&mut catalog, few.map(str::to_owned))?;
+        let many = |number: usize| format!("many.example/r{number}:1");
+        pull_as(&mut catalog, (0..MAX_NAMES - 3).map(many))?;
+        for number in MAX_NAMES - 3..MAX_NAMES + 3 {
+            let found = pull_as(&mut catalog, [many(number)])?;
+            let counts = (found.repo_tags.len(), found.repo_digests.len());
+            assert_eq!(counts, (MAX_NAMES, MAX_NAMES));
+            assert!(catalog.find(&many(number)).is_some());
+        }
+        assert!(few.iter().all(|name| catalog.find(name).is_some()));
+        // The names from a third registry replace names from the registry with the most names.
+        let third = (0..5).map(|number| format!("third.example/r:{number}"));
+        pull_as(&mut catalog, third.clone())?;
+        pull_as(&mut catalog, [many(MAX_NAMES * 2)])?;
+        assert!(third.clone().all(|name| catalog.find(&name).is_some()));
+        Ok(())
+    }
+
+    #[test]
+    fn the_names_of_many_registries_and_pinned_names_do_not_remove_older_names()
     -> Result<(), ImageError> {
         let mut catalog = with_layers(&[]);
-        catalog.publish(image("a", &[]), &[Name::parse("few:1")?], Some(&id("e")))?;
-        for number in 0..MAX_NAMES + 5 {
-            let name = Name::parse(&format!("many:{number}"))?;
-            catalog.publish(image("a", &[]), &[name], None)?;
+        catalog.pins = vec!["pinned.example/*".to_owned()].into();
+        let are_here = |catalog: &Catalog, names: &[String]| {
+            names.iter().all(|name| catalog.find(name).is_some())
+        };
+        let old: Vec<_> = (0..NAMES_OF_A_REGISTRY)
+            .map(|number| format!("r.example/app:{number}"))
+            .collect();
+        pull_as(&mut catalog, old.clone())?;
+        let many = |number: usize| format!("r{number}.example/app:1");
+        pull_as(&mut catalog, (0..MAX_NAMES - old.len()).map(many))?;
+        for number in MAX_NAMES..MAX_NAMES + 5 {
+            pull_as(&mut catalog, [many(number)])?;
         }
-        let found = catalog.find("few:1");
-        assert!(found.is_some_and(|found| found.repo_tags.len() == MAX_NAMES));
-        assert!(catalog.find("many:5").is_none());
-        assert!(catalog.find("many:6").is_some());
+        assert!(are_here(&catalog, &old));
+        let pinned: Vec<_> = (0..MAX_NAMES)
+            .map(|number| format!("pinned.example/app:{number}"))
+            .collect();
+        pull_as(&mut catalog, pinned.clone())?;
+        assert!(are_here(&catalog, &pinned));
+        // If no name may be removed, the image does not get the new name.
+        let found = pull_as(&mut catalog, ["new.example/app:1".to_owned()])?;
+        assert_eq!(found.repo_tags.len(), MAX_NAMES);
+        assert!(are_here(&catalog, &pinned));
         Ok(())
     }
 

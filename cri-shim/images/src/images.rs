@@ -70,6 +70,7 @@ impl Images {
         std::fs::create_dir_all(&empty)
             .map_err(|error| failed("create the directory", &empty, &error))?;
         let (mut catalog, mut changes) = Catalog::load(&store, root)?;
+        catalog.pins = settings.pinned.clone();
         let (_, swept) = catalog.sweep();
         changes.extend(swept);
         // This function need not wait for the commit. All directories without a record are removed,

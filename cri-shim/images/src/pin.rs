@@ -37,7 +37,12 @@ impl From<Pins> for Vec<String> {
 impl Pins {
     pub fn hold(&self, image: &Image) -> bool {
         let mut names = image.repo_tags.iter().chain(&image.repo_digests);
-        names.any(|name| self.patterns.iter().any(|pattern| matches(pattern, name)))
+        names.any(|name| self.hold_name(name))
+    }
+
+    /// Returns whether a pattern matches `name`, which is a complete tag or digest reference.
+    pub(crate) fn hold_name(&self, name: &str) -> bool {
+        self.patterns.iter().any(|pattern| matches(pattern, name))
     }
 }
 
