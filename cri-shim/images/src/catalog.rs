@@ -23,6 +23,10 @@ pub(crate) const EMPTY_LAYER: u64 = 0;
 /// memory, and ListImages returns the names of all images in one message.
 const MAX_NAMES: usize = 1000;
 
+/// The maximum number of blobs of one layer that the catalog contains. Layers from further blobs are
+/// fetched again for each image.
+const MAX_BLOBS: usize = 1000;
+
 /// The number of names of one image up to which a registry loses no name because of the names from
 /// other registries.
 const NAMES_OF_A_REGISTRY: usize = MAX_NAMES / 10;
@@ -80,6 +84,10 @@ pub(crate) struct Catalog {
     /// The layers, by their keys. A key is the result of [`key_of`] or [`directory_layer_key`], or
     /// a diff ID if an older version unpacked the layer.
     layers: HashMap<String, Layer>,
+    /// The blobs from which each layer was unpacked: digest and size, by the layer's key. An image
+    /// shares a layer only if its manifest names such a blob. Any image can name a diff ID, but only
+    /// a pull that receives the blob proves that it has access to the layer.
+    blobs: HashMap<String, HashSet<(String, u64)>>,
     /// The keys of layers whose records are not in the store yet.
     unrecorded: HashSet<String>,
     leases: HashMap<String, Lease>,
@@ -144,6 +152,11 @@ impl Catalog {
     }
 
     fn insert(&mut self, image: Arc<Image>) {
+        // An image was recorded only after all its blobs were unpacked. In a record of an older
+        // version, `unpacked` can be empty. No other image shares the layers of such an image.
+        for (key, layer) in image.unpacked.iter().zip(&image.layers) {
+            self.add_blob(key, &layer.digest, layer.size);
+        }
         for name in image.repo_tags.iter().chain(&image.repo_digests) {
             self.names.insert(name.clone(), image.id.clone());
         }
@@ -277,6 +290,21 @@ impl Catalog {
         self.layers.get(key)
     }
 
+    /// Returns whether a layer was unpacked from the blob with this digest and size.
+    pub(crate) fn has_blob(&self, key: &str, digest: &str, size: u64) -> bool {
+        let blobs = self.blobs.get(key);
+        self.layers.contains_key(key)
+            && blobs.is_some_and(|blobs| blobs.contains(&(digest.to_owned(), size)))
+    }
+
+    /// Records that the layer with the given key was unpacked from this blob.
+    pub(crate) fn add_blob(&mut self, key: &str, digest: &str, size: u64) {
+        let blobs = self.blobs.entry(key.to_owned()).or_default();
+        if blobs.len() < MAX_BLOBS {
+            blobs.insert((digest.to_owned(), size));
+        }
+    }
+
     pub(crate) fn add_layer(&mut self, key: &str, layer: Layer) {
         self.unrecorded.insert(key.to_owned());
         self.layers.insert(key.to_owned(), layer);
@@ -329,6 +357,7 @@ impl Catalog {
         let mut changes = Vec::new();
         for key in unused {
             layers.extend(self.layers.remove(&key));
+            self.blobs.remove(&key);
             if !self.unrecorded.remove(&key) {
                 changes.push(Change::delete(Table::LAYERS, &key));
             }

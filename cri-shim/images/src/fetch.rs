@@ -154,7 +154,6 @@ async fn download(
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, ImageError> {
     let descriptor = &request.descriptor;
-    check_size(request)?;
     let slot = Arc::new(slot);
     let watch = Arc::new(RateWatch::new(queues.min_rate, Some(Arc::clone(&slot))));
     let kept = PartialName::new(&queues.directories.root, source.name(), descriptor);
@@ -205,20 +204,6 @@ async fn download(
         kept.discard();
         restarted = true;
     }
-}
-
-/// Refuses a blob that would unpack to more than the limit. A compressed blob can be slightly
-/// longer than its unpacked content, but not twice as long. A blob that is more than twice as long
-/// as the limit is therefore refused.
-fn check_size(request: &LayerRequest) -> Result<(), ImageError> {
-    let (size, limit) = (request.descriptor.size, request.bounds.bytes);
-    if size / 2 <= limit {
-        return Ok(());
-    }
-    let error = LayerError::Bound(format!(
-        "the blob has {size} bytes, but the limit for an unpacked layer is {limit} bytes"
-    ));
-    Err(error.into())
 }
 
 /// Makes one attempt to fetch and unpack a layer. On failure, also returns how many bytes from

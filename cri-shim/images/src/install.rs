@@ -10,11 +10,11 @@ use futures_util::future::try_join_all;
 use serde_json::value::RawValue;
 use tokio::sync::watch;
 
-use crate::catalog::{directory_layer_key, key_of};
+use crate::catalog::{Catalog, directory_layer_key, key_of};
 use crate::error::{ImageError, Kind};
 use crate::fetch::{self, LayerRequest, Origin};
 use crate::image_store::ImageStore;
-use crate::layer::{self, Bounds, LayerDescriptor};
+use crate::layer::{self, Bounds, LayerDescriptor, LayerError};
 use crate::pulls_in_progress::{
     Caller, FetchInProgress, FetchKey, FetchState, PullResult, WeakFetch,
 };
@@ -97,6 +97,7 @@ pub(crate) async fn install(
         configuration,
     } = image;
     check_configuration(&image, store.settings.configuration_bytes)?;
+    check_sizes(&descriptors, store.settings.layer_bytes)?;
     let published = {
         let keys: Vec<String> = descriptors.iter().map(|p| key_of(&p.diff_id)).collect();
         let top = directory_layer_key(&keys);
@@ -135,6 +136,21 @@ fn check_configuration(image: &Image, limit: usize) -> Result<(), ImageError> {
             "the arguments, variables and volumes in the image's configuration have {bytes} bytes, and the limit is {limit} bytes (image.configuration_bytes)"
         ),
     ))
+}
+
+/// Refuses a blob that would unpack to more than the limit. A compressed blob can be slightly
+/// longer than its unpacked content, but not twice as long. A blob that is more than twice as long
+/// as the limit is therefore refused.
+fn check_sizes(descriptors: &[LayerDescriptor], limit: u64) -> Result<(), ImageError> {
+    let Some(LayerDescriptor { digest, size, .. }) =
+        descriptors.iter().find(|layer| layer.size / 2 > limit)
+    else {
+        return Ok(());
+    };
+    let error = LayerError::Bound(format!(
+        "the blob has {size} bytes, but the limit for an unpacked layer is {limit} bytes"
+    ));
+    Err(ImageError::from(error).context(format_args!("layer {digest}")))
 }
 
 /// Fetches and unpacks every layer, and creates the image's directory layer if the image needs one.
@@ -231,8 +247,8 @@ async fn fetch_layers(
     }
 }
 
-/// Fetches and unpacks one layer, unless the catalog already contains it. If another pull is
-/// already fetching the same layer from the same registry, joins that fetch.
+/// Fetches and unpacks one layer, unless the catalog already contains the layer from the same blob.
+/// If another pull is already fetching the same layer from the same registry, joins that fetch.
 async fn fetch_layer(
     store: &Arc<ImageStore>,
     origin: &Arc<Origin>,
@@ -297,7 +313,7 @@ fn join_or_begin(
     // catalog.
     let mut fetches = lock(&store.fetches);
     let catalog = lock(&store.catalog);
-    if catalog.layer(&key.layer).is_some() {
+    if is_unpacked(&catalog, key) {
         return LayerState::Unpacked;
     }
     if joins && let Some(fetching) = fetches.get(key).and_then(WeakFetch::upgrade) {
@@ -309,11 +325,22 @@ fn join_or_begin(
             key.digest
         );
     }
+    if catalog.layer(&key.layer).is_some() {
+        log::info!(
+            "layer {}: the layer was unpacked from another blob, so the server fetches this blob to verify it",
+            key.digest
+        );
+    }
     let fetching = begin();
     if let Some(weak) = fetching.downgrade() {
         fetches.insert(key.clone(), weak);
     }
     LayerState::Begun(fetching)
+}
+
+/// Returns whether the catalog contains the layer, and the layer was unpacked from the same blob.
+fn is_unpacked(catalog: &Catalog, key: &FetchKey) -> bool {
+    catalog.has_blob(&key.layer, &key.digest, key.size)
 }
 
 fn begin_fetch(
@@ -348,7 +375,7 @@ fn begin_fetch(
         };
         let fetched = tokio::select! {
             fetched = fetch::fetch(origin, request, pull, &queues, count) => Some(fetched),
-            () = unpacked_elsewhere(&store, &key.layer) => None,
+            () = unpacked_elsewhere(&store, &key) => None,
         };
         end_fetch(&store, &key, &ours, fetched)
     };
@@ -370,7 +397,7 @@ fn end_fetch(
         return fetched.map_or(Ok(()), |fetched| fetched.map(drop));
     };
     let result = match fetched {
-        Some(fetched) => fetched.map(|layer| add(&store, &key.layer, layer)),
+        Some(fetched) => fetched.map(|layer| add(&store, key, layer)),
         None => {
             // The received bytes of a large blob are kept, although no pull may need them.
             store.sweep_partials_later();
@@ -388,11 +415,11 @@ fn end_fetch(
     result
 }
 
-/// Waits until another fetch has added the layer to the catalog.
-async fn unpacked_elsewhere(store: &Weak<ImageStore>, key: &str) {
+/// Waits until another fetch has added the same layer from the same blob to the catalog.
+async fn unpacked_elsewhere(store: &Weak<ImageStore>, key: &FetchKey) {
     let is_here = || {
         let store = store.upgrade();
-        store.is_some_and(|store| lock(&store.catalog).layer(key).is_some())
+        store.is_some_and(|store| is_unpacked(&lock(&store.catalog), key))
     };
     while !is_here() {
         tokio::time::sleep(PROGRESS_CHECK_INTERVAL).await;
@@ -401,10 +428,11 @@ async fn unpacked_elsewhere(store: &Weak<ImageStore>, key: &str) {
 
 /// Adds an unpacked layer to the catalog. If another fetch has already added the layer, removes this
 /// copy.
-fn add(store: &ImageStore, key: &str, layer: UnpackedLayer) {
+fn add(store: &ImageStore, key: &FetchKey, layer: UnpackedLayer) {
     let mut catalog = lock(&store.catalog);
-    if catalog.layer(key).is_none() {
-        catalog.add_layer(key, layer.keep());
+    catalog.add_blob(&key.layer, &key.digest, key.size);
+    if catalog.layer(&key.layer).is_none() {
+        catalog.add_layer(&key.layer, layer.keep());
     }
 }
 

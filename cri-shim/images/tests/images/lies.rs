@@ -66,6 +66,14 @@ pub(crate) fn trials() -> Vec<Trial> {
             sent_on,
         ),
         trial(
+            "an_image_gets_a_layer_of_the_node_only_with_the_layers_blob",
+            only_with_the_blob,
+        ),
+        trial(
+            "a_layer_with_an_impossible_size_is_refused_before_its_download",
+            impossible_size,
+        ),
+        trial(
             "a_large_configuration_is_on_the_disk_and_its_size_is_reported",
             large_configuration,
         ),
@@ -542,6 +550,73 @@ async fn configurations() -> Result<(), Failure> {
     assert!(record.len() < 10_000, "{} bytes", record.len());
     let whole = node.images.configuration(&pulled.id)?;
     assert!(whole.is_some_and(|whole| whole.get().contains("label-59999")));
+    Ok(())
+}
+
+/// The images have the same layer, and their manifests name different blobs for it.
+async fn only_with_the_blob() -> Result<(), Failure> {
+    let archive = || Archive::new().file("secret", "content").end();
+    let private = image(
+        &[(archive(), Compression::Gzip)],
+        json!({ "Cmd": ["private"] }),
+    );
+    let thief = image(
+        &[(archive(), Compression::None)],
+        json!({ "Cmd": ["thief"] }),
+    );
+    let same = image(
+        &[(archive(), Compression::None)],
+        json!({ "Cmd": ["same"] }),
+    );
+    let owner = Server::start(&[("private", &private)], |_| None)?;
+    let (layer, length) = (thief.layers[0].clone(), archive().len());
+    let evil = Server::start(&[("thief", &thief)], move |request| {
+        // This answer is slow, because the owner's pull must not end this fetch, either.
+        let mut answer = Answer::new(200, noise(length));
+        (answer.slow, answer.piece) = (Duration::from_millis(100), length / 20);
+        request.path.ends_with(&layer).then_some(answer)
+    })?;
+    let node = Node::new()?;
+    let (images, stolen) = (node.images.clone(), format!("{}/thief:1", evil.host()));
+    let name = stolen.clone();
+    let during = tokio::spawn(async move { images.pull(&name, None).await.is_err() });
+    while evil.count(&thief.layers[0]) == 0 {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let name = format!("{}/private:1", owner.host());
+    node.images.pull(&name, None).await?;
+    assert!(during.await?, "a pull got the layer during another pull");
+    assert!(node.images.pull(&stolen, None).await.is_err());
+    assert_eq!(node.images.list().len(), 1);
+    // The layer is shared after the other blob was received, also after a restart.
+    let images = [("thief", &thief), ("same", &same)];
+    let good = Server::start(&images, |_| None)?;
+    let pull = |name: &str| format!("{}/{name}:1", good.host());
+    node.images.pull(&pull("thief"), None).await?;
+    let node = node.restart()?;
+    node.images.pull(&pull("same"), None).await?;
+    assert_eq!(good.count(&thief.layers[0]), 1);
+    node.images.pull(&name, None).await?;
+    assert_eq!(owner.count(&private.layers[0]), 1);
+    node.comes_down_to(1).await
+}
+
+async fn impossible_size() -> Result<(), Failure> {
+    let mut lying = image(&[noisy("a", 1000)], json!({}));
+    let manifest = lying.blobs.pop().ok_or("no manifest")?;
+    let mut manifest: serde_json::Value = serde_json::from_slice(&manifest)?;
+    manifest["layers"][0]["size"] = json!(1u64 << 62);
+    lying.blobs.push(manifest.to_string().into_bytes());
+    lying.manifest = digest(&lying.blobs[2]);
+    let good = image(&[noisy("a", 1000)], json!({ "Cmd": ["good"] }));
+    let server = Server::start(&[("lying", &lying), ("good", &good)], |_| None)?;
+    let node = Node::new()?;
+    // The layer is already on the node.
+    let name = |name: &str| format!("{}/{name}:1", server.host());
+    node.images.pull(&name("good"), None).await?;
+    let error = node.images.pull(&name("lying"), None).await.err();
+    let kind = error.as_ref().map(ImageError::kind);
+    assert_eq!(kind, Some(Kind::ResourceExhausted), "{error:?}");
     Ok(())
 }
 
