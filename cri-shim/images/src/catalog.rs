@@ -603,10 +603,10 @@ mod tests {
         }
         assert!(few.iter().all(|name| catalog.find(name).is_some()));
         // The names from a third registry replace names from the registry with the most names.
-        let third = (0..5).map(|number| format!("third.example/r:{number}"));
+        let mut third = (0..5).map(|number| format!("third.example/r:{number}"));
         pull_as(&mut catalog, third.clone())?;
         pull_as(&mut catalog, [many(MAX_NAMES * 2)])?;
-        assert!(third.clone().all(|name| catalog.find(&name).is_some()));
+        assert!(third.all(|name| catalog.find(&name).is_some()));
         Ok(())
     }
 

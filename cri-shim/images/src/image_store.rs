@@ -13,6 +13,7 @@ use crate::fetch::Queues;
 use crate::hosts::Registries;
 use crate::partial;
 use crate::pulls_in_progress::{FetchKey, PullInProgress, PullKey, WeakFetch};
+use crate::removals::Removals;
 use crate::settings::ImageSettings;
 use rrun_calls::lock::lock;
 use rrun_store::Store;
@@ -76,7 +77,7 @@ impl ImageStore {
         // from the table here, and `sweep` removes the layers of stopped fetches.
         lock(&self.fetches).retain(|_, fetching| fetching.upgrade().is_some());
         self.sweep_partials_later();
-        self.sweep().await
+        self.sweep_with(Removals::begin).await
     }
 
     /// Removes the layers that no image, lease or pull needs. The records are deleted before this
@@ -86,6 +87,10 @@ impl ImageStore {
     /// If the server stops before, its next start finds no directory for a record, and deletes the
     /// record.
     pub(crate) async fn sweep(&self) -> Result<(), ImageError> {
+        self.sweep_with(Removals::begin_counted).await
+    }
+
+    async fn sweep_with(&self, begin: fn(&Arc<Removals>, Vec<PathBuf>)) -> Result<(), ImageError> {
         let (layers, written) = {
             let (layers, changes) = lock(&self.catalog).sweep();
             if layers.is_empty() {
@@ -98,7 +103,7 @@ impl ImageStore {
             .iter()
             .map(|layer| directory(&self.root, layer.number))
             .collect();
-        self.queues.directories.removals.begin(directories);
+        begin(&self.queues.directories.removals, directories);
         Ok(written?)
     }
 }

@@ -24,7 +24,8 @@ pub(crate) struct Removals {
     /// removals run one after the other and use only one thread. One thread removes files faster
     /// than three threads unpack them.
     one: tokio::sync::Mutex<()>,
-    /// The number of removals in progress, including the removals that wait for the lock `one`.
+    /// The number of removals of layers of removed images in progress, including the removals that
+    /// wait for the lock `one`.
     count: watch::Sender<usize>,
     /// The runtime of the server. The threads that unpack layers do not belong to it.
     runtime: Handle,
@@ -39,36 +40,51 @@ impl Removals {
         })
     }
 
-    /// Removes files and directories that no record names. If one of them can't be removed, tries
+    /// Removes the files of layers that were never complete. If one of them can't be removed, tries
     /// again later. Any thread can call this function, and the call does not block.
     pub(crate) fn begin(self: &Arc<Self>, paths: Vec<PathBuf>) {
         if !paths.is_empty() {
-            self.attempt(paths, 0);
+            let removals = Arc::clone(self);
+            self.runtime.spawn(async move {
+                let left = removals.attempt(paths).await;
+                removals.retry(left).await;
+            });
         }
     }
 
-    fn attempt(self: &Arc<Self>, mut paths: Vec<PathBuf>, failures: u32) {
+    /// Removes the layers of removed images like [`Removals::begin`]. [`Removals::done`] waits for
+    /// the first attempt.
+    pub(crate) fn begin_counted(self: &Arc<Self>, paths: Vec<PathBuf>) {
         let removals = Arc::clone(self);
         removals.count.send_modify(|count| *count += 1);
         self.runtime.spawn(async move {
-            let one = removals.one.lock().await;
-            let removed = tokio::task::spawn_blocking(move || {
-                paths.retain(|path| !remove(path));
-                paths
-            });
-            let left = removed.await.unwrap_or_default();
-            drop(one);
-            removals
-                .count
-                .send_modify(|count| *count = count.saturating_sub(1));
-            if !left.is_empty() {
-                tokio::time::sleep(RETRY_INTERVAL * (1 << failures.min(MAX_DOUBLINGS))).await;
-                removals.attempt(left, failures + 1);
-            }
+            let left = removals.attempt(paths).await;
+            let counted = |count: &mut usize| *count = count.saturating_sub(1);
+            removals.count.send_modify(counted);
+            removals.retry(left).await;
         });
     }
 
-    /// Waits until no removal is in progress, but at most for `limit`.
+    /// Removes the paths, and returns those that can't be removed.
+    async fn attempt(&self, mut paths: Vec<PathBuf>) -> Vec<PathBuf> {
+        let _one = self.one.lock().await;
+        let removed = tokio::task::spawn_blocking(move || {
+            paths.retain(|path| !remove(path));
+            paths
+        });
+        removed.await.unwrap_or_default()
+    }
+
+    async fn retry(&self, mut left: Vec<PathBuf>) {
+        let mut failures = 0;
+        while !left.is_empty() {
+            tokio::time::sleep(RETRY_INTERVAL * (1 << failures)).await;
+            failures = (failures + 1).min(MAX_DOUBLINGS);
+            left = self.attempt(left).await;
+        }
+    }
+
+    /// Waits until no layer of a removed image is being removed, but at most for `limit`.
     pub(crate) async fn done(&self, limit: Duration) {
         let mut count = self.count.subscribe();
         let _ = tokio::time::timeout(limit, count.wait_for(|count| *count == 0)).await;
