@@ -492,7 +492,7 @@ fn take_excess_names(names: &mut Vec<String>, new: &[String], pins: &Pins) -> Ve
     taken
 }
 
-/// Of the names that match `may_go`, finds the newest from the registry with the most names. If no
+/// Finds the newest of the names that match `may_go` from the registry with the most names. If no
 /// registry has more than [`NAMES_OF_A_REGISTRY`] names, finds the newest of all.
 fn newest_of_largest(names: &[String], may_go: impl Fn(&String) -> bool) -> Option<usize> {
     let free: Vec<(usize, &str)> = names

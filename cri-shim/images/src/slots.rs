@@ -28,8 +28,8 @@ use rrun_calls::lock::lock;
 /// The normal length of a turn while another pull waits for a slot.
 const SHORT_TURN: Duration = Duration::from_secs(60);
 
-/// The length of a turn of a fast or large fetch while another pull waits for a further slot. A fetch is
-/// fast if it reaches [`FAST_BYTES_PER_SECOND`]. A fetch is large if it received
+/// The length of a turn of a fast or large fetch while another pull waits for a further slot. A
+/// fetch is fast if it reaches [`FAST_BYTES_PER_SECOND`]. A fetch is large if it received
 /// [`LARGE_REPLAY_BYTES`] in earlier turns. At the beginning of each turn, all bytes from earlier
 /// turns are unpacked again. A few long turns therefore cost less than many short turns.
 const LONG_TURN: Duration = Duration::from_secs(600);
@@ -603,7 +603,7 @@ mod tests {
         assert!(!must_leave_after(&fast, SHORT_TURN - second));
         assert!(must_leave_after(&fast, SHORT_TURN));
         assert!((&mut waits).now_or_never().is_some());
-        // Of two fetches whose turns are over, the fetch from the host with more slots leaves.
+        // The turns of three fetches are over. A fetch from the host with the most slots leaves.
         let slots = Slots::new(3, 2);
         let held = [1, 1, 2].map(|pull| slot(&slots, pull));
         for (slot, host) in held.iter().zip(["a", "a", "b"]) {

@@ -23,6 +23,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        steady_layers_from_two_registries_delay_no_pull_from_a_third,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         a_slow_pull_gives_up_a_download_slot_to_another_pull_from_the_same_registry,
         A_NODE,
         Need::RrunCri
@@ -120,6 +125,24 @@ fn of_bombs(name: &str, count: usize) -> Image {
     image(&layers, json!({ "Labels": { "name": name } }))
 }
 
+/// Returns an image with `count` empty layers of 3 MiB.
+fn of_zeros(name: &str, count: usize) -> Image {
+    let layers: Vec<_> = (1..=count)
+        .map(|number| (vec![0; (3 << 20) + number * 512], Compression::None))
+        .collect();
+    image(&layers, json!({ "Labels": { "name": name } }))
+}
+
+/// Returns a handler that sends the layers of `image` without a long pause. Each layer needs 20 s.
+fn paced(image: &Image) -> impl Fn(&Request) -> Option<Answer> + Send + Sync + 'static {
+    let send = dripping(image);
+    move |request| {
+        let mut answer = send(request)?;
+        (answer.piece, answer.slow) = (16 << 10, Duration::from_millis(110));
+        Some(answer)
+    }
+}
+
 fn configure(node: &mut Node, image: &str) -> Result {
     let drop_ins = node.join("config.d");
     fs::create_dir_all(&drop_ins)?;
@@ -171,6 +194,32 @@ fn slow_layers_delay_no_pull_from_another_registry() -> Result {
         requested(&server, &drip)?;
         node.pull(BUSYBOX)?;
         node.asks(&["rmi", BUSYBOX])?;
+        ends(node, hanging)
+    })
+}
+
+fn steady_layers_from_two_registries_delay_no_pull_from_a_third() -> Result {
+    on_a_node(|node| {
+        // Together, the two registries occupy all four normal download slots.
+        let (first, second) = (of_zeros("first", 3), of_zeros("second", 1));
+        let servers = [
+            serve(&[("app", &first)], paced(&first))?,
+            serve(&[("app", &second)], paced(&second))?,
+        ];
+        let names = servers.each_ref().map(|it| format!("{}/app:1", it.host()));
+        let other = node.crictl(&["pull", &names[0]]).start()?;
+        requested(&servers[0], &first)?;
+        let hanging = node.crictl(&["pull", &names[1]]).start()?;
+        requested(&servers[1], &second)?;
+        node.pull(BUSYBOX)?;
+        for name in &names {
+            ensure!(
+                !node.log().contains(&format!("pull {name}: done")),
+                "the pull of {BUSYBOX} waited until the pull of {name} was complete"
+            );
+        }
+        node.asks(&["rmi", BUSYBOX])?;
+        drop(other);
         ends(node, hanging)
     })
 }
