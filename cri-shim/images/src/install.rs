@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use futures_util::future::try_join_all;
 use serde_json::value::RawValue;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::catalog::{Catalog, directory_layer_key, key_of};
 use crate::error::{ImageError, Kind};
@@ -210,7 +210,9 @@ async fn bring_layers(
     Ok(unpacked)
 }
 
-/// Fetches all layers in parallel, and logs the progress.
+/// Fetches the layers in parallel, and logs the progress. Only as many layers as can be fetched and
+/// unpacked at the same time wait in the queues. Each decision of a queue examines all waiting
+/// layers, so the layers of many images could otherwise occupy a processor.
 async fn fetch_layers(
     store: &Arc<ImageStore>,
     origin: &Arc<Origin>,
@@ -223,12 +225,14 @@ async fn fetch_layers(
         .iter()
         .fold(0, |sum: u64, layer| sum.saturating_add(layer.size));
     let progress = Arc::new(AtomicU64::new(0));
-    let all = try_join_all(
-        descriptors
-            .iter()
-            .zip(keys)
-            .map(|(descriptor, key)| fetch_layer(store, origin, pull, descriptor, key, &progress)),
-    );
+    let permits = Semaphore::new(store.settings.layers_per_pull());
+    let (permits, progress) = (&permits, &progress);
+    let fetches = descriptors.iter().zip(keys);
+    let all = try_join_all(fetches.map(|(descriptor, key)| async move {
+        // `acquire` fails only if the semaphore is closed, and it is never closed.
+        let _permit = permits.acquire().await;
+        fetch_layer(store, origin, pull, descriptor, key, progress).await
+    }));
     let mut all = std::pin::pin!(all);
     let mut logged = Progress::new(total);
     loop {
@@ -469,6 +473,52 @@ async fn publish(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hosts::Registries;
+    use crate::images::Images;
+    use crate::limits::RegistryLimits;
+    use crate::settings::ImageSettings;
+    use crate::source::Source;
+
+    #[tokio::test]
+    async fn only_a_few_layers_of_one_image_wait_in_the_queues()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let root = std::env::temp_dir().join(format!("rrun-layers-{}", std::process::id()));
+        std::fs::create_dir_all(&root)?;
+        let store = rrun_store::Store::open(&root.join("meta.redb"))?;
+        let registries = Registries::new(&root.join("certs.d"));
+        let settings = ImageSettings::default();
+        let most = settings.layers_per_pull();
+        let limits = RegistryLimits {
+            silence: settings.silence_timeout(),
+            min_rate: settings.min_rate(),
+            permissions: settings.permissions(),
+        };
+        // Nothing is sent to the registry before the first `await` of the test.
+        let name = Name::parse("registry.invalid/app:1")?;
+        let source = Source::open(&registries, &name, None, limits)?;
+        let images = Images::open(&root, store, registries, settings)?;
+        let layer = |number: u64| LayerDescriptor {
+            digest: format!("sha256:{number:064x}"),
+            size: 1,
+            diff_id: format!("sha256:{number:064x}"),
+        };
+        let layers: Vec<_> = (0..498).map(layer).collect();
+        let keys: Vec<_> = layers.iter().map(|layer| key_of(&layer.diff_id)).collect();
+        let origin = Arc::new(Origin::Registry(source));
+        let mut fetched = Box::pin(fetch_layers(
+            &images.store,
+            &origin,
+            1,
+            &layers,
+            &keys,
+            "app",
+        ));
+        assert!((&mut fetched).now_or_never().is_none());
+        let (fetching, waiting) = images.store.queues.slots.counts();
+        assert_eq!(fetching + waiting, most);
+        drop(fetched);
+        Ok(std::fs::remove_dir_all(&root)?)
+    }
 
     #[test]
     fn progress_is_logged_after_every_tenth_of_the_bytes_and_every_ten_seconds() {

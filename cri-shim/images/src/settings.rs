@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::limits::{MinRate, Permissions};
+use crate::manifest::MAX_LAYERS;
 use crate::pin::Pins;
 
 /// The settings in the `[image]` table of the configuration.
@@ -121,6 +122,12 @@ impl ImageSettings {
     /// 1, the maximum is less than `parallel_layers`. One host then can't use all slots.
     fn most_layers_per_host(&self) -> usize {
         self.parallel_layers.saturating_sub(1).max(1)
+    }
+
+    /// Returns how many layers of one pull are fetched or wait to be fetched at the same time.
+    pub(crate) fn layers_per_pull(&self) -> usize {
+        let all = self.parallel_layers.saturating_add(self.parallel_unpacks);
+        all.min(MAX_LAYERS)
     }
 
     pub(crate) fn silence_timeout(&self) -> Duration {

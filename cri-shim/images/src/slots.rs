@@ -164,6 +164,13 @@ impl Slots {
         }
     }
 
+    /// Returns the number of layers that are being fetched, and the number of layers that wait.
+    #[cfg(test)]
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let state = lock(&self.state);
+        (state.holders.len(), state.waiters.len())
+    }
+
     fn from_host(state: &SlotTable, host: &str) -> usize {
         state.holders.iter().filter(|h| h.host == host).count()
     }
