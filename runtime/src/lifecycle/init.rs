@@ -77,11 +77,11 @@ impl Init<'_> {
         let page = page.transpose()?;
         syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
         rustix::process::setsid().doing(|| "become a session leader")?;
-        rustix::process::umask(Mode::empty());
+        let callers_umask = rustix::process::umask(Mode::empty());
         // This function logs a warning if it fails. Later, standard error can be the container's
         // terminal.
         leave_callers_cpus();
-        let labels = self.enter_container()?;
+        let labels = self.enter_container(callers_umask)?;
 
         if let Some(name) = self.state.keyring() {
             join_keyring(&name, &self.state.id, &labels)?;
@@ -114,13 +114,13 @@ impl Init<'_> {
     /// Performs the setup steps of the first process, up to and including the change of its root.
     /// After the change of its root, the first process cannot reach the host's files. Returns the
     /// open files in the host's /proc through which the process sets its labels.
-    fn enter_container(&mut self) -> Result<OpenLabels> {
+    fn enter_container(&mut self, callers_umask: Mode) -> Result<OpenLabels> {
         let config = self.config;
         let new_user = config.namespaces.own(Type::User);
         self.enter_namespaces(new_user)?;
         let rootfs = self.build_root(new_user)?;
         let terminal = self.make_terminal(&rootfs)?;
-        self.run_hooks()?;
+        self.run_hooks(callers_umask)?;
         // The following steps, up to the change of the root, are the last steps that need the
         // host's /proc.
         sysctl::apply(&config.sysctl)?;
@@ -321,7 +321,7 @@ impl Init<'_> {
         Ok(Some(terminal))
     }
 
-    fn run_hooks(&mut self) -> Result<()> {
+    fn run_hooks(&mut self, callers_umask: Mode) -> Result<()> {
         let config = self.config;
         if config.hooks != Hooks::default() {
             // Before the root changes, use the host's /proc to read the id that this process has on
@@ -342,12 +342,16 @@ impl Init<'_> {
             .as_ref()
             .filter(|list| !list.is_empty())
         {
+            // The setup of the root needs the umask 0. With this umask, every user could write to
+            // the files that a hook creates on the host.
+            rustix::process::umask(callers_umask);
             hooks::run(
                 "createContainer",
                 Some(list),
                 &self.hook_state(Status::Creating),
                 hooks::HookPlace::OnHost(None),
             )?;
+            rustix::process::umask(Mode::empty());
         }
         Ok(())
     }

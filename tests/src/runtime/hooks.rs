@@ -6,7 +6,7 @@ use std::fs;
 use serde_json::{Value, json};
 
 use crate::support::bundle::Bundle;
-use crate::support::machine::Result;
+use crate::support::machine::{Result, command};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -15,6 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     // specification requires.
     test!(hooks_run_in_the_order_of_the_specification, Need::Rrun),
     test!(hooks_receive_the_containers_state, Need::Rrun),
+    test!(hooks_on_the_host_have_the_umask_of_the_runtimes_caller),
     test!(a_start_container_hook_runs_in_the_container),
     test!(a_start_container_hook_is_confined_like_the_process),
     test!(a_failing_hook_makes_create_remove_the_container),
@@ -103,6 +104,32 @@ fn hooks_receive_the_containers_state() -> Result {
                 "the process id in the state that the hook {kind} received"
             );
         }
+    }
+    Ok(())
+}
+
+/// With the umask 0, every user could write to the files that a hook creates on the host.
+fn hooks_on_the_host_have_the_umask_of_the_runtimes_caller() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    let kinds = [
+        "prestart",
+        "createRuntime",
+        "createContainer",
+        "poststart",
+        "poststop",
+    ];
+    for kind in kinds {
+        let line = format!("umask > {}", bundle.join(kind).display());
+        bundle.set(&format!("/hooks/{kind}"), shell(&line));
+    }
+    let own = command("sh", ["-c", "umask"]).ok()?.stdout;
+    bundle.run()?;
+    for kind in kinds {
+        ensure_eq!(
+            fs::read_to_string(bundle.join(kind))?,
+            own,
+            "the umask of the hook {kind}"
+        );
     }
     Ok(())
 }
