@@ -12,9 +12,10 @@ pub(crate) mod scheduling;
 pub(crate) mod terminal;
 
 use std::ffi::CString;
+use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Access, AtFlags, Gid, Mode, OFlags, Uid};
+use rustix::fs::{Access, AtFlags, FileType, FsWord, Gid, Mode, OFlags, Stat, Uid};
 use rustix::io::Errno;
 
 use crate::config::spec::{self, ProcessSpec};
@@ -259,20 +260,38 @@ impl Process {
         })
     }
 
-    /// Makes the process's user the owner of its standard streams. Then the process can open these
-    /// streams again through paths such as /dev/stdout. A stream that is the host's /dev/null is
-    /// replaced with the container's null device, and keeps its owner.
+    /// Makes the process's user the owner of its standard streams that are pipes, sockets or the
+    /// container's terminal. Then the process can open these streams again through paths such as
+    /// /dev/stdout. Another stream, for example the terminal of rrun's caller, keeps its owner. A
+    /// stream that is the host's /dev/null is replaced with the container's null device, and keeps
+    /// its owner, too.
     ///
     /// # Errors
     /// Fails if a null device can be neither opened nor created.
     pub(crate) fn take_standard_streams(&self) -> Result<()> {
         null_device::replace_host_device(|stream, stat| {
-            if self.uid != 0 && stat.st_uid != self.uid {
+            if self.uid != 0
+                && stat.st_uid != self.uid
+                && (self.terminal || has_no_path(stream, stat))
+            {
                 // A failure of fchown(2) is ignored, because the stream's file system can be
                 // read-only or can lack a mapping for the user id.
                 let _ = rustix::fs::fchown(stream, Some(Uid::from_raw(self.uid)), None);
             }
         })
+    }
+}
+
+/// Returns whether an open file is a socket or a pipe without a path on the host. If rrun changed
+/// the owner of a file that has a path, a user of the host with the same user id could open this
+/// file.
+fn has_no_path(file: BorrowedFd<'_>, stat: &Stat) -> bool {
+    /// The file system type of pipes, from linux/magic.h. A named FIFO is in another file system.
+    const PIPEFS_MAGIC: FsWord = 0x5049_5045;
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::Socket => true,
+        FileType::Fifo => rustix::fs::fstatfs(file).is_ok_and(|fs| fs.f_type == PIPEFS_MAGIC),
+        _ => false,
     }
 }
 
@@ -353,9 +372,9 @@ pub(crate) fn not_executed(path: &str, errno: Errno, filtered: bool) -> Error {
 /// execve(2) can still fail for other reasons.
 fn executable(path: &CString) -> std::result::Result<(), Errno> {
     let stat = rustix::fs::stat(path)?;
-    match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
-        rustix::fs::FileType::RegularFile => {}
-        rustix::fs::FileType::Directory => return Err(Errno::ISDIR),
+    match FileType::from_raw_mode(stat.st_mode) {
+        FileType::RegularFile => {}
+        FileType::Directory => return Err(Errno::ISDIR),
         _ => return Err(Errno::ACCESS),
     }
     rustix::fs::accessat(rustix::fs::CWD, path, Access::EXEC_OK, AtFlags::EACCESS)

@@ -1,7 +1,10 @@
-//! Tests of the terminal of a container's process, while the runtime in the foreground copies data
-//! between the terminal and its own standard streams.
+//! Tests of the standard streams of a container's process: of its terminal, while the runtime in the
+//! foreground copies data between the terminal and its own standard streams, and of the streams of
+//! the runtime's caller.
 
+use std::fs::File;
 use std::os::fd::AsRawFd as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
@@ -35,6 +38,11 @@ pub(crate) const TESTS: &[Test] = &[
         output_follows_after_a_program_has_reopened_its_terminal,
         Need::Rrun
     ),
+    test!(
+        the_terminal_and_the_files_of_the_runtimes_caller_keep_their_owner,
+        Need::Rrun
+    ),
+    test!(a_user_can_open_its_pipes_and_its_terminal_again),
 ];
 
 /// Returns lines with more bytes than the kernel stores for a terminal.
@@ -139,5 +147,70 @@ fn output_follows_after_a_program_has_reopened_its_terminal() -> Result {
     bundle.set("/process/terminal", json!(true));
     let output = bundle.run()?;
     ensure_eq!(output.stdout, "before\nafter\n", "the output of `run`");
+    Ok(())
+}
+
+/// If the owner changed, the user of the host with the id of the container's user could read what
+/// the runtime's caller types.
+fn the_terminal_and_the_files_of_the_runtimes_caller_keep_their_owner() -> Result {
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    bundle.set("/process/user", json!({ "uid": 1000, "gid": 1000 }));
+    bundle.write_config()?;
+    let other = started(&["sleep", "600"])?;
+    let pair = nix::pty::openpty(None, None)?;
+    let terminal = File::from(pair.slave);
+    let file = File::create(bundle.join("file"))?;
+    nix::unistd::mkfifo(&bundle.join("fifo"), nix::sys::stat::Mode::S_IRWXU)?;
+    let fifo = File::options()
+        .read(true)
+        .write(true)
+        .open(bundle.join("fifo"))?;
+    let exec = [
+        "exec",
+        "--user",
+        "1000",
+        other.id(),
+        "/bin/inside",
+        "exit",
+        "0",
+    ];
+    for (flags, args) in [
+        (bundle.flags(), &["run", bundle.id()][..]),
+        (other.flags(), &exec),
+    ] {
+        let status = Command::new(runtime_program())
+            .args(flags)
+            .args(args)
+            .current_dir(bundle.path())
+            .stdin(terminal.try_clone()?)
+            .stdout(file.try_clone()?)
+            .stderr(fifo.try_clone()?)
+            .status()?;
+        ensure_eq!(status.code(), Some(0), "the exit code of {args:?}");
+        for (name, stream) in [("terminal", &terminal), ("file", &file), ("FIFO", &fifo)] {
+            ensure_eq!(
+                stream.metadata()?.uid(),
+                nix::unistd::geteuid().as_raw(),
+                "the owner of the {name} after {args:?}"
+            );
+        }
+    }
+    other.end()?;
+    Ok(())
+}
+
+fn a_user_can_open_its_pipes_and_its_terminal_again() -> Result {
+    let bundle = started(&["sleep", "600"])?;
+    for options in [&["--user", "1000"][..], &["--user", "1000", "--tty"]] {
+        let output = bundle
+            .exec(options, &["write", "/dev/stdout", "text"])
+            .ok()?;
+        ensure_eq!(
+            output.stdout,
+            "text",
+            "the output of `exec` with {options:?}"
+        );
+    }
+    bundle.end()?;
     Ok(())
 }
