@@ -57,6 +57,13 @@ pub(crate) struct ProgramBuilder {
 const JUMP_MAX: usize = 250;
 
 impl ProgramBuilder {
+    /// Returns whether the program already has more instructions than the kernel accepts. The
+    /// builder then adds no further code, because the time for a stepping stone grows with the
+    /// number of goals.
+    fn is_too_long(&self) -> bool {
+        self.reversed.len() > INSTRUCTIONS_MAX
+    }
+
     fn push(&mut self, code: u16, if_true: u8, if_false: u8, value: u32) -> Position {
         self.reversed.push(SockFilter {
             code,
@@ -105,7 +112,7 @@ impl ProgramBuilder {
     /// Adds a conditional jump, which compares the accumulator with `value`. The jump leads to
     /// `if_true` if the comparison is true, and otherwise to `if_false`.
     pub(crate) fn branch(&mut self, test: Test, value: u32, if_true: Goal, if_false: Goal) -> Goal {
-        if if_true == if_false {
+        if if_true == if_false || self.is_too_long() {
             return if_true;
         }
         let (if_true, if_false) = (self.reachable(if_true), self.reachable(if_false));
@@ -128,6 +135,9 @@ impl ProgramBuilder {
     /// Adds code that loads a word of `seccomp_data` into the accumulator, keeps only the bits in
     /// `mask`, and continues at `goal`.
     pub(crate) fn load(&mut self, offset: u32, mask: u32, goal: Goal) -> Goal {
+        if self.is_too_long() {
+            return goal;
+        }
         self.continue_at(goal);
         if mask != u32::MAX {
             self.push(AND, 0, 0, mask);
@@ -135,11 +145,12 @@ impl ProgramBuilder {
         Goal::At(self.push(LOAD, 0, 0, offset))
     }
 
-    /// Returns the finished program, which begins at `goal`.
-    pub(crate) fn finish(mut self, goal: Goal) -> Vec<SockFilter> {
+    /// Returns the finished program, which begins at `goal`. Returns `None` if the program has more
+    /// instructions than the kernel accepts.
+    pub(crate) fn finish(mut self, goal: Goal) -> Option<Vec<SockFilter>> {
         self.continue_at(goal);
         self.reversed.reverse();
-        self.reversed
+        (!self.is_too_long()).then_some(self.reversed)
     }
 }
 
@@ -197,12 +208,24 @@ mod tests {
         // This jump crosses the whole program.
         let far = program.branch(Test::Equal, 1, Goal::Return(7), start);
         let far = program.load(ARCHITECTURE, u32::MAX, far);
-        let program = program.finish(far);
+        let program = program.finish(far).unwrap();
         for number in [0, 1, 255, 256, 1999] {
             assert_eq!(interpret(&program, 0, number, &[0; 6]), number + 7);
         }
         assert_eq!(interpret(&program, 0, 2000, &[0; 6]), 0);
         assert_eq!(interpret(&program, 1, 1999, &[0; 6]), 7);
+    }
+
+    #[test]
+    fn the_builder_adds_no_code_to_a_program_that_is_too_long() {
+        let mut program = ProgramBuilder::default();
+        let mut goal = Goal::Return(0);
+        for number in 0..1_000_000 {
+            let test = program.branch(Test::Equal, number, Goal::Return(number + 7), goal);
+            goal = program.load(16, u32::MAX, test);
+        }
+        assert!(program.reversed.len() < INSTRUCTIONS_MAX + 10);
+        assert!(program.finish(goal).is_none());
     }
 
     #[test]

@@ -170,13 +170,11 @@ pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
         goal = compiler.program.branch(Test::Equal, audit, section, goal);
     }
     let start = compiler.program.load(ARCHITECTURE, u32::MAX, goal);
-    let program = compiler.program.finish(start);
-    if program.len() > INSTRUCTIONS_MAX {
+    let Some(program) = compiler.program.finish(start) else {
         refuse!(
-            "linux.seccomp: the filter has {} instructions, but the kernel accepts at most {INSTRUCTIONS_MAX}",
-            program.len()
+            "linux.seccomp: the filter needs more than the {INSTRUCTIONS_MAX} instructions that the kernel accepts"
         );
-    }
+    };
     Ok(program)
 }
 
