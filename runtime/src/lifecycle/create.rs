@@ -30,7 +30,7 @@ use crate::lifecycle::state::{State, Status};
 use crate::log;
 use crate::mounts::HostMounts;
 use crate::namespaces::resctrl::ResctrlGroups;
-use crate::namespaces::{OpenNamespace, flag, unshare_time};
+use crate::namespaces::{OpenNamespace, flag, net_devices, unshare_time};
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::Agent;
 use crate::sys::child::{NeverReturn, exit_now, kill_and_reap, reap};
@@ -103,6 +103,7 @@ struct Rollback<'a> {
     has_cgroup: bool,
     child: Option<OwnedFd>,
     resctrl: ResctrlGroups,
+    net_devices: net_devices::Attached,
     /// The container's hooks, and the JSON state that the poststop hooks receive.
     hooks: Option<(&'a Hooks, String)>,
     /// The PID file, after rrun has written it.
@@ -144,6 +145,7 @@ impl Drop for Rollback<'_> {
         if let Some(child) = &self.child {
             kill_and_reap(child);
         }
+        log_failure(self.net_devices.give_back());
         if let Some(path) = self.pid_file {
             log_failure(remove_pid_file(path));
         }
@@ -189,6 +191,7 @@ impl<'a> Creation<'a> {
                 has_cgroup: false,
                 child: None,
                 resctrl: ResctrlGroups::default(),
+                net_devices: net_devices::Attached::default(),
                 hooks: None,
                 pid_file: None,
                 disarmed: false,
@@ -414,12 +417,14 @@ impl<'a> Creation<'a> {
     fn serve(&mut self, channel: &Channel) -> Result<Option<OwnedFd>> {
         let (config, waits) = (self.request.config, self.request.waits);
         self.rollback.hooks = Some((&config.hooks, self.state.json_for_hooks(Status::Stopped)));
-        let pidfd = self.rollback.child()?;
+        let rollback = &mut self.rollback;
+        let pidfd = rollback.child.as_ref().ok_or_else(no_first_process)?;
         let task = Task::Create {
             config,
             waits,
             state: &mut self.state,
-            dir: &self.rollback.dir,
+            dir: &rollback.dir,
+            net_devices: &mut rollback.net_devices,
         };
         let console = self.request.console_socket.take();
         let served = serve_child(channel, pidfd, console, self.agent.take(), task);

@@ -27,6 +27,7 @@ pub(crate) enum Task<'a> {
         waits: bool,
         state: &'a mut State,
         dir: &'a ContainerDir,
+        net_devices: &'a mut net_devices::Attached,
     },
     /// The child is a process that `exec` creates in a running container.
     Exec {
@@ -121,7 +122,11 @@ impl Task<'_> {
     fn do_parents_part(&mut self) -> Result<()> {
         match self {
             Task::Create {
-                config, state, dir, ..
+                config,
+                state,
+                dir,
+                net_devices,
+                ..
             } => {
                 let new_user = config.namespaces.is_new(Type::User);
                 let root = rustix::process::geteuid().is_root();
@@ -141,7 +146,7 @@ impl Task<'_> {
                     }
                     config.process.apply_limits(state.pid)?;
                 }
-                net_devices::attach(&config.net_devices, state.pid)?;
+                net_devices::attach(&config.net_devices, state.pid, net_devices)?;
                 if let Some(resctrl) = &config.resctrl {
                     let applied = resctrl.apply(&state.id, state.pid, &mut state.resctrl);
                     // Save the state even if a step failed. Then `delete` can remove the resctrl
