@@ -124,8 +124,8 @@ fn line(format: LogFormat, level: &str, message: &str, time: &str) -> String {
 
 /// Returns the text with an escape sequence of JSON in place of each control character. A sentence
 /// can contain text of an image or of a pod spec, which must neither begin a new line nor control
-/// the terminal on which the sentence appears.
-fn without_control_characters(text: &str) -> String {
+/// the terminal on which the sentence appears. The same applies to the output of commands.
+pub(crate) fn without_control_characters(text: &str) -> String {
     let mut shown = String::with_capacity(text.len() + 1);
     for character in text.chars() {
         let _ = match character {

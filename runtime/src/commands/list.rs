@@ -9,7 +9,7 @@ use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{STATE_FILE, directory, validate_id};
 use crate::lifecycle::state::{State, Status};
-use crate::log;
+use crate::log::{self, without_control_characters};
 
 pub(crate) const COMMAND: Command = Command {
     name: "list",
@@ -49,7 +49,7 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
                 serde_json::to_string(&shown)
                     .map_err(|error| Error::new(format!("print the list of containers: {error}")))?
             };
-            print(&format!("{text}\n"))?;
+            print(&format!("{}\n", without_control_characters(&text)))?;
         }
         "table" => print(&table(&containers))?,
         other => refuse!("invalid format {other:?}: expected table or json"),
@@ -118,14 +118,15 @@ fn table(containers: &[(State, Status)]) -> String {
     let mut rows = vec![["ID", "PID", "STATUS", "BUNDLE", "CREATED", "OWNER"].map(str::to_owned)];
     for (state, status) in containers {
         let shown = state.oci_state(*status);
-        rows.push([
+        let cells = [
             state.id.clone(),
             shown.pid.to_string(),
             shown.status.to_owned(),
             state.bundle.display().to_string(),
             state.created.clone(),
             state.owner.clone(),
-        ]);
+        ];
+        rows.push(cells.map(|cell| without_control_characters(&cell)));
     }
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));

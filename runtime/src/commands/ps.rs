@@ -10,6 +10,7 @@ use crate::cgroup;
 use crate::commands::globals::{Command, Globals, print};
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::state::State;
+use crate::log::without_control_characters;
 use crate::sys::files::exists;
 
 pub(crate) const COMMAND: Command = Command {
@@ -93,7 +94,7 @@ fn filtered(text: &str, pids: &BTreeSet<i32>) -> Option<String> {
             .nth(column)
             .and_then(|word| word.parse().ok());
         if pid.is_some_and(|pid: i32| pids.contains(&pid)) {
-            kept.push_str(line);
+            kept.push_str(&without_control_characters(line));
             kept.push('\n');
         }
     }
@@ -111,6 +112,10 @@ mod tests {
         assert_eq!(
             filtered(text, &BTreeSet::from([42])).unwrap(),
             "UID   PID PPID CMD\nroot   42    1 sh -c x 7\n"
+        );
+        assert_eq!(
+            filtered("PID CMD\n42 a\u{1b}[2J\n", &BTreeSet::from([42])).unwrap(),
+            "PID CMD\n42 a\\u001b[2J\n"
         );
         assert!(filtered("no heading\n", &BTreeSet::from([1])).is_none());
     }

@@ -15,6 +15,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(state_prints_the_same_fields_as_runc_in_every_status),
     test!(list_prints_a_table_with_aligned_columns),
     test!(list_prints_json_or_ids),
+    test!(
+        no_control_character_of_a_bundles_path_is_printed,
+        Need::Rrun
+    ),
     test!(list_fails_for_a_missing_state_directory),
     test!(ps_prints_a_table_of_the_containers_processes),
     test!(ps_prints_json),
@@ -217,6 +221,44 @@ fn list_prints_json_or_ids() -> Result {
         "null",
         "the JSON output of `list` without containers"
     );
+    Ok(())
+}
+
+/// With a newline in its path, a bundle could pretend that another container exists. With an escape
+/// sequence, it could control the terminal of the administrator.
+fn no_control_character_of_a_bundles_path_is_printed() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    let path = bundle.root().join(bundle.id()).join("state.json");
+    let mut state: Value = serde_json::from_slice(&std::fs::read(&path)?)?;
+    let text = "/bundle\nOTHER 1 running\u{1b}[2J\u{7f}\u{9b}2J\ttext";
+    for field in ["bundle", "owner", "created"] {
+        state[field] = json!(text);
+    }
+    std::fs::write(&path, state.to_string())?;
+    for (args, lines) in [
+        (&["list"][..], 2),
+        (&["list", "--format", "json"], 1),
+        (&["state", bundle.id()], 10),
+    ] {
+        let output = bundle.runtime(args).ok()?;
+        ensure_eq!(
+            output.stdout.lines().count(),
+            lines,
+            "the number of lines that {args:?} prints"
+        );
+        ensure!(
+            !output.stdout.replace('\n', "").contains(char::is_control),
+            "{args:?} printed a control character:\n{:?}",
+            output.stdout
+        );
+    }
+    ensure_eq!(
+        bundle.state()?["bundle"],
+        json!(text),
+        "the bundle in the JSON that `state` prints"
+    );
+    bundle.end()?;
     Ok(())
 }
 
