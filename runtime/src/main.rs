@@ -11,7 +11,8 @@ use std::ffi::{c_char, c_int};
 /// The entry point, which the C library calls.
 #[unsafe(no_mangle)]
 extern "C" fn main(count: c_int, words: *const *const c_char) -> c_int {
-    // SAFETY: the C library calls `main` with a valid argument count and a valid argument vector.
+    // SAFETY: the C library calls `main` with a valid argument count and a valid argument vector,
+    // whose strings the program is allowed to change.
     let words = unsafe { rrun::words(count, words) };
     c_int::from(rrun::main(words))
 }

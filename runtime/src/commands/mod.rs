@@ -28,6 +28,7 @@ use crate::error::{Context, Error, Result, refuse};
 use crate::log;
 use crate::mounts::readonly_exec;
 use crate::process::descriptors;
+use crate::sys::command_line;
 
 const COMMANDS: [&Command; 15] = [
     &create::COMMAND,
@@ -92,12 +93,16 @@ const NO_SUCH_COMMAND: u8 = 3;
 ///
 /// # Safety
 /// `words` must point to `count` pointers to strings. Each string must end with NUL, and must be
-/// valid until the program exits.
+/// valid and writable until the program exits.
 pub unsafe fn words(count: c_int, words: *const *const c_char) -> Vec<&'static CStr> {
-    (0..usize::try_from(count).unwrap_or(0))
-        // SAFETY: the caller guarantees that `words` points to `count` pointers to strings that end
-        // with NUL.
-        .map(|at| unsafe { CStr::from_ptr(*words.add(at)) })
+    let pointers = (0..usize::try_from(count).unwrap_or(0))
+        // SAFETY: the caller guarantees that `words` points to `count` pointers.
+        .map(|at| unsafe { *words.add(at) });
+    // SAFETY: the caller guarantees that the pointers point to writable strings that end with NUL.
+    unsafe { command_line::record(pointers.clone().skip(1)) };
+    pointers
+        // SAFETY: as above.
+        .map(|word| unsafe { CStr::from_ptr(word) })
         .collect()
 }
 

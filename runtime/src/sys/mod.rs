@@ -3,6 +3,7 @@
 
 pub(crate) mod child;
 pub(crate) mod clone;
+pub(crate) mod command_line;
 pub(crate) mod device_number;
 pub(crate) mod dumpable;
 pub(crate) mod files;

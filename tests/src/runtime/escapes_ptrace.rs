@@ -27,6 +27,10 @@ pub(crate) const TESTS: &[Test] = &[
         a_user_can_set_the_oom_score_adjustment_in_a_joined_user_namespace,
         Need::Rrun
     ),
+    test!(
+        a_process_that_waits_for_its_program_does_not_show_the_runtimes_arguments,
+        Need::Rrun
+    ),
 ];
 
 /// The id of the user www-data, which exists on every Debian system.
@@ -188,6 +192,50 @@ fn only_root_can_trace_a_process_that_waits_for_start_in_a_joined_user_namespace
     second.end()?;
     first.end()?;
     Ok(())
+}
+
+/// The arguments can contain secrets, such as the variables of `exec --env`. Every process in the
+/// container can read the arguments of a process that has not executed its program yet.
+fn a_process_that_waits_for_its_program_does_not_show_the_runtimes_arguments() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.call(&["create"])?.ok()?;
+    let first = bundle.pid()?;
+    ensure_eq!(
+        arguments_of(first)?,
+        "",
+        "the arguments of the first process"
+    );
+    bundle.runtime(&["start", bundle.id()]).ok()?;
+    // The kernel creates a process in a frozen cgroup, but the process does not run.
+    bundle.runtime(&["pause", bundle.id()]).ok()?;
+    let exec = bundle
+        .exec(&["--ignore-paused", "--env", "SECRET=1"], &["exit", "0"])
+        .start()?;
+    let second = wait_for("`exec` to create a process", || {
+        let procs = bundle.cgroup_file("cgroup.procs")?;
+        let mut pids = procs.lines().filter_map(|line| line.parse().ok());
+        Ok(pids.find(|pid| *pid != first))
+    })?;
+    ensure_eq!(
+        arguments_of(second)?,
+        "",
+        "the arguments of the second process"
+    );
+    ensure!(
+        arguments_of(exec.pid())?.contains("SECRET=1"),
+        "the runtime itself does not show its arguments on the host"
+    );
+    bundle.runtime(&["resume", bundle.id()]).ok()?;
+    ensure_eq!(exec.end()?.code, 0, "the exit code of `exec`");
+    bundle.end()?;
+    Ok(())
+}
+
+/// Returns the command line of a process without the name of the program, and without NUL.
+fn arguments_of(pid: i32) -> Result<String> {
+    let line = fs::read_to_string(format!("/proc/{pid}/cmdline"))?;
+    let arguments = line.split('\0').skip(1);
+    Ok(arguments.collect::<Vec<_>>().join(" ").trim().to_owned())
 }
 
 fn a_user_can_set_the_oom_score_adjustment_in_a_joined_user_namespace() -> Result {
