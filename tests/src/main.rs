@@ -68,6 +68,7 @@ suites! {
         main_threads,
         limits,
         shared_limits,
+        state_owners,
         effects,
         systemd,
         callers_podman,

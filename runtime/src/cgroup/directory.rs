@@ -4,7 +4,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -213,6 +213,16 @@ pub(super) fn check_unified() -> Result<()> {
     Ok(())
 }
 
+/// Returns whether `path` is the path of a cgroup below the root cgroup. The cgroup does not have to
+/// exist.
+pub(crate) fn is_path_of_cgroup(path: &Path) -> bool {
+    let plain = path
+        .components()
+        .all(|part| !matches!(part, Component::ParentDir));
+    let parent = path.parent();
+    plain && parent.is_some_and(|parent| parent.starts_with(MOUNT_POINT))
+}
+
 /// Opens the cgroup of an existing container, so that a process can be created in the cgroup.
 pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     rustix::fs::open(
@@ -223,14 +233,16 @@ pub(crate) fn open(path: &Path) -> Result<OwnedFd> {
     .doing(|| format!("open cgroup {}", path.display()))
 }
 
-/// Returns whether the cgroup is frozen. A cgroup that does not exist is not frozen.
+/// Returns whether the cgroup is frozen. A cgroup that does not exist is not frozen. The path can be
+/// from the state of another user's container, and lead to another file, such as a FIFO.
 pub(crate) fn is_frozen(path: &Path) -> Result<bool> {
+    if !is_path_of_cgroup(path) {
+        return Ok(false);
+    }
     let mut state = [0u8; 1];
-    // The path is from state.json. If another user owns the --root directory, the path can lead to
-    // a FIFO. With O_NONBLOCK, rrun does not wait for a writer of the FIFO.
     let read = rustix::fs::open(
         path.join("cgroup.freeze"),
-        OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK,
+        OFlags::RDONLY | OFlags::CLOEXEC,
         Mode::empty(),
     )
     .and_then(|file| rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut state)));

@@ -32,8 +32,8 @@ use rrun_kernel::cgroup::Survivors;
 use systemd::{Placeholder, Scope};
 
 pub(crate) use directory::{
-    MOUNT_POINT, all_pids, existing_below, freeze, is_frozen, kill_all, kill_all_and_survivors,
-    of_process, open,
+    MOUNT_POINT, all_pids, existing_below, freeze, is_frozen, is_path_of_cgroup, kill_all,
+    kill_all_and_survivors, of_process, open,
 };
 pub(crate) use resources::{check_memory_above_use, complete_update, memory_swap};
 pub(crate) use stats::{oom_kills, stats};

@@ -2,10 +2,11 @@
 //! flags that several commands accept.
 
 use std::os::fd::OwnedFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::arguments::{Arguments, Flag, switch, value};
 use crate::error::{Context, Result};
+use crate::lifecycle::container_dir::StateRoot;
 use crate::process::descriptors::Descriptors;
 use crate::sys::unix_socket;
 
@@ -22,8 +23,7 @@ pub(crate) struct Command {
 
 /// The values of the global flags, which precede the command's name.
 pub(crate) struct Globals {
-    /// The directory that contains a state directory for each container.
-    pub(crate) root: PathBuf,
+    pub(crate) root: StateRoot,
     /// True if --root is not given.
     pub(crate) default_root: bool,
     /// True if systemd creates the cgroups of new containers.

@@ -1,13 +1,9 @@
 use std::io::ErrorKind;
-use std::path::Path;
-
-use rustix::fs::FileType;
-use rustix::io::Errno;
 
 use crate::arguments::{Arguments, switch, value};
 use crate::commands::globals::{Command, Globals, print};
-use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::container_dir::{STATE_FILE, directory, validate_id};
+use crate::error::{Context, Error, Kind, Result, refuse};
+use crate::lifecycle::container_dir::validate_id;
 use crate::lifecycle::state::{State, Status};
 use crate::log::{self, without_control_characters};
 
@@ -58,7 +54,7 @@ fn list(globals: &Globals, arguments: &Arguments) -> Result<u8> {
 }
 
 fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
-    let root = &globals.root;
+    let root = &globals.root.path;
     let entries = match std::fs::read_dir(root) {
         Ok(entries) => entries,
         // If the default root directory does not exist, there are no containers, because rrun
@@ -80,38 +76,22 @@ fn containers(globals: &Globals) -> Result<Vec<(State, Status)>> {
         if validate_id(&name).is_err() {
             continue;
         }
-        match has_state(&root.join(&name).join(STATE_FILE)) {
-            Ok(true) => ids.push(name),
-            Ok(false) => {}
-            Err(error) => log::warning(&error.to_string()),
-        }
+        ids.push(name);
     }
     ids.sort_unstable();
     let mut containers = Vec::new();
     for id in ids {
-        let found = State::load(root, &id)
-            .and_then(|state| Ok((state.status(&directory(root, &id)?)?, state)));
+        let found = State::load_to_print(&globals.root, &id)
+            .and_then(|state| Ok((state.status(&root.join(&id))?, state)));
         match found {
             Ok((status, state)) => containers.push((state, status)),
+            Err(error) if error.kind() == Kind::NoSuchContainer => {}
             // Log the error and list the other containers. The state of one container can be
-            // unreadable, or another process can delete a container while rrun reads the --root
-            // directory.
+            // unreadable.
             Err(error) => log::warning(&error.to_string()),
         }
     }
     Ok(containers)
-}
-
-/// Returns whether a state file exists at `path`. Another user can own the --root directory, so
-/// this function refuses files of other types, such as devices.
-fn has_state(path: &Path) -> Result<bool> {
-    let doing = || format!("read {}", path.display());
-    match rustix::fs::stat(path) {
-        Ok(stat) if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile => Ok(true),
-        Ok(_) => refuse!("{}: it is not a regular file", doing()),
-        Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
-        Err(errno) => Err(errno).doing(doing),
-    }
 }
 
 fn table(containers: &[(State, Status)]) -> String {

@@ -25,6 +25,7 @@ use std::ffi::{CStr, c_char, c_int};
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
 use crate::error::{Context, Error, Result, refuse};
+use crate::lifecycle::container_dir::StateRoot;
 use crate::log;
 use crate::mounts::readonly_exec;
 use crate::process::descriptors;
@@ -53,6 +54,11 @@ const GLOBAL_FLAGS: &[Flag] = &[
         "root",
         None,
         "directory for the states of containers (default: /run/rrun, or $XDG_RUNTIME_DIR/rrun for users other than root)",
+    ),
+    switch(
+        "any-owner",
+        None,
+        "also act on containers whose directory belongs to another user",
     ),
     value(
         "log",
@@ -209,7 +215,10 @@ fn globals(flags: &Arguments, inherited: Vec<u32>) -> Result<Globals> {
     };
     let root = root.as_str();
     Ok(Globals {
-        root: std::path::absolute(root).doing(|| format!("--root {root}"))?,
+        root: StateRoot {
+            path: std::path::absolute(root).doing(|| format!("--root {root}"))?,
+            any_owner: flags.is_set("any-owner"),
+        },
         default_root: flags.value("root").is_none(),
         systemd_cgroup: flags.is_set("systemd-cgroup"),
         inherited,

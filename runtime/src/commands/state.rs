@@ -16,7 +16,7 @@ pub(crate) const COMMAND: Command = Command {
 
 fn state(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let id = arguments.container_id()?;
-    let state = State::load(&globals.root, id)?;
+    let state = State::load_to_print(&globals.root, id)?;
     let status = state.status(&directory(&globals.root, id)?)?;
     let text = serde_json::to_string_pretty(&state.oci_state(status))
         .map_err(|error| Error::new(format!("print the state of container {id}: {error}")))?;

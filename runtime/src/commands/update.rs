@@ -129,7 +129,7 @@ fn update(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     };
     // Lock the container. Without the lock, two concurrent updates could both start from the old
     // state, and one update would be lost.
-    let Lock::Acquired(dir) = ContainerDir::lock(&directory, || {})? else {
+    let Lock::Acquired(dir) = ContainerDir::lock(&globals.root, &directory, || {})? else {
         refuse!(
             "cannot update container {id}: another process is creating, updating or removing it"
         );

@@ -40,6 +40,13 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// another process removes the directory before rrun can lock it.
 const CREATE_RETRIES: usize = 100;
 
+/// The --root directory, which contains a directory for each container.
+pub(crate) struct StateRoot {
+    pub(crate) path: PathBuf,
+    /// True if rrun acts on containers of every user (--any-owner).
+    pub(crate) any_owner: bool,
+}
+
 pub(crate) struct ContainerDir {
     directory: PathBuf,
     fd: OwnedFd,
@@ -63,14 +70,14 @@ impl AsFd for ContainerDir {
 impl ContainerDir {
     /// Creates and locks the directory of a container. The existence of the directory reserves the
     /// container's id.
-    pub(crate) fn create(root: &Path, id: &str) -> Result<ContainerDir> {
+    pub(crate) fn create(root: &StateRoot, id: &str) -> Result<ContainerDir> {
         let directory = directory(root, id)?;
         for _ in 0..CREATE_RETRIES {
-            make_directory(root, &directory, id)?;
+            make_directory(&root.path, &directory, id)?;
             // Between mkdir and flock, another rrun process can remove the new directory. That
             // process cannot distinguish the new directory from a directory that a killed rrun
             // process left behind.
-            match ContainerDir::lock(&directory, || {}) {
+            match ContainerDir::lock(root, &directory, || {}) {
                 Ok(Lock::Acquired(dir)) => return Ok(dir),
                 Ok(Lock::Missing) => {}
                 Ok(Lock::Busy) => break,
@@ -86,7 +93,14 @@ impl ContainerDir {
 
     /// Locks an existing directory. While another process holds the lock, this function calls
     /// `meanwhile` before each new attempt to lock the directory.
-    pub(crate) fn lock(directory: &Path, mut meanwhile: impl FnMut()) -> Result<Lock> {
+    ///
+    /// # Errors
+    /// Fails if another user can change the files in the directory (see [`check_owner`]).
+    pub(crate) fn lock(
+        root: &StateRoot,
+        directory: &Path,
+        mut meanwhile: impl FnMut(),
+    ) -> Result<Lock> {
         let doing = || format!("lock {}", directory.display());
         let fd = match rustix::fs::open(
             directory,
@@ -96,6 +110,7 @@ impl ContainerDir {
             Err(Errno::NOENT) => return Ok(Lock::Missing),
             result => result.doing(doing)?,
         };
+        check_owner(root, directory, &fd)?;
         let deadline = Instant::now() + LOCK_TIMEOUT;
         let mut pause = Duration::from_millis(1);
         loop {
@@ -227,9 +242,30 @@ pub(crate) fn validate_id(id: &str) -> Result<()> {
 }
 
 /// Returns the path of a container's directory in the --root directory.
-pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
+pub(crate) fn directory(root: &StateRoot, id: &str) -> Result<PathBuf> {
     validate_id(id)?;
-    Ok(root.join(id))
+    Ok(root.path.join(id))
+}
+
+/// Returns whether only rrun's caller and root can change the files in the open directory `fd`.
+pub(crate) fn is_private(directory: &Path, fd: impl AsFd) -> Result<bool> {
+    let stat = rustix::fs::fstat(fd).doing(|| format!("stat {}", directory.display()))?;
+    let owner = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
+    let others = Mode::WGRP | Mode::WOTH;
+    Ok(owner && !Mode::from_raw_mode(stat.st_mode).intersects(others))
+}
+
+/// Checks that no other user can change the files in the open directory `fd` of a container. The
+/// state in these files names hooks, processes and cgroups, on which rrun acts with the rights of
+/// its caller.
+pub(crate) fn check_owner(root: &StateRoot, directory: &Path, fd: impl AsFd) -> Result<()> {
+    if root.any_owner || is_private(directory, fd)? {
+        return Ok(());
+    }
+    refuse!(
+        "{}: another user owns this directory of a container or can write to it; run rrun as the user who created the container, or use --any-owner if you trust the other user",
+        directory.display()
+    )
 }
 
 /// Returns the path of a container's cgroup. A symbolic link in the container's directory contains
@@ -237,20 +273,24 @@ pub(crate) fn directory(root: &Path, id: &str) -> Result<PathBuf> {
 pub(crate) fn linked_cgroup(directory: &Path) -> Option<PathBuf> {
     let link = rustix::fs::readlink(directory.join(CGROUP_LINK), Vec::new()).ok()?;
     let path = PathBuf::from(link.into_string().ok()?);
-    let plain = path
-        .components()
-        .all(|part| !matches!(part, std::path::Component::ParentDir));
-    (plain && path.parent()?.starts_with(crate::cgroup::MOUNT_POINT)).then_some(path)
+    crate::cgroup::is_path_of_cgroup(&path).then_some(path)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn root(name: &str) -> StateRoot {
+        let name = format!("rrun-{name}-test-{}", std::process::id());
+        StateRoot {
+            path: std::env::temp_dir().join(name),
+            any_owner: false,
+        }
+    }
+
     #[test]
     fn an_id_can_be_reserved_only_once_and_the_directory_records_the_cgroup() {
-        let root =
-            std::env::temp_dir().join(format!("rrun-container-dir-test-{}", std::process::id()));
+        let root = root("container-dir");
         let dir = ContainerDir::create(&root, "a").unwrap();
         assert!(ContainerDir::create(&root, "a").is_err());
         assert_eq!(linked_cgroup(dir.path()), None);
@@ -261,30 +301,31 @@ mod tests {
         );
         // A `ContainerDir` whose directory was removed must not remove a new directory at the same
         // path.
-        std::fs::rename(root.join("a"), root.join("b")).unwrap();
-        std::fs::remove_file(root.join("b/cgroup")).unwrap();
-        std::fs::remove_dir(root.join("b")).unwrap();
+        let path = &root.path;
+        std::fs::rename(path.join("a"), path.join("b")).unwrap();
+        std::fs::remove_file(path.join("b/cgroup")).unwrap();
+        std::fs::remove_dir(path.join("b")).unwrap();
         let next = ContainerDir::create(&root, "a").unwrap();
         dir.remove().unwrap();
         assert!(next.is_linked().unwrap());
         next.remove().unwrap();
         assert!(matches!(
-            ContainerDir::lock(&root.join("a"), || {}).unwrap(),
+            ContainerDir::lock(&root, &path.join("a"), || {}).unwrap(),
             Lock::Missing
         ));
-        std::fs::remove_dir_all(root).unwrap();
+        std::fs::remove_dir_all(&root.path).unwrap();
     }
 
     #[test]
     fn a_recorded_path_outside_the_cgroup_hierarchy_is_ignored() {
-        let root = std::env::temp_dir().join(format!("rrun-cgroup-test-{}", std::process::id()));
+        let root = root("cgroup");
         for path in ["/sys/fs/cgroup", "/sys/fs/cgroup/a/../..", "/tmp/x", "x"] {
             let dir = ContainerDir::create(&root, "a").unwrap();
             dir.link_cgroup(Path::new(path)).unwrap();
             assert_eq!(linked_cgroup(dir.path()), None, "{path}");
             dir.remove().unwrap();
         }
-        std::fs::remove_dir_all(root).unwrap();
+        std::fs::remove_dir_all(&root.path).unwrap();
     }
 
     #[test]

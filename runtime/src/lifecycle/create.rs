@@ -20,7 +20,7 @@ use crate::cgroup::{self, Cgroup, CgroupLocation};
 use crate::config::{Config, hooks};
 use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::lifecycle::channel::{self, Channel, ChildMessage};
-use crate::lifecycle::container_dir::ContainerDir;
+use crate::lifecycle::container_dir::{ContainerDir, StateRoot};
 use crate::lifecycle::init::Init;
 use crate::lifecycle::notify_socket::{self, NotifySocket, ServiceManager};
 use crate::lifecycle::program::keyring_name;
@@ -42,7 +42,7 @@ use crate::sys::time::rfc3339_nanos;
 /// The parameters of a container's creation: its configuration and the settings from the command
 /// line.
 pub(crate) struct CreateRequest<'a> {
-    pub(crate) root: &'a Path,
+    pub(crate) root: &'a StateRoot,
     pub(crate) id: &'a str,
     pub(crate) config: &'a Config,
     /// True if the container waits for `start` before it executes its program.

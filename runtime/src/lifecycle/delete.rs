@@ -9,7 +9,7 @@ use rustix::io::{Errno, retry_on_intr};
 
 use crate::config::hooks;
 use crate::error::{Context, Error, Kind, Result, refuse};
-use crate::lifecycle::container_dir::{self, ContainerDir, Lock};
+use crate::lifecycle::container_dir::{self, ContainerDir, Lock, StateRoot};
 use crate::lifecycle::state::{State, Status};
 use crate::sys::syscalls::pidfd_send_signal;
 use crate::{cgroup, log};
@@ -23,25 +23,25 @@ const EXIT_CHECK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Deletes a container. If `force` is true, this function first kills a running container, and
 /// reports success if the container does not exist.
-pub(crate) fn delete(root: &Path, id: &str, force: bool) -> Result<()> {
+pub(crate) fn delete(root: &StateRoot, id: &str, force: bool) -> Result<()> {
     let directory = container_dir::directory(root, id)?;
     if !force && let Ok(state) = State::load(root, id) {
         // If the container is running, fail immediately, without waiting for the lock.
         check_removable(&state, &directory)?;
     }
     let missing = || Error::new(format!("container does not exist: {id}"));
-    let lock = ContainerDir::lock(&directory, || {
+    let lock = ContainerDir::lock(root, &directory, || {
         if force {
             // If another rrun process is still creating the container, it holds the lock. Kill the
             // container's processes, so that the creation fails and the lock is released.
-            kill_unlocked(root, id);
+            kill_unlocked(&directory);
         }
     })?;
     let dir = match lock {
         Lock::Acquired(dir) => dir,
         Lock::Missing if force => return Ok(()),
         Lock::Missing => return Err(missing().with_kind(Kind::NoSuchContainer)),
-        Lock::Busy if force => return delete_unlocked(root, id),
+        Lock::Busy if force => return delete_unlocked(&directory, id),
         Lock::Busy => {
             refuse!("cannot delete container {id}: another process is creating or removing it")
         }
@@ -81,8 +81,9 @@ fn check_removable(state: &State, directory: &Path) -> Result<()> {
 
 /// Deletes a container whose first process has exited, unless another process has already deleted
 /// it.
-pub(crate) fn delete_after_exit(root: &Path, state: &State) -> Result<()> {
-    match ContainerDir::lock(&container_dir::directory(root, &state.id)?, || {})? {
+pub(crate) fn delete_after_exit(root: &StateRoot, state: &State) -> Result<()> {
+    let directory = container_dir::directory(root, &state.id)?;
+    match ContainerDir::lock(root, &directory, || {})? {
         Lock::Acquired(dir) => destroy(dir, state),
         Lock::Missing => Ok(()),
         Lock::Busy => refuse!(
@@ -93,9 +94,8 @@ pub(crate) fn delete_after_exit(root: &Path, state: &State) -> Result<()> {
 }
 
 /// Kills all processes of a container that another rrun process is creating.
-fn kill_unlocked(root: &Path, id: &str) {
-    let directory = root.join(id);
-    if let Some(cgroup) = container_dir::linked_cgroup(&directory)
+fn kill_unlocked(directory: &Path) {
+    if let Some(cgroup) = container_dir::linked_cgroup(directory)
         && let Err(error) = cgroup::kill_all(&cgroup)
     {
         log::warning(&error.to_string());
@@ -109,13 +109,12 @@ fn kill_unlocked(root: &Path, id: &str) {
 /// The last step of a creation checks that the directory exists, and undoes the creation if the
 /// directory is missing. All processes that rrun started for the container before this check are in
 /// the cgroup. The removal of the cgroup kills these processes.
-fn delete_unlocked(root: &Path, id: &str) -> Result<()> {
+fn delete_unlocked(directory: &Path, id: &str) -> Result<()> {
     log::warning(&format!(
         "another process has been creating or removing container {id} for a long time; rrun removes the container anyway"
     ));
-    let directory = container_dir::directory(root, id)?;
-    let cgroup = container_dir::linked_cgroup(&directory);
-    match std::fs::remove_dir_all(&directory) {
+    let cgroup = container_dir::linked_cgroup(directory);
+    match std::fs::remove_dir_all(directory) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             return Err(error).doing(|| format!("remove {}", directory.display()));
         }

@@ -11,21 +11,23 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Hooks;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::OFlags;
+use rustix::fs::{Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
+use crate::cgroup;
 use crate::config::spec::{MemoryPolicySpec, OciState, PersonalitySpec, ProcessSpec};
-use crate::error::{Context, Error, Kind, Result};
+use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::lifecycle::container_dir::{
-    ContainerDir, START_SOCKET, STATE_FILE, STATE_FILE_NEW, directory,
+    self, ContainerDir, START_SOCKET, STATE_FILE, STATE_FILE_NEW, StateRoot, directory,
 };
 use crate::lifecycle::start_socket;
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::seccomp::Filter;
-use crate::sys::files::{exists, read_own, write_replacing};
+use crate::sys::files::{exists, open_own, read_own, write_replacing};
 use crate::sys::procfs::{process_stat, running_thread, thread_stat};
+use rrun_kernel::regular_file::Unfit;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]
@@ -89,6 +91,24 @@ fn is_zero(number: &i64) -> bool {
     *number == 0
 }
 
+/// Opens the directory of the container `id` in the --root directory. Returns its path and its
+/// descriptor.
+fn open_directory(root: &StateRoot, id: &str) -> Result<(PathBuf, OwnedFd)> {
+    let path = directory(root, id)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    match rustix::fs::open(&path, flags, Mode::empty()) {
+        Err(Errno::NOENT | Errno::NOTDIR) if !path.is_dir() => Err(no_container(id)),
+        opened => {
+            let opened = opened.doing(|| format!("open {}", path.display()))?;
+            Ok((path, opened))
+        }
+    }
+}
+
+fn no_container(id: &str) -> Error {
+    Error::new(format!("container does not exist: {id}")).with_kind(Kind::NoSuchContainer)
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Status {
     Creating,
@@ -111,19 +131,54 @@ impl Status {
 }
 
 impl State {
-    pub(crate) fn load(root: &Path, id: &str) -> Result<State> {
-        let directory = directory(root, id)?;
+    /// Reads the state of the container `id`, on which rrun will act.
+    ///
+    /// # Errors
+    /// Fails if another user can change the state (see [`container_dir::check_owner`]), or if the
+    /// state does not contain the path of a cgroup.
+    pub(crate) fn load(root: &StateRoot, id: &str) -> Result<State> {
+        let (path, directory) = open_directory(root, id)?;
+        container_dir::check_owner(root, &path, &directory)?;
+        let careful = root.any_owner && !container_dir::is_private(&path, &directory)?;
+        let state = State::read(&path, &directory, id, careful)?;
+        if !cgroup::is_path_of_cgroup(&state.cgroup) {
+            refuse!(
+                "read {}: {} is not the path of a cgroup",
+                path.join(STATE_FILE).display(),
+                state.cgroup.display()
+            );
+        }
+        Ok(state)
+    }
+
+    /// Reads the state of the container `id`, which rrun will only print. The container can belong
+    /// to another user.
+    pub(crate) fn load_to_print(root: &StateRoot, id: &str) -> Result<State> {
+        let (path, directory) = open_directory(root, id)?;
+        State::read(&path, &directory, id, true)
+    }
+
+    /// Reads the state from the open directory of a container. If another user can change the files
+    /// in the directory, `careful` must be true. This function then checks the type of the file
+    /// before it opens the file.
+    fn read(directory: &Path, fd: &OwnedFd, id: &str, careful: bool) -> Result<State> {
         let path = directory.join(STATE_FILE);
-        let bytes = match read_own(&path) {
-            Ok(bytes) => bytes,
-            Err(_) if !path.exists() => {
-                return Err(Error::new(format!("container does not exist: {id}"))
-                    .with_kind(Kind::NoSuchContainer));
-            }
-            Err(error) => return Err(error),
+        let file = match open_own(fd, STATE_FILE, careful) {
+            Err(Unfit::Kernel(Errno::NOENT)) if !path.exists() => return Err(no_container(id)),
+            Err(Unfit::Kind(_)) => refuse!("read {}: it is not a regular file", path.display()),
+            file => file.doing(|| format!("read {}", path.display()))?,
         };
-        serde_json::from_slice(&bytes)
-            .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))
+        let bytes = read_own(file, &path)?;
+        let state: State = serde_json::from_slice(&bytes)
+            .map_err(|error| Error::new(format!("parse {}: {error}", path.display())))?;
+        if state.id != id {
+            refuse!(
+                "read {}: it is the state of container {}",
+                path.display(),
+                state.id
+            );
+        }
+        Ok(state)
     }
 
     pub(crate) fn save(&self, dir: &ContainerDir) -> Result<()> {
@@ -245,7 +300,7 @@ impl State {
         if !self.is_alive()? {
             return Ok(Status::Stopped);
         }
-        if crate::cgroup::is_frozen(&self.cgroup)? {
+        if cgroup::is_frozen(&self.cgroup)? {
             return Ok(Status::Paused);
         }
         let has_start_socket = || exists(&directory.join(START_SOCKET));

@@ -1,5 +1,6 @@
 //! Functions that read files up to a size limit, and that replace files atomically.
 
+use std::fs::File;
 use std::io::Read as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
@@ -8,7 +9,7 @@ use rustix::fs::{Access, AtFlags, Mode, OFlags};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Context, Result, refuse};
-use rrun_kernel::regular_file;
+use rrun_kernel::regular_file::{self, Unfit};
 
 /// The size limit for JSON files that rrun's caller writes. In practice, the largest config.json
 /// files have a size of about 100 kB.
@@ -27,13 +28,27 @@ pub(crate) fn exists(path: &Path) -> Result<bool> {
     }
 }
 
-/// Reads a file in rrun's own directory. If the --root directory belongs to another user, the file
-/// can be a FIFO. With O_NONBLOCK, rrun does not wait for a writer of the FIFO.
-pub(crate) fn read_own(path: &Path) -> Result<Vec<u8>> {
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK | OFlags::NOCTTY;
-    let file = rustix::fs::open(path, flags, Mode::empty())
-        .doing(|| format!("read {}", path.display()))?;
-    read_at_most(OWN_FILE_BYTES_MAX, file.into(), path)
+/// Opens a regular file that rrun wrote to its own directory `directory`. If `careful` is true,
+/// another user can have replaced the file. This function then checks the type of the file before
+/// it opens the file, which needs some more system calls.
+pub(crate) fn open_own(
+    directory: impl AsFd,
+    name: &str,
+    careful: bool,
+) -> std::result::Result<File, Unfit> {
+    if careful {
+        return regular_file::open_at(directory, name, OFlags::RDONLY, false);
+    }
+    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
+    let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
+    regular_file::check_kind(&file)?;
+    Ok(file.into())
+}
+
+/// Reads the file that [`open_own`] has opened at `path`.
+pub(crate) fn read_own(file: File, path: &Path) -> Result<Vec<u8>> {
+    read_at_most(OWN_FILE_BYTES_MAX, file, path)
 }
 
 /// Reads a regular file of at most [`FILE_BYTES_MAX`] bytes. The path is from rrun's command line,
@@ -51,11 +66,11 @@ pub(crate) fn read_argument(path: &Path) -> Result<Vec<u8>> {
 ///
 /// # Errors
 /// Fails if the file has more than [`FILE_BYTES_MAX`] bytes.
-pub(crate) fn read_file(file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
+pub(crate) fn read_file(file: File, path: &Path) -> Result<Vec<u8>> {
     read_at_most(FILE_BYTES_MAX, file, path)
 }
 
-fn read_at_most(limit: u64, file: std::fs::File, path: &Path) -> Result<Vec<u8>> {
+fn read_at_most(limit: u64, file: File, path: &Path) -> Result<Vec<u8>> {
     let doing = || format!("read {}", path.display());
     let mut bytes = Vec::with_capacity(16 << 10);
     let read = file.take(limit + 1).read_to_end(&mut bytes).doing(doing)?;

@@ -110,6 +110,7 @@ const COMMANDS: [(&str, &[&str]); 15] = [
 fn help_describes_the_program_and_each_command() -> Result {
     let bundle = Bundle::new(&[])?;
     let global = [
+        "--any-owner",
         "--debug",
         "--log",
         "--log-format",

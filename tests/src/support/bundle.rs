@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -337,7 +338,20 @@ impl Bundle {
 
     /// Deletes the container with `delete --force`, which works in any state.
     pub(crate) fn end(&self) -> Result<Output> {
-        self.runtime(&["delete", "--force", &self.id]).ok()
+        self.forced_deletion().ok()
+    }
+
+    /// Returns the command that deletes the container in any state. The container can belong to
+    /// another user than root.
+    fn forced_deletion(&self) -> Run {
+        let by_rrun = runtime_program().ends_with("rrun");
+        let foreign = fs::metadata(self.root()).is_ok_and(|root| root.uid() != 0);
+        let option: &[&str] = if by_rrun && foreign {
+            &["--any-owner"]
+        } else {
+            &[]
+        };
+        self.runtime(option).args(["delete", "--force", &self.id])
     }
 }
 
@@ -345,7 +359,7 @@ impl Drop for Bundle {
     fn drop(&mut self) {
         // A test that failed can leave its container behind.
         if self.root().join(&self.id).exists() {
-            let _ = self.runtime(&["delete", "--force", &self.id]).end();
+            let _ = self.forced_deletion().end();
         }
     }
 }
