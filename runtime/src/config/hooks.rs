@@ -22,6 +22,7 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use crate::error::{Context, Result, refuse};
 use crate::log;
 use crate::seccomp::Filter;
+use crate::sys::syscalls::{blocks_signal, set_signal_mask, signal_set};
 
 /// The timeout of a hook for which config.json specifies no timeout. The specification sets no
 /// default timeout, but rrun must not wait forever for a hook.
@@ -209,6 +210,18 @@ impl HookOutput {
     }
 }
 
+/// Makes the hook's process unblock all signals before it executes the hook's program. In the
+/// foreground, rrun blocks the signals that it forwards to the container. If a hook inherited the
+/// blocked signals, only SIGKILL could terminate the hook.
+fn unblock_signals_in_hook(command: &mut Command) {
+    if !blocks_signal(libc::SIGTERM) {
+        return;
+    }
+    let unblock = || Ok(set_signal_mask(&signal_set(&[])).map(drop)?);
+    // SAFETY: sigprocmask(2) can safely be called between fork and exec.
+    unsafe { command.pre_exec(unblock) };
+}
+
 /// Makes the hook's process load `filter` before it executes the hook's program.
 fn load_in_hook(command: &mut Command, filter: &Filter) {
     let filter = filter.clone();
@@ -233,18 +246,20 @@ fn command(hook: &Hook, place: HookPlace<'_>) -> Command {
             command.env(name, value);
         }
     }
-    if let HookPlace::InContainer { env, filter } = place {
-        if hook.env().is_none() {
-            for variable in env {
-                let mut parts = variable.to_bytes().splitn(2, |byte| *byte == b'=');
-                if let (Some(name), Some(value)) = (parts.next(), parts.next()) {
-                    command.env(OsStr::from_bytes(name), OsStr::from_bytes(value));
-                }
+    let HookPlace::InContainer { env, filter } = place else {
+        unblock_signals_in_hook(&mut command);
+        return command;
+    };
+    if hook.env().is_none() {
+        for variable in env {
+            let mut parts = variable.to_bytes().splitn(2, |byte| *byte == b'=');
+            if let (Some(name), Some(value)) = (parts.next(), parts.next()) {
+                command.env(OsStr::from_bytes(name), OsStr::from_bytes(value));
             }
         }
-        if let Some(filter) = filter {
-            load_in_hook(&mut command, filter);
-        }
+    }
+    if let Some(filter) = filter {
+        load_in_hook(&mut command, filter);
     }
     command
 }

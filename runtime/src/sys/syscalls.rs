@@ -142,6 +142,16 @@ pub(crate) fn set_signal_mask(mask: &libc::sigset_t) -> Result<libc::sigset_t, E
     Ok(previous)
 }
 
+/// Returns whether this process blocks a signal.
+pub(crate) fn blocks_signal(signal: i32) -> bool {
+    // SAFETY: an all-zero sigset_t is a valid value of that plain type.
+    let mut mask: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the null pointer means that the mask does not change, and `mask` is valid for writes.
+    let returned = unsafe { libc::sigprocmask(libc::SIG_SETMASK, std::ptr::null(), &raw mut mask) };
+    // SAFETY: `mask` is a valid set.
+    returned == 0 && unsafe { libc::sigismember(&raw const mask, signal) } == 1
+}
+
 /// Returns a signal set that contains exactly `signals`.
 pub(crate) fn signal_set(signals: &[i32]) -> libc::sigset_t {
     // SAFETY: sigemptyset initialises the set, and sigaddset refuses invalid signal numbers.

@@ -15,7 +15,7 @@ pub(crate) const TESTS: &[Test] = &[
     // specification requires.
     test!(hooks_run_in_the_order_of_the_specification, Need::Rrun),
     test!(hooks_receive_the_containers_state, Need::Rrun),
-    test!(hooks_on_the_host_have_the_umask_of_the_runtimes_caller),
+    test!(hooks_on_the_host_have_the_umask_of_the_runtimes_caller_and_no_blocked_signals),
     test!(a_start_container_hook_runs_in_the_container),
     test!(a_start_container_hook_is_confined_like_the_process),
     test!(a_failing_hook_makes_create_remove_the_container),
@@ -108,8 +108,9 @@ fn hooks_receive_the_containers_state() -> Result {
     Ok(())
 }
 
-/// With the umask 0, every user could write to the files that a hook creates on the host.
-fn hooks_on_the_host_have_the_umask_of_the_runtimes_caller() -> Result {
+/// With the umask 0, every user could write to the files that a hook creates on the host. With
+/// blocked signals, only SIGKILL could terminate a hook.
+fn hooks_on_the_host_have_the_umask_of_the_runtimes_caller_and_no_blocked_signals() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     let kinds = [
         "prestart",
@@ -118,17 +119,18 @@ fn hooks_on_the_host_have_the_umask_of_the_runtimes_caller() -> Result {
         "poststart",
         "poststop",
     ];
+    // A shell that creates a process unblocks signals, so the shell executes grep itself.
+    let line = "umask; exec grep SigBlk /proc/self/status";
     for kind in kinds {
-        let line = format!("umask > {}", bundle.join(kind).display());
+        let line = format!("exec > {}; {line}", bundle.join(kind).display());
         bundle.set(&format!("/hooks/{kind}"), shell(&line));
     }
-    let own = command("sh", ["-c", "umask"]).ok()?.stdout;
     bundle.run()?;
     for kind in kinds {
         ensure_eq!(
             fs::read_to_string(bundle.join(kind))?,
-            own,
-            "the umask of the hook {kind}"
+            command("sh", ["-c", line]).ok()?.stdout,
+            "the umask and the blocked signals of the hook {kind}"
         );
     }
     Ok(())
