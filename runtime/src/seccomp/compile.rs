@@ -131,6 +131,8 @@ struct Compiler<'a> {
     /// The profile's rules, and the rules that are derived from them for socketcall(2) and ipc(2).
     rules: Vec<SeccompRule>,
     chains: Vec<Chain>,
+    /// True if a rule could not be derived, because `rules` is too long for its indices.
+    lacks_rules: bool,
 }
 
 /// A list of rules that the filter tries one after the other.
@@ -152,6 +154,7 @@ pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
         program: ProgramBuilder::default(),
         rules: profile.rules.clone(),
         chains: Vec::new(),
+        lacks_rules: false,
     };
     let mut sections: Vec<(u32, Goal)> = Vec::new();
     for architecture in &profile.architectures {
@@ -170,6 +173,11 @@ pub(crate) fn compile(profile: &CheckedProfile) -> Result<Vec<SockFilter>> {
         goal = compiler.program.branch(Test::Equal, audit, section, goal);
     }
     let start = compiler.program.load(ARCHITECTURE, u32::MAX, goal);
+    if compiler.lacks_rules {
+        refuse!(
+            "linux.seccomp: the profile contains more rules for socketcall(2) and ipc(2) than rrun supports"
+        );
+    }
     let Some(program) = compiler.program.finish(start) else {
         refuse!(
             "linux.seccomp: the filter needs more than the {INSTRUCTIONS_MAX} instructions that the kernel accepts"
@@ -247,12 +255,16 @@ impl Compiler<'_> {
                 continue;
             };
             let number = Syscall::by_name(through).and_then(|it| it.number(Architecture::X86));
-            let (Some(number), Ok(made)) = (number, u16::try_from(self.rules.len())) else {
+            let Some(number) = number else {
                 continue;
             };
             if !it.conditions.is_empty() && !is_stricter(it.answer, self.profile.default) {
                 continue;
             }
+            let Ok(made) = u16::try_from(self.rules.len()) else {
+                self.lacks_rules = true;
+                return;
+            };
             self.rules.push(SeccompRule {
                 answer: it.answer,
                 conditions: vec![Condition {

@@ -433,3 +433,19 @@ fn a_profile_too_large_for_the_kernel_is_refused() {
         "{error}"
     );
 }
+
+/// If the compiler left out the rules for socketcall(2), 32-bit programs could make the calls.
+#[test]
+fn a_profile_with_too_many_rules_for_socketcall_is_refused() {
+    // These conditions are always true, so they need no instructions.
+    let always = json!({ "index": 0, "op": "SCMP_CMP_MASKED_EQ", "value": 0, "valueTwo": 0 });
+    let rules = json!([
+        rule(&["read"], "SCMP_ACT_LOG", json!(vec![always; 65_533])),
+        rule(&["socket", "bind"], "SCMP_ACT_ERRNO", json!([])),
+        rule(&["listen"], "SCMP_ACT_ERRNO", json!([])),
+    ]);
+    let profile: SeccompProfile = serde_json::from_value(profile("SCMP_ACT_ALLOW", rules)).unwrap();
+    let checked = profile.check_for(X86_64, &mut |_| {}).unwrap();
+    let error = compile(&checked).unwrap_err().to_string();
+    assert!(error.contains("socketcall(2)"), "{error}");
+}
