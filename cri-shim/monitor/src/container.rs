@@ -25,6 +25,8 @@ pub(crate) struct Container {
     pub(crate) state: State,
     /// The pid of the container's first process. The pid is 0 until the process exists.
     pub(crate) pid: i32,
+    /// The time of the runtime's `create`. `None` until the `create` has ended.
+    pub(crate) create_called: Option<Instant>,
     /// True while the runtime's `start` is in progress.
     pub(crate) starting: bool,
     pub(crate) output: Output,
@@ -107,6 +109,7 @@ impl Container {
             spec,
             state: State::Creating,
             pid: 0,
+            create_called: None,
             starting: false,
             output: Output::new(log),
             stdin: None,

@@ -97,6 +97,7 @@ impl Container {
         let failure = match pid {
             Some(pid) if code == 0 => {
                 self.pid = pid;
+                self.create_called = Some(call.started);
                 self.take_terminal(console.as_ref()).err()
             }
             _ => Some(self.create_failure(call, code)),

@@ -141,7 +141,7 @@ pub(crate) struct Call {
     /// The runtime's subcommand and the container's id, for error messages.
     what: String,
     log: File,
-    started: Instant,
+    pub(crate) started: Instant,
     deadline: Instant,
     slow_logged: bool,
     timed_out: bool,

@@ -483,7 +483,9 @@ impl Monitor {
                 own_log::write(&format!("watch {source:?} of container {id}: {reason}"));
             }
         }
-        if let Some(code) = self.early_exits.claim(container.pid) {
+        if let Some(called) = container.create_called
+            && let Some(code) = self.early_exits.claim(container.pid, called)
+        {
             self.init_exited(serial, code);
         }
     }
@@ -624,20 +626,22 @@ impl Monitor {
             return;
         };
         match exec.finish(call, code) {
-            Ok(started) => self.exec_started(started),
+            Ok(started) => self.exec_started(started, call.started),
             Err(failed) => {
                 self.fail(failed.client(), FailureKind::Runtime, failed.reason());
                 let pid = failed.pid();
-                let reaped = pid.is_some_and(|pid| self.early_exits.claim(pid).is_some());
-                let cgroup = failed.kill(reaped, &mut self.execs.killed);
+                let exited = pid.and_then(|pid| self.early_exits.claim(pid, call.started));
+                let cgroup = failed.kill(exited.is_some(), &mut self.execs.killed);
                 self.remove_exec_cgroup(cgroup);
             }
         }
     }
 
-    fn exec_started(&mut self, StartedExec { process, terminal }: StartedExec) {
+    /// Handles an exec that the runtime has started. `called` is the time of the runtime call.
+    fn exec_started(&mut self, exec: StartedExec, called: Instant) {
+        let StartedExec { process, terminal } = exec;
         let (client, pid) = (process.client(), process.pid());
-        let exited = self.early_exits.claim(pid);
+        let exited = self.early_exits.claim(pid, called);
         match terminal {
             Ok(master) => {
                 let fds = master.into_iter().collect();
