@@ -39,6 +39,7 @@ suites! {
         mount_options,
         idmapped_mounts,
         keyrings,
+        foreground,
         terminals,
         process,
         scheduling,

@@ -141,10 +141,11 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         pid_file: arguments.value("pid-file").map(Path::new),
         descriptors,
     })?;
+    let (pid, pidfd) = (exec_process.pid, &exec_process.pidfd);
     match (foreground, exec_process.terminal) {
         (None, _) => Ok(0),
-        (Some(foreground), Some(master)) => foreground.relay(&exec_process.pidfd, master),
-        (Some(foreground), None) => foreground.wait(&exec_process.pidfd),
+        (Some(foreground), Some(master)) => foreground.relay(pid, pidfd, master),
+        (Some(foreground), None) => foreground.wait(pid, pidfd),
     }
 }
 

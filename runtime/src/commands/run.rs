@@ -82,8 +82,8 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     };
     foreground.notify = created.notify;
     let status = match created.terminal {
-        Some(master) => foreground.relay(&created.pidfd, master)?,
-        None => foreground.wait(&created.pidfd)?,
+        Some(master) => foreground.relay(created.state.pid, &created.pidfd, master)?,
+        None => foreground.wait(created.state.pid, &created.pidfd)?,
     };
     if !arguments.is_set("keep") {
         delete::delete_after_exit(&globals.root, &created.state)?;

@@ -47,6 +47,7 @@ pub(crate) struct ExecRequest<'a> {
 
 /// A process that `exec` created, and that now runs its program.
 pub(crate) struct ExecProcess {
+    pub(crate) pid: i32,
     pub(crate) pidfd: OwnedFd,
     /// The master side of the process's terminal. This field is `None` if the process has no
     /// terminal, or if rrun has sent the master side to a console socket.
@@ -94,7 +95,11 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     let terminal = serve_child(&channel, &pidfd, console, agent, task)
         .and_then(|terminal| publish(&request, pid, &pidfd).map(|()| terminal));
     match terminal {
-        Ok(terminal) => Ok(ExecProcess { pidfd, terminal }),
+        Ok(terminal) => Ok(ExecProcess {
+            pid,
+            pidfd,
+            terminal,
+        }),
         Err(error) => {
             kill_and_reap(&pidfd);
             Err(error)

@@ -2,19 +2,25 @@
 //! container's process and forwards signals to this process. rrun then exits with the exit status
 //! of this process.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{WaitId, WaitIdOptions, WaitIdStatus, waitid};
+use rustix::process::{WaitOptions, WaitStatus};
 
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket::NotifySocket;
 use crate::log;
 use crate::sys::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, signal_set, signalfd};
 
+/// The time for which rrun waits for the exit status of a dead process that another process traces.
+/// Only the tracer can reap the dead process. The kernel sends SIGCHLD when the tracer no longer
+/// traces it.
+pub(super) const TRACER_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// A signalfd(2) descriptor. rrun reads signals from this descriptor, and forwards them to the
-/// container's process.
+/// container's process. SIGCHLD only wakes rrun.
 ///
 /// rrun first blocks the signals and creates the descriptor, and then creates the container's
 /// process. So no signal is lost. The container's process unblocks the signals for itself.
@@ -28,7 +34,7 @@ impl Foreground {
     pub(crate) fn start() -> Result<Foreground> {
         // rrun does not forward the signals in this list. Each of these signals concerns rrun
         // itself, or cannot be received through a signalfd(2) descriptor.
-        let not_forwarded = [
+        let not_received = [
             libc::SIGKILL,
             libc::SIGSTOP,
             libc::SIGSEGV,
@@ -39,12 +45,11 @@ impl Foreground {
             libc::SIGTRAP,
             libc::SIGSYS,
             libc::SIGPIPE,
-            libc::SIGCHLD,
         ];
-        let forwarded: Vec<i32> = (1..=64)
-            .filter(|signal| !not_forwarded.contains(signal) && !matches!(signal, 32 | 33))
+        let received: Vec<i32> = (1..=64)
+            .filter(|signal| !not_received.contains(signal) && !matches!(signal, 32 | 33))
             .collect();
-        let set = signal_set(&forwarded);
+        let set = signal_set(&received);
         set_signal_mask(&set).doing(|| "block the signals that rrun forwards")?;
         Ok(Foreground {
             signals: signalfd(&set).doing(|| "create a descriptor for signals (signalfd)")?,
@@ -54,10 +59,20 @@ impl Foreground {
 
     /// Forwards all pending signals to the container's process.
     fn forward(&self, pidfd: &OwnedFd) {
-        while let Some(signal) = read_signal(self.signals.as_fd()) {
+        while let Some(signal) = self.next_signal() {
             // A failed send means that the container's process has exited, so the failure is
             // ignored.
             let _ = pidfd_send_signal(pidfd.as_fd(), signal);
+        }
+    }
+
+    /// Returns the next pending signal for the container's process.
+    pub(super) fn next_signal(&self) -> Option<i32> {
+        loop {
+            match read_signal(self.signals.as_fd())? {
+                libc::SIGCHLD => {}
+                signal => return Some(signal),
+            }
         }
     }
 
@@ -78,41 +93,70 @@ impl Foreground {
     /// Waits until the container's process exits, and returns its status. As in a shell, this
     /// status is the exit status of the process, or 128 plus the number of the signal that killed
     /// the process.
-    pub(crate) fn wait(mut self, pidfd: &OwnedFd) -> Result<u8> {
+    pub(crate) fn wait(mut self, pid: i32, pidfd: &OwnedFd) -> Result<u8> {
+        let mut deadline = None;
         loop {
-            let mut watched = vec![
-                PollFd::new(pidfd, PollFlags::IN),
-                PollFd::new(&self.signals, PollFlags::IN),
-            ];
+            let mut watched = vec![PollFd::new(&self.signals, PollFlags::IN)];
+            if deadline.is_none() {
+                watched.push(PollFd::new(pidfd, PollFlags::IN));
+            }
             if let Some(notify) = &self.notify {
                 watched.push(PollFd::from_borrowed_fd(notify.descriptor(), PollFlags::IN));
             }
-            match poll(&mut watched, None) {
+            let timeout = deadline.map(time_left);
+            match poll(&mut watched, timeout.as_ref()) {
+                Ok(0) => refuse!(
+                    "the container's process has exited, but another process traces it and does not read its exit status"
+                ),
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(errno) => return Err(errno).doing(|| "wait for the container's process"),
             }
-            self.forward(pidfd);
+            let is_ready = |at: usize| watched.get(at).is_some_and(|it| !it.revents().is_empty());
+            let (has_signals, has_died) = (is_ready(0), deadline.is_none() && is_ready(1));
             self.pass_on_notification();
-            if let Some(status) = status_if_exited(pidfd)? {
+            if has_signals && !has_died {
+                self.forward(pidfd);
+            }
+            if let Some(status) = status_if_exited(pid)? {
                 return Ok(status);
+            }
+            if has_died {
+                deadline = Some(Instant::now() + TRACER_TIMEOUT);
             }
         }
     }
 }
 
-/// Returns the status of the container's process (see [`Foreground::wait`]), if the process has
-/// exited.
-pub(super) fn status_if_exited(pidfd: &OwnedFd) -> Result<Option<u8>> {
-    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
-    let status = waitid(WaitId::PidFd(pidfd.as_fd()), options)
-        .doing(|| "read the exit status of the container's process")?;
-    Ok(status.map(|status| exit_code(&status)))
+/// Returns the time until `deadline`.
+pub(super) fn time_left(deadline: Instant) -> Timespec {
+    let left = deadline.saturating_duration_since(Instant::now());
+    Timespec {
+        tv_sec: left.as_secs() as _,
+        tv_nsec: left.subsec_nanos().into(),
+    }
 }
 
-fn exit_code(status: &WaitIdStatus) -> u8 {
-    match (status.exit_status(), status.terminating_signal()) {
-        (Some(code), _) => code as u8,
-        (None, Some(signal)) => (128 + signal) as u8,
-        (None, None) => 255,
+/// Returns the status of the container's process `pid` (see [`Foreground::wait`]), if the process
+/// has exited. Also reaps all other children of rrun that have exited.
+///
+/// A thread of the process can make rrun its tracer (PTRACE_TRACEME of ptrace(2)). The exit of the
+/// process is then complete only after rrun has reaped the thread. The kernel also reports that a
+/// traced thread has stopped, which this function ignores.
+pub(super) fn status_if_exited(pid: i32) -> Result<Option<u8>> {
+    loop {
+        let child = rustix::process::wait(WaitOptions::NOHANG)
+            .doing(|| "read the exit status of the container's process")?;
+        let Some((child, status)) = child else {
+            return Ok(None);
+        };
+        let code = exit_code(status).filter(|_| child.as_raw_nonzero().get() == pid);
+        if code.is_some() {
+            return Ok(code);
+        }
     }
+}
+
+fn exit_code(status: WaitStatus) -> Option<u8> {
+    let killed_by = status.terminating_signal().map(|signal| 128 + signal);
+    status.exit_status().or(killed_by).map(|code| code as u8)
 }

@@ -9,15 +9,15 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::stdio::{stderr, stdin, stdout};
 
 use crate::error::{Context, Result};
-use crate::lifecycle::foreground::{Foreground, status_if_exited};
-use crate::sys::syscalls::{pidfd_send_signal, read_signal};
+use crate::lifecycle::foreground::{Foreground, TRACER_TIMEOUT, status_if_exited, time_left};
+use crate::sys::syscalls::pidfd_send_signal;
 
 /// The size, in bytes, of the buffer for each direction. If poll(2) reports that a pipe is writable,
 /// the pipe has room for this number of bytes (`PIPE_BUF`).
@@ -34,7 +34,7 @@ const OUTPUT_BYTES_AFTER_EXIT: usize = 128 << 10;
 impl Foreground {
     /// Waits like [`Foreground::wait`]. While this function waits, it copies rrun's standard input
     /// to the container's terminal, and the terminal's output to rrun's standard output.
-    pub(crate) fn relay(self, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
+    pub(crate) fn relay(self, pid: i32, pidfd: &OwnedFd, master: OwnedFd) -> Result<u8> {
         let _raw = RawTerminal::set();
         copy_size(&master);
         // The container's processes have the slave side open, so this call does not affect them.
@@ -43,7 +43,9 @@ impl Foreground {
         let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
         let relay = Relay {
             foreground: self,
+            pid,
             pidfd,
+            dead_until: None,
             slave: ioctl_tiocgptpeer(&master, flags).ok(),
             master,
             own_terminal: open_own_terminal(),
@@ -128,7 +130,10 @@ fn output_end(own_terminal: &Option<OwnedFd>) -> BorrowedFd<'_> {
 /// The state of the copying.
 struct Relay<'a> {
     foreground: Foreground,
+    pid: i32,
     pidfd: &'a OwnedFd,
+    /// The time until which rrun waits for the exit status, if the container's process is dead.
+    dead_until: Option<Instant>,
     master: OwnedFd,
     /// The slave side of the terminal, until the container's process has exited. If no process has
     /// the slave side open, reading from the master side fails. But the container's processes can
@@ -181,6 +186,9 @@ impl Relay<'_> {
                 self.forward_signals();
             }
             if ready.exit {
+                self.dead_until = Some(Instant::now() + TRACER_TIMEOUT);
+            }
+            if (ready.exit || ready.signals) && self.exit.is_none() {
                 self.record_exit()?;
             }
             if ready.read_input {
@@ -202,7 +210,7 @@ impl Relay<'_> {
     fn end(self) -> Result<u8> {
         let status = match self.exit {
             Some(exit) => exit.status,
-            None => self.foreground.wait(self.pidfd)?,
+            None => self.foreground.wait(self.pid, self.pidfd)?,
         };
         self.lost.map(|()| status)
     }
@@ -220,7 +228,7 @@ impl Relay<'_> {
         // contains only descriptors with flags.
         let all = [
             Some((self.foreground.signals.as_fd(), PollFlags::IN)),
-            self.exit
+            self.dead_until
                 .is_none()
                 .then_some((self.pidfd.as_fd(), PollFlags::IN)),
             reads_input.then_some((stdin(), PollFlags::IN)),
@@ -232,9 +240,12 @@ impl Relay<'_> {
         let mut watched: Vec<PollFd<'_>> = listed
             .map(|(descriptor, flags)| PollFd::from_borrowed_fd(*descriptor, *flags))
             .collect();
-        let exit = self.exit.as_ref();
-        let timeout = exit.filter(|_| self.output.is_empty() || self.must_end);
-        let timeout = timeout.map(Exit::time_left);
+        let deadline = match &self.exit {
+            Some(exit) if self.output.is_empty() || self.must_end => Some(exit.deadline),
+            Some(_) => None,
+            None => self.dead_until,
+        };
+        let timeout = deadline.map(time_left);
         let count = match poll(&mut watched, timeout.as_ref()) {
             Err(Errno::INTR) => return Ok(Some(Ready::default())),
             result => result.doing(|| "wait for the container's process")?,
@@ -263,7 +274,7 @@ impl Relay<'_> {
     /// the container's terminal to the new size of the terminal of rrun's caller.
     fn forward_signals(&mut self) {
         const ENDING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
-        while let Some(signal) = read_signal(self.foreground.signals.as_fd()) {
+        while let Some(signal) = self.foreground.next_signal() {
             if signal == libc::SIGWINCH {
                 copy_size(&self.master);
                 continue;
@@ -275,7 +286,7 @@ impl Relay<'_> {
     }
 
     fn record_exit(&mut self) -> Result<()> {
-        let Some(status) = status_if_exited(self.pidfd)? else {
+        let Some(status) = status_if_exited(self.pid)? else {
             return Ok(());
         };
         self.exit = Some(Exit {
@@ -328,16 +339,6 @@ impl Relay<'_> {
         let is_wanted = exit.bytes_left > 0;
         exit.bytes_left = exit.bytes_left.saturating_sub(length);
         Ok(length > 0 && is_wanted)
-    }
-}
-
-impl Exit {
-    fn time_left(&self) -> Timespec {
-        let left = self.deadline.saturating_duration_since(Instant::now());
-        Timespec {
-            tv_sec: 0,
-            tv_nsec: left.subsec_nanos().into(),
-        }
     }
 }
 

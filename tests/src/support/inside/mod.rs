@@ -17,6 +17,7 @@ mod calls32;
 mod headless;
 mod keys;
 pub(crate) mod observation;
+mod traced;
 mod tracer;
 pub(crate) mod traffic;
 
@@ -101,6 +102,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["supervised", socket, program @ ..] => super::supervisor::supervised(socket, program),
         ["net", traffic @ ..] => traffic::main(traffic),
         ["keys", keys @ ..] => keys::main(keys),
+        ["traced", traced @ ..] => traced::main(traced),
         ["attack", attack @ ..] => attacker::main(attack),
         _ => return 99,
     };
