@@ -104,6 +104,7 @@ suites! {
         streaming_exec,
         exec_leftovers,
         main_threads,
+        parents,
         streaming_attach,
         streaming_ports,
         streaming_server,

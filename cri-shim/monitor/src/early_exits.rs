@@ -17,8 +17,7 @@ use rustix::process::{Pid, WaitId, WaitIdOptions, waitid};
 /// monitor drops the oldest exit status.
 const MAX_EARLY_EXITS: usize = 4096;
 
-/// The exit status of a child that exited without an exit status that the monitor knows. See
-/// [`super::exit::code`].
+/// The exit status that the monitor reports for an exited child whose exit status was dropped.
 const UNKNOWN_CODE: i32 = 255;
 
 #[derive(Debug, Default)]

@@ -15,13 +15,12 @@ const RECORD: &str = "exit.json";
 const TEMPORARY_RECORD: &str = "exit.json.tmp";
 
 /// Returns the exit status of a process as a shell reports it. If a signal killed the process, the
-/// exit status is 128 plus the signal's number.
-pub(crate) fn code(status: WaitStatus) -> i32 {
-    match (status.exit_status(), status.terminating_signal()) {
-        (Some(code), _) => code,
-        (None, Some(signal)) => 128 + signal,
-        (None, None) => 255,
-    }
+/// exit status is 128 plus the signal's number. Returns `None` if the process has only stopped. The
+/// kernel reports a stop if a process of a container requests that its parent, the monitor, traces
+/// it (PTRACE_TRACEME).
+pub(crate) fn code(status: WaitStatus) -> Option<i32> {
+    let killed_by = status.terminating_signal().map(|signal| 128 + signal);
+    status.exit_status().or(killed_by)
 }
 
 /// Returns the current time in nanoseconds since the epoch.

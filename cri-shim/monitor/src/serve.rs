@@ -521,7 +521,9 @@ impl Monitor {
     fn reap(&mut self) {
         while let Ok(Some(_)) = self.signals.read_signal() {}
         while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            self.child_ended(pid.as_raw_nonzero().get(), exit::code(status));
+            if let Some(code) = exit::code(status) {
+                self.child_ended(pid.as_raw_nonzero().get(), code);
+            }
         }
         if self.calls.is_empty() {
             self.early_exits.clear();
