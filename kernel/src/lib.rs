@@ -17,5 +17,6 @@ pub mod process_stat;
 pub mod procfs;
 pub mod readonly_exec;
 pub mod regular_file;
+pub mod session_keyring;
 pub mod signal;
 pub mod unix_socket;

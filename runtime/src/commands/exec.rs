@@ -136,6 +136,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         sub_cgroup: arguments
             .value("cgroup")
             .map(|text| text.strip_prefix(':').unwrap_or(text)),
+        in_foreground: !detach,
         console_socket,
         pidfd_socket: pidfd_socket(arguments)?,
         pid_file: arguments.value("pid-file").map(Path::new),

@@ -229,8 +229,8 @@ fn load_in_hook(command: &mut Command, filter: &Filter) {
         let loaded = filter.load().map(drop);
         loaded.map_err(|error| std::io::Error::other(error.to_string()))
     };
-    // SAFETY: rrun has only one thread, so `load` can safely call any function between fork and
-    // exec.
+    // SAFETY: no other thread of rrun holds a lock, so `load` can safely call any function between
+    // fork and exec.
     unsafe { command.pre_exec(load) };
 }
 

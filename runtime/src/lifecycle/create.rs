@@ -38,6 +38,7 @@ use crate::sys::clone::{Cloned, clone3};
 use crate::sys::files::{remove_pid_file, write_pid_file};
 use crate::sys::procfs::process_stat;
 use crate::sys::time::rfc3339_nanos;
+use rrun_kernel::session_keyring;
 
 /// The parameters of a container's creation: its configuration and the settings from the command
 /// line.
@@ -247,9 +248,16 @@ impl<'a> Creation<'a> {
             });
         let start_socket = start_socket::listen(self.rollback.dir.path())?;
         let (channel, childs_end) = channel::pair()?;
+        if !self.request.waits {
+            session_keyring::protect()
+                .doing(|| "protect the session keyring of rrun's caller from the container")?;
+        }
         match self.clone_first_process(before_clone)? {
             Cloned::Child => {
                 drop(channel);
+                if !self.request.waits {
+                    session_keyring::end_protection();
+                }
                 self.become_init(childs_end, after_clone, host_mounts, start_socket)
             }
             Cloned::Parent { pid, pidfd } => {
@@ -311,6 +319,7 @@ impl<'a> Creation<'a> {
             Cloned::Parent { pidfd, .. } => pidfd,
             Cloned::Child => {
                 let guard = NeverReturn;
+                session_keyring::end_protection();
                 match self.enter_and_clone(flags, before_clone) {
                     Ok(Cloned::Child) => {
                         std::mem::forget(guard);

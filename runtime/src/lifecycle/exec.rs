@@ -30,6 +30,7 @@ use crate::sys::files::{exists, remove_pid_file, write_pid_file};
 use crate::sys::syscalls;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
+use rrun_kernel::session_keyring;
 
 /// The parameters of `exec`: a process, and the container in which it runs.
 pub(crate) struct ExecRequest<'a> {
@@ -39,6 +40,8 @@ pub(crate) struct ExecRequest<'a> {
     pub(crate) process: Process,
     /// The path of a cgroup for the process, relative to the container's cgroup.
     pub(crate) sub_cgroup: Option<&'a str>,
+    /// True if rrun waits for the exit of the process.
+    pub(crate) in_foreground: bool,
     pub(crate) console_socket: Option<OwnedFd>,
     pub(crate) pidfd_socket: Option<OwnedFd>,
     pub(crate) pid_file: Option<&'a Path>,
@@ -71,6 +74,11 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         request.process.apply_own_oom_score_adj()?;
     }
     let joined = join_before_clone(&request, unprivileged)?;
+    if request.in_foreground {
+        // In a user namespace with a single group id, rrun cannot protect its session keyring. The
+        // failure is ignored, because `exec` executes no other program after the process's program.
+        let _ = session_keyring::protect();
+    }
     let cgroup_path = match request.sub_cgroup {
         Some(inner) => cgroup::existing_below(&state.cgroup, inner)?,
         None => state.cgroup.clone(),
@@ -81,6 +89,9 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         Cloned::Child => {
             drop(channel);
             drop(agent);
+            if request.in_foreground {
+                session_keyring::end_protection();
+            }
             run_child(&mut request, childs_end, joined, unprivileged)
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),

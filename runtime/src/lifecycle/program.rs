@@ -141,8 +141,8 @@ fn own_keyring(name: &str) -> std::result::Result<(), Errno> {
     // linux/keyctl.h.
     const POSSESSOR_ALL: u32 = 0x3f00_0000;
     const OWNER_SEARCH: u32 = 0x0008_0000;
-    let keyring = syscalls::join_session_keyring(name)?;
-    syscalls::set_key_permissions(keyring, POSSESSOR_ALL | OWNER_SEARCH)
+    syscalls::join_session_keyring(name)?;
+    syscalls::set_session_keyring_permissions(POSSESSOR_ALL | OWNER_SEARCH)
 }
 
 /// Calls `create` while this process has another user id, so that the new keyring counts against

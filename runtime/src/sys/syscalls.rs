@@ -49,13 +49,14 @@ pub(crate) unsafe fn close_range(first: u32, last: u32) -> Result<(), Errno> {
 }
 
 /// Joins the session keyring `name`, so that this process no longer has its parent's keys. The
-/// kernel creates the keyring if it does not exist. Returns the keyring's number. See keyctl(2),
-/// `KEYCTL_JOIN_SESSION_KEYRING`.
-pub(crate) fn join_session_keyring(name: &str) -> Result<i64, Errno> {
+/// kernel creates the keyring if it does not exist. See keyctl(2), `KEYCTL_JOIN_SESSION_KEYRING`.
+/// The call returns the keyring's number, but 0 if this process is already in the keyring.
+pub(crate) fn join_session_keyring(name: &str) -> Result<(), Errno> {
     const KEYCTL_JOIN_SESSION_KEYRING: libc::c_int = 1;
     let name = CString::new(name).map_err(|_| Errno::INVAL)?;
     // SAFETY: the name is a NUL-terminated string that outlives the call.
-    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })
+    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_JOIN_SESSION_KEYRING, name.as_ptr()) })?;
+    Ok(())
 }
 
 /// Returns random bytes from the kernel that no process can guess. See getrandom(2).
@@ -72,11 +73,19 @@ pub(crate) fn random_bytes<const LENGTH: usize>() -> Result<[u8; LENGTH], Errno>
     Ok(bytes)
 }
 
-/// Sets the permissions of a key. See keyctl(2), `KEYCTL_SETPERM`.
-pub(crate) fn set_key_permissions(key: i64, permissions: u32) -> Result<(), Errno> {
+/// Sets the permissions of this process's session keyring. See keyctl(2), `KEYCTL_SETPERM`.
+pub(crate) fn set_session_keyring_permissions(permissions: u32) -> Result<(), Errno> {
     const KEYCTL_SETPERM: libc::c_int = 5;
+    const SESSION_KEYRING: libc::c_int = -3;
     // SAFETY: the call has no pointer arguments.
-    check(unsafe { libc::syscall(libc::SYS_keyctl, KEYCTL_SETPERM, key, permissions) })?;
+    check(unsafe {
+        libc::syscall(
+            libc::SYS_keyctl,
+            KEYCTL_SETPERM,
+            SESSION_KEYRING,
+            permissions,
+        )
+    })?;
     Ok(())
 }
 

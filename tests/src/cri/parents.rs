@@ -3,16 +3,25 @@
 
 use std::fs;
 
+use serde_json::json;
+
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, on_a_node};
 use crate::{ensure_eq, test};
 
-pub(crate) const TESTS: &[Test] = &[test!(
-    a_container_that_its_parent_traces_has_not_exited_when_it_stops,
-    A_NODE,
-    Need::RrunCri
-)];
+pub(crate) const TESTS: &[Test] = &[
+    test!(
+        a_container_that_its_parent_traces_has_not_exited_when_it_stops,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        a_container_can_not_replace_the_session_keyring_of_the_monitor,
+        A_NODE,
+        Need::RrunCri
+    ),
+];
 
 fn a_container_that_its_parent_traces_has_not_exited_when_it_stops() -> Result {
     on_a_node(|node| {
@@ -31,6 +40,31 @@ fn a_container_that_its_parent_traces_has_not_exited_when_it_stops() -> Result {
             node.exited(&id)?["exitCode"],
             137,
             "the exit code of the container after it was killed"
+        );
+        Ok(())
+    })
+}
+
+/// If a container has a log, a thread of the monitor writes the log. So this container has no log.
+fn a_container_can_not_replace_the_session_keyring_of_the_monitor() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("parents");
+        let pod_id = node.runp(&pod)?;
+        let shared = node.join("shared");
+        fs::create_dir(&shared)?;
+        let script = "exec /inside keys to-parent >/shared/answer";
+        let mut container = node.container("keys", &["sh", "-c", script]);
+        container["log_path"] = json!("");
+        if let Some(mounts) = container["mounts"].as_array_mut() {
+            mounts.push(json!({ "container_path": "/shared", "host_path": shared }));
+        }
+        let id = node.run(&pod_id, &pod, &container)?;
+        node.exited(&id)?;
+        ensure_eq!(
+            fs::read_to_string(shared.join("answer"))?,
+            "Err(EPERM)\n",
+            "the kernel's answer to the container"
         );
         Ok(())
     })

@@ -1,10 +1,12 @@
 //! Tests of the session keyring, in which a container's processes keep kernel keys. Keyrings have no
 //! namespace, so only their names and permissions separate the keys of containers.
 
+use std::fs;
+
 use serde_json::{Value, json};
 
-use crate::support::bundle::Bundle;
-use crate::support::machine::{Result, Running, wait_for};
+use crate::support::bundle::{Bundle, runtime_program};
+use crate::support::machine::{Result, Running, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -24,6 +26,14 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         a_container_gets_no_keyring_that_another_container_created,
+        Need::Rrun
+    ),
+    test!(
+        a_container_can_not_replace_the_session_keyring_of_the_runtime,
+        Need::Rrun
+    ),
+    test!(
+        exec_works_although_its_caller_is_in_the_containers_session_keyring,
         Need::Rrun
     ),
 ];
@@ -131,6 +141,47 @@ fn a_container_gets_no_keyring_that_another_container_created() -> Result {
         "the container has the session keyring {occupied}, which another container created"
     );
     thief.end()?;
+    Ok(())
+}
+
+/// `run` and `exec` in the foreground are the parent of the container's process. Hooks that they
+/// execute later inherit their session keyring.
+fn a_container_can_not_replace_the_session_keyring_of_the_runtime() -> Result {
+    let mut bundle = Bundle::new(&["keys", "to-parent"])?;
+    for terminal in [false, true] {
+        let output = bundle.set("/process/terminal", json!(terminal)).run()?;
+        ensure_eq!(output.text(), "Err(EPERM)", "the kernel's answer to `run`");
+    }
+    bundle
+        .args(&["sleep", "600"])
+        .set("/process/terminal", json!(false))
+        .start()?;
+    for options in [&[][..], &["--tty"]] {
+        let output = bundle.exec(options, &["keys", "to-parent"]).ok()?;
+        ensure_eq!(output.text(), "Err(EPERM)", "the kernel's answer to `exec`");
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+fn exec_works_although_its_caller_is_in_the_containers_session_keyring() -> Result {
+    let bundle = Bundle::new(&["keys", "hide"])?;
+    let (ring, _) = hidden(bundle.run_in_background()?)?;
+    let state = fs::read(bundle.root().join(bundle.id()).join("state.json"))?;
+    let state: Value = serde_json::from_slice(&state)?;
+    let name = state["keyring"].as_str().unwrap_or_default();
+    let inside = bundle.rootfs().join("bin/inside").display().to_string();
+    let session = ["exec", bundle.id(), "/bin/inside", "keys", "session"];
+    let output = command(&inside, ["keys", "join", name, &runtime_program()])
+        .args(bundle.flags())
+        .args(session)
+        .ok()?;
+    ensure_eq!(
+        output.text(),
+        ring,
+        "the session keyring of the process that `exec` starts"
+    );
+    bundle.end()?;
     Ok(())
 }
 

@@ -29,6 +29,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_setting_that_requires_root_is_named_in_the_error),
     test!(the_state_of_a_rootless_container_is_stored_in_xdg_runtime_dir),
     test!(cve_2023_25809_a_rootless_container_can_not_write_to_the_users_cgroup),
+    test!(
+        a_users_container_can_not_replace_the_session_keyring_of_the_runtime,
+        Need::Rrun
+    ),
 ];
 
 /// The id of the user www-data, which exists on every Debian system.
@@ -117,6 +121,13 @@ fn a_user_is_root_in_the_users_own_container() -> Result {
         ["0", "1", "2"],
         "the open descriptors of the container's process"
     );
+    Ok(())
+}
+
+fn a_users_container_can_not_replace_the_session_keyring_of_the_runtime() -> Result {
+    let bundle = bundle(&["keys", "to-parent"])?;
+    let output = runtime(&bundle, &["run", bundle.id()])?.ok()?;
+    ensure_eq!(output.text(), "Err(EPERM)", "the kernel's answer to `run`");
     Ok(())
 }
 

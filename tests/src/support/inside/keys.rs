@@ -2,6 +2,8 @@
 
 use std::ffi::CString;
 use std::io::Write as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::Command;
 
 use nix::errno::Errno;
 use nix::libc;
@@ -16,6 +18,7 @@ const DESCRIBE: i64 = 6;
 const LINK: i64 = 8;
 const SEARCH: i64 = 10;
 const READ: i64 = 11;
+const SESSION_TO_PARENT: i64 = 18;
 
 /// The content of the key that `inside keys hide` creates.
 pub(crate) const SECRET: &str = "the secret of the victim";
@@ -55,6 +58,17 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
             keyctl(SETPERM, [ring, 0x3f3f_3f3f, 0, 0])?;
             say(&ring.to_string())?;
             forever()
+        }
+        // The process gives its session keyring to its parent. The kernel does so when the parent
+        // next returns from a system call.
+        ["to-parent"] => {
+            let given = keyctl(SESSION_TO_PARENT, [0; 4]);
+            say(&format!("{given:?}"))
+        }
+        // Executes a program in the session keyring `name`.
+        ["join", name, program, args @ ..] => {
+            join(name)?;
+            Err(Command::new(program).args(args).exec().into())
         }
         ["steal", name, ring, key] => steal(name, ring.parse()?, key.parse()?),
         _ => Err("unknown operation".into()),
