@@ -30,6 +30,7 @@ use crate::log;
 use crate::mounts::readonly_exec;
 use crate::process::descriptors;
 use crate::sys::command_line;
+use crate::sys::syscalls::default_signal;
 
 const COMMANDS: [&Command; 15] = [
     &create::COMMAND,
@@ -185,13 +186,17 @@ fn dispatch(words: Vec<&'static CStr>) -> Result<u8> {
 fn keep_out_of_containers(words: &[&'static CStr]) -> Result<Vec<u32>> {
     readonly_exec::reserve_standard_descriptors()?;
     let enters_container = |word: &&CStr| matches!(word.to_bytes(), b"create" | b"run" | b"exec");
-    if words.iter().any(enters_container) {
+    let inherited = if words.iter().any(enters_container) {
         readonly_exec::protect(words)?;
-        descriptors::inherited()
+        descriptors::inherited()?
     } else {
         descriptors::keep_from_hooks()?;
-        Ok(Vec::new())
-    }
+        Vec::new()
+    };
+    // If rrun's caller ignored SIGCHLD, the kernel would discard the exit statuses of rrun's
+    // children.
+    default_signal(libc::SIGCHLD).doing(|| "reset SIGCHLD to its default action")?;
+    Ok(inherited)
 }
 
 fn open_log(flags: &Arguments) -> Result<()> {

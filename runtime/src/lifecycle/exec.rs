@@ -206,6 +206,7 @@ fn run_to_execve(
     };
     syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
     rustix::process::setsid().doing(|| "become a session leader")?;
+    syscalls::default_signals().doing(|| "reset ignored signals to their default action")?;
     // If rrun's caller is not root, the parent has already entered the user namespace, and `joined`
     // contains CLONE_NEWUSER. The parent then has no more rights than this process. So this process
     // sets its limits itself.

@@ -12,7 +12,9 @@ use rustix::process::{WaitOptions, WaitStatus};
 use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket::NotifySocket;
 use crate::log;
-use crate::sys::syscalls::{pidfd_send_signal, read_signal, set_signal_mask, signal_set, signalfd};
+use crate::sys::syscalls::{
+    is_ignored, pidfd_send_signal, read_signal, set_signal_mask, signal_set, signalfd,
+};
 
 /// The time for which rrun waits for the exit status of a dead process that another process traces.
 /// Only the tracer can reap the dead process. The kernel sends SIGCHLD when the tracer no longer
@@ -66,11 +68,14 @@ impl Foreground {
         }
     }
 
-    /// Returns the next pending signal for the container's process.
+    /// Returns the next pending signal for the container's process. A shell makes its background
+    /// jobs ignore SIGINT and SIGQUIT, and nohup(1) makes a program ignore SIGHUP. The container's
+    /// process does not ignore these signals, so rrun does not forward them.
     pub(super) fn next_signal(&self) -> Option<i32> {
         loop {
             match read_signal(self.signals.as_fd())? {
                 libc::SIGCHLD => {}
+                signal @ (libc::SIGHUP | libc::SIGINT | libc::SIGQUIT) if is_ignored(signal) => {}
                 signal => return Some(signal),
             }
         }

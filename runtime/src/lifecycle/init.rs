@@ -77,6 +77,7 @@ impl Init<'_> {
         let page = page.transpose()?;
         syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
         rustix::process::setsid().doing(|| "become a session leader")?;
+        syscalls::default_signals().doing(|| "reset ignored signals to their default action")?;
         let callers_umask = rustix::process::umask(Mode::empty());
         // This function logs a warning if it fails. Later, standard error can be the container's
         // terminal.

@@ -120,6 +120,29 @@ pub(crate) fn default_signal(signal: i32) -> Result<(), Errno> {
     set_disposition(signal, libc::SIG_DFL)
 }
 
+/// Resets the standard signals that rrun's caller ignored to their default disposition. execve(2)
+/// preserves ignored signals. rrun has already reset SIGCHLD, and ignores SIGPIPE itself.
+///
+/// The kernel has no cheaper call for all signals together, and reading the ignored signals from
+/// /proc/self/status takes longer than these calls.
+pub(crate) fn default_signals() -> Result<(), Errno> {
+    (1..32)
+        .filter(|signal| {
+            let other = [libc::SIGKILL, libc::SIGSTOP, libc::SIGPIPE, libc::SIGCHLD];
+            !other.contains(signal)
+        })
+        .try_for_each(default_signal)
+}
+
+/// Returns whether this process ignores a signal.
+pub(crate) fn is_ignored(signal: i32) -> bool {
+    // SAFETY: an all-zero sigaction is a valid value of that plain type.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: `action` is valid for writes, and the null pointer means that nothing changes.
+    let returned = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
+    returned == 0 && action.sa_sigaction == libc::SIG_IGN
+}
+
 pub(crate) fn ignore_signal(signal: i32) -> Result<(), Errno> {
     set_disposition(signal, libc::SIG_IGN)
 }

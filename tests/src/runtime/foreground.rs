@@ -1,13 +1,15 @@
 //! Tests of the runtime in the foreground, which is then the parent of the container's process. A
 //! process can make its parent trace it, and another process can trace it instead.
 
-use nix::sys::signal::Signal;
-use serde_json::json;
+use std::fs;
 
-use crate::support::bundle::Bundle;
-use crate::support::machine::{Result, Running, wait_for};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use crate::support::bundle::{Bundle, runtime_program};
+use crate::support::machine::{Result, Run, Running, command, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::{ensure_eq, test};
+use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
@@ -20,6 +22,14 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         exec_ends_although_the_container_traces_its_process,
+        Need::Rrun
+    ),
+    test!(
+        a_container_ignores_no_signal_that_the_runtimes_caller_ignores,
+        Need::Rrun
+    ),
+    test!(
+        a_hangup_that_the_runtime_ignores_does_not_reach_the_container,
         Need::Rrun
     ),
 ];
@@ -95,5 +105,68 @@ fn exec_ends_although_the_container_traces_its_process() -> Result {
             .fails_with("another process traces it and does not read its exit status")?;
     }
     bundle.end()?;
+    Ok(())
+}
+
+/// Returns a command that calls the runtime. The runtime's caller ignores the signals `ignored`.
+fn ignoring(bundle: &Bundle, ignored: &str, args: &[&str]) -> Result<Run> {
+    bundle.write_config()?;
+    let script = format!("trap '' {ignored}; exec \"$@\"");
+    let runtime = command("sh", ["-c", &script, "sh", &runtime_program()]);
+    Ok(runtime.args(bundle.flags()).args(args).dir(bundle.path()))
+}
+
+fn a_container_ignores_no_signal_that_the_runtimes_caller_ignores() -> Result {
+    let all = "HUP INT QUIT USR1 USR2 TERM CHLD TSTP TTIN TTOU XFSZ PWR";
+    // The program `inside` itself ignores SIGPIPE, like every Rust program.
+    let sigpipe = format!("{:016x}", 1 << (Signal::SIGPIPE as i32 - 1));
+    let ignored = |report: &Value| report["status"]["SigIgn"].clone();
+    let mut bundle = Bundle::new(&["report"])?;
+    bundle.set("/hooks/prestart", json!([{ "path": "/bin/true" }]));
+    let report = ignoring(&bundle, all, &["run", bundle.id()])?.ok()?.json()?;
+    ensure_eq!(
+        ignored(&report),
+        sigpipe,
+        "the signals that the program of `run` ignores"
+    );
+    bundle.args(&["exit", "3"]);
+    ignoring(&bundle, all, &["run", bundle.id()])?.exits(3)?;
+
+    bundle.args(&["sleep", "600"]);
+    ignoring(&bundle, all, &["create", bundle.id()])?.ok()?;
+    ignoring(&bundle, all, &["start", bundle.id()])?.ok()?;
+    let exec = ["exec", bundle.id(), "/bin/inside", "report"];
+    let report = ignoring(&bundle, all, &exec)?.ok()?.json()?;
+    let first = fs::read_to_string(format!("/proc/{}/status", bundle.pid()?))?;
+    ensure!(
+        first.contains(&format!("SigIgn:\t{sigpipe}\n")),
+        "the container's first process ignores signals:\n{first}"
+    );
+    ensure_eq!(
+        ignored(&report),
+        sigpipe,
+        "the signals that the program of `exec` ignores"
+    );
+    bundle.end()?;
+    Ok(())
+}
+
+/// nohup(1) makes a program ignore SIGHUP.
+fn a_hangup_that_the_runtime_ignores_does_not_reach_the_container() -> Result {
+    let bundle = Bundle::new(&["wait"])?;
+    let mut running = ignoring(&bundle, "HUP", &["run", bundle.id()])?.start()?;
+    wait_for_line(&mut running, "ready")?;
+    for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGTERM] {
+        running.signal(signal);
+        // The runtime forwards SIGHUP before SIGUSR1, because SIGHUP has the lower number.
+        if signal != Signal::SIGHUP {
+            wait_for_line(&mut running, signal.as_str())?;
+        }
+    }
+    ensure_eq!(
+        running.end()?.stdout,
+        "ready\nSIGUSR1\nSIGTERM\n",
+        "the signals that the container received"
+    );
     Ok(())
 }
