@@ -2,6 +2,7 @@
 //! itself. Its parent can kill the child, wait for its death and find the cause of its death.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -9,6 +10,9 @@ use rustix::process::{WaitId, WaitIdOptions, waitid};
 
 use crate::error::Error;
 use crate::sys::syscalls::pidfd_send_signal;
+
+/// The time for which rrun waits for the death of a child that is dying.
+const DEATH_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Ends this child process without running the exit handlers or destructors that it inherited from
 /// its parent.
@@ -50,10 +54,31 @@ impl Drop for NeverReturn {
 /// Kills a child and waits for its exit status, so that the child does not remain as a zombie. If
 /// the kernel twice refuses to send the signal, this function returns without waiting, because the
 /// child may never exit.
+///
+/// If the child already executes its program, rrun may be the tracer of one of its threads
+/// (PTRACE_TRACEME). The kernel reports the child's exit only after rrun has reaped this thread. If
+/// another process traces the child, rrun cannot reap the child, and gives up after
+/// [`DEATH_TIMEOUT`].
 pub(crate) fn kill_and_reap(pidfd: &OwnedFd) {
+    const CHECK_INTERVAL: Timespec = Timespec {
+        tv_sec: 0,
+        tv_nsec: 10_000_000,
+    };
     let kill = || pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
-    if kill().or_else(|_| kill()).is_ok() {
-        reap(pidfd);
+    if kill().or_else(|_| kill()).is_err() {
+        return;
+    }
+    let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
+    let deadline = Instant::now() + DEATH_TIMEOUT;
+    while Instant::now() < deadline {
+        let _ = poll(
+            &mut [PollFd::new(pidfd, PollFlags::IN)],
+            Some(&CHECK_INTERVAL),
+        );
+        match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
+            Ok(None) => while matches!(waitid(WaitId::All, options), Ok(Some(_))) {},
+            _ => return,
+        }
     }
 }
 
@@ -66,12 +91,12 @@ pub(crate) fn reap(pidfd: &OwnedFd) {
 /// dying process closes its descriptors before its death. But [`explain_death`] can find the cause
 /// only after the death.
 pub(crate) fn await_death(pidfd: &OwnedFd) {
-    const DEATH_TIMEOUT: Timespec = Timespec {
-        tv_sec: 10,
+    let timeout = Timespec {
+        tv_sec: DEATH_TIMEOUT.as_secs() as _,
         tv_nsec: 0,
     };
     let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
-    while let Err(Errno::INTR) = poll(&mut watched, Some(&DEATH_TIMEOUT)) {}
+    while let Err(Errno::INTR) = poll(&mut watched, Some(&timeout)) {}
 }
 
 /// Adds to `error` the signal that killed the process. Returns `error` unchanged if no signal
