@@ -47,6 +47,7 @@ pub(crate) fn request<'a>(
         new_keyring: !arguments.is_set("no-new-keyring"),
         systemd_cgroup: globals.systemd_cgroup,
         descriptors: Descriptors::default(),
+        foreground: None,
         notify: None,
     })
 }

@@ -121,7 +121,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         ),
         (_, _, None) => None,
     };
-    let foreground = if detach {
+    let mut foreground = if detach {
         None
     } else {
         Some(Foreground::start()?)
@@ -136,7 +136,7 @@ fn execute(globals: &Globals, arguments: &Arguments, id: &str, words: &[String])
         sub_cgroup: arguments
             .value("cgroup")
             .map(|text| text.strip_prefix(':').unwrap_or(text)),
-        in_foreground: !detach,
+        foreground: foreground.as_mut(),
         console_socket,
         pidfd_socket: pidfd_socket(arguments)?,
         pid_file: arguments.value("pid-file").map(Path::new),

@@ -61,7 +61,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
         (_, _, None) => None,
     };
     let notify = service_manager(globals, id, &mut config)?;
-    let foreground = if detach {
+    let mut foreground = if detach {
         None
     } else {
         Some(Foreground::start()?)
@@ -69,6 +69,7 @@ fn run(globals: &Globals, arguments: &Arguments) -> Result<u8> {
     let created = create::create(CreateRequest {
         console_socket,
         descriptors,
+        foreground: foreground.as_mut(),
         notify,
         ..request(globals, arguments, &config)?
     })?;

@@ -67,7 +67,7 @@ fn serve_agent(state: &State, report: &Report) -> Result<()> {
     let served = listener.connect().and_then(|agent| {
         let process = open_process(state)?;
         let shown = state.oci_state_for_others(Status::Created);
-        agent.serve(report, &process, state.pid, shown)
+        agent.serve(report, &process, state.pid, shown, || Ok(()))
     });
     if served.is_err() {
         // If this answer fails, the first error is the cause.

@@ -194,5 +194,6 @@ impl Channel {
 /// process, and `setns` for a process that `exec` creates.
 pub(crate) fn send_pidfd(socket: &OwnedFd, pidfd: &OwnedFd, method: &str) -> Result<()> {
     send_descriptor(socket.as_fd(), pidfd.as_fd(), method.as_bytes())
+        .map(drop)
         .doing(|| "send the pidfd of the process over --pidfd-socket")
 }

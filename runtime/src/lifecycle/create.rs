@@ -21,6 +21,7 @@ use crate::config::{Config, hooks};
 use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::lifecycle::channel::{self, Channel, ChildMessage};
 use crate::lifecycle::container_dir::{ContainerDir, StateRoot};
+use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::init::Init;
 use crate::lifecycle::notify_socket::{self, NotifySocket, ServiceManager};
 use crate::lifecycle::program::keyring_name;
@@ -56,6 +57,8 @@ pub(crate) struct CreateRequest<'a> {
     /// True if systemd creates the cgroup.
     pub(crate) systemd_cgroup: bool,
     pub(crate) descriptors: Descriptors,
+    /// The signals that can end the setup, if rrun stays in the foreground.
+    pub(crate) foreground: Option<&'a mut Foreground>,
     /// The service manager to notify when the container is ready.
     pub(crate) notify: Option<ServiceManager>,
 }
@@ -436,7 +439,8 @@ impl<'a> Creation<'a> {
             net_devices: &mut rollback.net_devices,
         };
         let console = self.request.console_socket.take();
-        let served = serve_child(channel, pidfd, console, self.agent.take(), task);
+        let foreground = self.request.foreground.take();
+        let served = serve_child(channel, pidfd, console, self.agent.take(), foreground, task);
         self.rollback.resctrl.clone_from(&self.state.resctrl);
         let terminal = served?;
         log::debug(|| {

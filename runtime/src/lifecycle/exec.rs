@@ -15,6 +15,7 @@ use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 use crate::cgroup;
 use crate::error::{Context, Result};
 use crate::lifecycle::channel::{self, Channel};
+use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join_keyring};
 use crate::lifecycle::serve_child::{Task, serve_child};
 use crate::lifecycle::state::State;
@@ -40,8 +41,8 @@ pub(crate) struct ExecRequest<'a> {
     pub(crate) process: Process,
     /// The path of a cgroup for the process, relative to the container's cgroup.
     pub(crate) sub_cgroup: Option<&'a str>,
-    /// True if rrun waits for the exit of the process.
-    pub(crate) in_foreground: bool,
+    /// The signals that can end the setup, if rrun waits for the exit of the process.
+    pub(crate) foreground: Option<&'a mut Foreground>,
     pub(crate) console_socket: Option<OwnedFd>,
     pub(crate) pidfd_socket: Option<OwnedFd>,
     pub(crate) pid_file: Option<&'a Path>,
@@ -74,7 +75,8 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         request.process.apply_own_oom_score_adj()?;
     }
     let joined = join_before_clone(&request, unprivileged)?;
-    if request.in_foreground {
+    let foreground = request.foreground.take();
+    if foreground.is_some() {
         // In a user namespace with a single group id, rrun cannot protect its session keyring. The
         // failure is ignored, because `exec` executes no other program after the process's program.
         let _ = session_keyring::protect();
@@ -89,7 +91,7 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         Cloned::Child => {
             drop(channel);
             drop(agent);
-            if request.in_foreground {
+            if foreground.is_some() {
                 session_keyring::end_protection();
             }
             run_child(&mut request, childs_end, joined, unprivileged)
@@ -103,7 +105,7 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         process: &request.process,
         pid,
     };
-    let terminal = serve_child(&channel, &pidfd, console, agent, task)
+    let terminal = serve_child(&channel, &pidfd, console, agent, foreground, task)
         .and_then(|terminal| publish(&request, pid, &pidfd).map(|()| terminal));
     match terminal {
         Ok(terminal) => Ok(ExecProcess {

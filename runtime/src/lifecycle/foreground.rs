@@ -2,7 +2,8 @@
 //! container's process and forwards signals to this process. rrun then exits with the exit status
 //! of this process.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::collections::VecDeque;
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -21,6 +22,15 @@ use crate::sys::syscalls::{
 /// traces it.
 pub(super) const TRACER_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The signals with which rrun's caller requests the end of the container's process.
+pub(super) const ENDING_SIGNALS: [i32; 4] =
+    [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
+
+/// The time that rrun grants the setup of the container's process after one of the
+/// [`ENDING_SIGNALS`]. The setup usually takes a few milliseconds, and rrun then forwards the
+/// signal.
+const SETUP_GRACE: Duration = Duration::from_secs(2);
+
 /// A signalfd(2) descriptor. rrun reads signals from this descriptor, and forwards them to the
 /// container's process. SIGCHLD only wakes rrun.
 ///
@@ -28,6 +38,11 @@ pub(super) const TRACER_TIMEOUT: Duration = Duration::from_secs(5);
 /// process. So no signal is lost. The container's process unblocks the signals for itself.
 pub(crate) struct Foreground {
     pub(super) signals: OwnedFd,
+    /// The signals that arrived during the setup of the process, and that rrun forwards later.
+    early: VecDeque<i32>,
+    /// The first signal that arrived during the setup to end the process, and the time at which
+    /// rrun then gives the setup up.
+    setup_end: Option<(i32, Instant)>,
     /// The socket on which the container reports that it is ready.
     pub(crate) notify: Option<NotifySocket>,
 }
@@ -55,12 +70,57 @@ impl Foreground {
         set_signal_mask(&set).doing(|| "block the signals that rrun forwards")?;
         Ok(Foreground {
             signals: signalfd(&set).doing(|| "create a descriptor for signals (signalfd)")?,
+            early: VecDeque::new(),
+            setup_end: None,
             notify: None,
         })
     }
 
+    /// Waits until `descriptor` is ready, while the container's process is being set up.
+    ///
+    /// The container can have stopped the process, which then never becomes ready. rrun blocks the
+    /// signals that would end it. So this function fails if the descriptor is not ready within
+    /// [`SETUP_GRACE`] after such a signal.
+    pub(super) fn await_ready(&mut self, descriptor: BorrowedFd<'_>) -> Result<()> {
+        loop {
+            let mut watched = [
+                PollFd::from_borrowed_fd(descriptor, PollFlags::IN),
+                PollFd::new(&self.signals, PollFlags::IN),
+            ];
+            let timeout = self.setup_end.map(|(_, end)| time_left(end));
+            match poll(&mut watched, timeout.as_ref()) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(errno) => return Err(errno).doing(|| "wait for the container's process"),
+            }
+            let [ready, _] = watched.map(|it| !it.revents().is_empty());
+            if ready {
+                return Ok(());
+            }
+            self.check_setup_end()?;
+        }
+    }
+
+    /// Reads the pending signals while the container's process is being set up. Fails if the setup
+    /// has taken longer than [`SETUP_GRACE`] after a signal to end the process.
+    pub(crate) fn check_setup_end(&mut self) -> Result<()> {
+        while let Some(signal) = self.read_signal() {
+            if ENDING_SIGNALS.contains(&signal) {
+                let end = Instant::now() + SETUP_GRACE;
+                self.setup_end.get_or_insert((signal, end));
+            }
+            self.early.push_back(signal);
+        }
+        match self.setup_end {
+            Some((signal, end)) if Instant::now() >= end => refuse!(
+                "signal {signal} arrived, and the container's process was not ready {} s later",
+                SETUP_GRACE.as_secs()
+            ),
+            _ => Ok(()),
+        }
+    }
+
     /// Forwards all pending signals to the container's process.
-    fn forward(&self, pidfd: &OwnedFd) {
+    fn forward(&mut self, pidfd: &OwnedFd) {
         while let Some(signal) = self.next_signal() {
             // A failed send means that the container's process has exited, so the failure is
             // ignored.
@@ -68,10 +128,20 @@ impl Foreground {
         }
     }
 
-    /// Returns the next pending signal for the container's process. A shell makes its background
+    /// Returns the next signal for the container's process.
+    pub(super) fn next_signal(&mut self) -> Option<i32> {
+        self.early.pop_front().or_else(|| self.read_signal())
+    }
+
+    /// Returns whether rrun has read signals that it has not forwarded yet.
+    pub(super) fn has_early_signals(&self) -> bool {
+        !self.early.is_empty()
+    }
+
+    /// Reads the next pending signal for the container's process. A shell makes its background
     /// jobs ignore SIGINT and SIGQUIT, and nohup(1) makes a program ignore SIGHUP. The container's
     /// process does not ignore these signals, so rrun does not forward them.
-    pub(super) fn next_signal(&self) -> Option<i32> {
+    fn read_signal(&self) -> Option<i32> {
         loop {
             match read_signal(self.signals.as_fd())? {
                 libc::SIGCHLD => {}
@@ -100,6 +170,9 @@ impl Foreground {
     /// the process.
     pub(crate) fn wait(mut self, pid: i32, pidfd: &OwnedFd) -> Result<u8> {
         let mut deadline = None;
+        if self.has_early_signals() {
+            self.forward(pidfd);
+        }
         loop {
             let mut watched = vec![PollFd::new(&self.signals, PollFlags::IN)];
             if deadline.is_none() {

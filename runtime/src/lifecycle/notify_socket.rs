@@ -265,7 +265,7 @@ impl NotifySocket {
         let doing = || "wait for the service manager to read the notification";
         let (read_end, write_end) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
         self.when_queue_has_room(|| {
-            send_descriptor(self.manager.as_fd(), write_end.as_fd(), b"BARRIER=1")
+            send_descriptor(self.manager.as_fd(), write_end.as_fd(), b"BARRIER=1").map(drop)
         })
         .doing(doing)?;
         drop(write_end);

@@ -16,7 +16,9 @@ use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
 use rustix::stdio::{stderr, stdin, stdout};
 
 use crate::error::{Context, Result};
-use crate::lifecycle::foreground::{Foreground, TRACER_TIMEOUT, status_if_exited, time_left};
+use crate::lifecycle::foreground::{
+    ENDING_SIGNALS, Foreground, TRACER_TIMEOUT, status_if_exited, time_left,
+};
 use crate::sys::syscalls::pidfd_send_signal;
 
 /// The size, in bytes, of the buffer for each direction. If poll(2) reports that a pipe is writable,
@@ -177,6 +179,9 @@ impl Relay<'_> {
     /// Copies data until the container's process has exited and its output is copied. Returns the
     /// status of the process.
     fn run(mut self) -> Result<u8> {
+        if self.foreground.has_early_signals() {
+            self.forward_signals();
+        }
         loop {
             let Some(ready) = self.wait()? else {
                 return self.end();
@@ -273,13 +278,12 @@ impl Relay<'_> {
     /// Forwards signals like [`Foreground::wait`], except SIGWINCH. On SIGWINCH, this function sets
     /// the container's terminal to the new size of the terminal of rrun's caller.
     fn forward_signals(&mut self) {
-        const ENDING: [i32; 4] = [libc::SIGTERM, libc::SIGINT, libc::SIGHUP, libc::SIGQUIT];
         while let Some(signal) = self.foreground.next_signal() {
             if signal == libc::SIGWINCH {
                 copy_size(&self.master);
                 continue;
             }
-            self.must_end |= ENDING.contains(&signal);
+            self.must_end |= ENDING_SIGNALS.contains(&signal);
             // A failed send means that the process has exited, so the failure is ignored.
             let _ = pidfd_send_signal(self.pidfd.as_fd(), signal);
         }

@@ -1,7 +1,7 @@
 //! The parent's part in the setup of a child. The child is a container's first process, or a
 //! process that `exec` creates.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
 
@@ -10,6 +10,7 @@ use crate::config::{Config, hooks};
 use crate::error::{Error, Result};
 use crate::lifecycle::channel::{Channel, ChildMessage};
 use crate::lifecycle::container_dir::ContainerDir;
+use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::state::{State, Status};
 use crate::log;
 use crate::namespaces::net_devices;
@@ -38,7 +39,7 @@ pub(crate) enum Task<'a> {
 }
 
 /// Handles the child's messages until the child has executed its program or waits for `start`.
-/// Sends the master side of the child's terminal over the socket `console`. If `console` is `None`,
+/// In the foreground, a signal can end the setup. Sends the master side of the child's terminal over the socket `console`. If `console` is `None`,
 /// returns the master side.
 ///
 /// The child itself does not send the master side, because the kernel can refuse to send a
@@ -48,9 +49,10 @@ pub(crate) fn serve_child(
     pidfd: &OwnedFd,
     console: Option<OwnedFd>,
     agent: Option<Agent<'_>>,
+    foreground: Option<&mut Foreground>,
     mut task: Task<'_>,
 ) -> Result<Option<OwnedFd>> {
-    serve(channel, pidfd, console, agent, &mut task).map_err(|error| {
+    serve(channel, pidfd, console, agent, foreground, &mut task).map_err(|error| {
         // If the child failed at the same time, its own error is the cause.
         explain_death(channel.pending_failure().unwrap_or(error), pidfd)
     })
@@ -61,12 +63,16 @@ fn serve(
     pidfd: &OwnedFd,
     mut console: Option<OwnedFd>,
     mut agent: Option<Agent<'_>>,
+    mut foreground: Option<&mut Foreground>,
     task: &mut Task<'_>,
 ) -> Result<Option<OwnedFd>> {
     let mut terminal = None;
     let mut ready = false;
     let mut report = None;
     loop {
+        if let Some(foreground) = &mut foreground {
+            foreground.await_ready(channel.as_fd())?;
+        }
         match channel.receive(pidfd)? {
             ChildMessage::NeedsParent => {
                 task.do_parents_part()?;
@@ -85,7 +91,11 @@ fn serve(
                 let page = report.insert(page);
                 if let Some(agent) = agent.take() {
                     let (pid, state) = task.agent_data();
-                    agent.serve(page, pidfd, pid, state)?;
+                    let check = || {
+                        let foreground = foreground.as_deref_mut();
+                        foreground.map_or(Ok(()), Foreground::check_setup_end)
+                    };
+                    agent.serve(page, pidfd, pid, state, check)?;
                 }
             }
             ChildMessage::Ready if task.waits() => return Ok(terminal),

@@ -36,6 +36,7 @@ pub(crate) fn send_to_console(socket: &OwnedFd, master: &OwnedFd) -> Result<()> 
         .as_ref()
         .map_or(&b"/dev/pts"[..], |name| name.to_bytes());
     send_descriptor(socket.as_fd(), master.as_fd(), name)
+        .map(drop)
         .doing(|| "send the terminal over the console socket")
 }
 

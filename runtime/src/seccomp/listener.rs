@@ -3,9 +3,14 @@
 //! specification, "The Container Process State".
 
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
 use rustix::fs::FileType;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{
+    AddressFamily, SendFlags, SocketAddrUnix, SocketFlags, SocketType, connect, send, socket_with,
+};
 use rustix::process::{PidfdGetfdFlags, pidfd_getfd};
 use serde::{Deserialize, Serialize};
 
@@ -17,6 +22,10 @@ use crate::sys::unix_socket::send_descriptor;
 /// The target of the link in /proc/self/fd for a descriptor of a seccomp listener. The link of an
 /// ordinary file has a target that begins with `/`, so a file cannot be mistaken for a listener.
 const LISTENER: &[u8] = b"anon_inode:seccomp notify";
+
+/// The time for which rrun waits for the agent to accept a connection, or to read a part of the
+/// message.
+const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The address of the seccomp agent, and the metadata that rrun sends to the agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -54,8 +63,11 @@ impl Listener {
             None,
         )
         .doing(doing)?;
+        // A running agent reads its socket. Without the timeout, rrun would wait forever for an
+        // agent that does not accept or read.
+        set_socket_timeout(&connection, Timeout::Send, Some(AGENT_TIMEOUT)).doing(doing)?;
         let address = SocketAddrUnix::new(&*self.path).doing(doing)?;
-        connect(&connection, &address).doing(doing)?;
+        by_agent(connect(&connection, &address), doing)?;
         Ok(Agent {
             listener: self,
             connection,
@@ -73,17 +85,32 @@ impl Listener {
     }
 }
 
+/// Returns the result of a call that waits for the agent. EAGAIN means that the timeout of the
+/// connection has passed.
+fn by_agent(result: std::result::Result<(), Errno>, doing: impl FnOnce() -> String) -> Result<()> {
+    match result {
+        Err(Errno::AGAIN) => refuse!(
+            "{}: the agent did not accept or read within {} s",
+            doing(),
+            AGENT_TIMEOUT.as_secs()
+        ),
+        result => result.doing(doing),
+    }
+}
+
 impl Agent<'_> {
     /// Waits until the process has loaded its filter, sends the filter's listener to the agent, and
-    /// lets the process continue.
+    /// lets the process continue. While this function waits for the process, it calls `check`, which
+    /// can end the wait with an error.
     pub(crate) fn serve(
         self,
         report: &Report,
         process: &OwnedFd,
         pid: i32,
         state: OciState<'_>,
+        check: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        let Some(number) = report.await_listener(process)? else {
+        let Some(number) = report.await_listener(process, check)? else {
             // The process failed before it loaded the filter, and reports the reason itself.
             return Ok(());
         };
@@ -126,6 +153,16 @@ impl Agent<'_> {
             state,
         })
         .map_err(|error| Error::new(format!("{}: {error}", doing())))?;
-        send_descriptor(self.connection.as_fd(), descriptor.as_fd(), &message).doing(doing)
+        by_agent(self.send(&message, descriptor.as_fd()), doing)
+    }
+
+    /// Sends the message with the descriptor. A call sends only a part of the message if the agent
+    /// does not read it within [`AGENT_TIMEOUT`]. A later call then fails with EAGAIN.
+    fn send(&self, message: &[u8], descriptor: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
+        let mut sent = send_descriptor(self.connection.as_fd(), descriptor, message)?;
+        while let Some(rest) = message.get(sent..).filter(|rest| !rest.is_empty()) {
+            sent += retry_on_intr(|| send(&self.connection, rest, SendFlags::NOSIGNAL))?;
+        }
+        Ok(())
     }
 }

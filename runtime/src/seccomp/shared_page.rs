@@ -180,9 +180,14 @@ impl Report {
 
     /// Waits until the process has loaded its filter, and returns the number of the listener's
     /// descriptor in that process. Returns `None` if the process died or failed before it loaded
-    /// the filter.
-    pub(crate) fn await_listener(&self, pidfd: &OwnedFd) -> Result<Option<i32>> {
+    /// the filter. `check` is called again and again, and can end the wait with an error.
+    pub(crate) fn await_listener(
+        &self,
+        pidfd: &OwnedFd,
+        mut check: impl FnMut() -> Result<()>,
+    ) -> Result<Option<i32>> {
         loop {
+            check()?;
             let mut process = [PollFd::new(pidfd, PollFlags::IN)];
             let dead =
                 poll(&mut process, Some(&LISTENER_CHECK_INTERVAL)).is_ok_and(|dead| dead > 0);

@@ -91,12 +91,13 @@ pub(crate) fn receive_pending(
     ready.then(|| receive_last(socket, buffer).ok())?
 }
 
-/// Sends a descriptor together with `bytes` over a unix socket.
+/// Sends a descriptor together with `bytes` over a unix socket. Returns the number of bytes that
+/// were sent, which is smaller than the length of `bytes` only for a stream socket with a timeout.
 pub(crate) fn send_descriptor(
     socket: BorrowedFd<'_>,
     descriptor: BorrowedFd<'_>,
     bytes: &[u8],
-) -> std::result::Result<(), Errno> {
+) -> std::result::Result<usize, Errno> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
     let descriptors = [descriptor];
@@ -111,7 +112,6 @@ pub(crate) fn send_descriptor(
             SendFlags::NOSIGNAL,
         )
     })
-    .map(drop)
 }
 
 /// Sends the message `kind` with a descriptor to another process of rrun. A process that is about
@@ -128,7 +128,7 @@ pub(crate) fn hand_over(
 ) -> std::result::Result<(), Errno> {
     match send_descriptor(socket, descriptor, &[kind]) {
         Err(Errno::TOOMANYREFS) => {}
-        sent => return sent,
+        sent => return sent.map(drop),
     }
     let [a, b, c, d] = descriptor.as_raw_fd().to_ne_bytes();
     let message = [kind, a, b, c, d];

@@ -32,6 +32,10 @@ pub(crate) const TESTS: &[Test] = &[
         a_hangup_that_the_runtime_ignores_does_not_reach_the_container,
         Need::Rrun
     ),
+    test!(
+        a_signal_ends_exec_although_the_container_stops_its_process,
+        Need::Rrun
+    ),
 ];
 
 fn wait_for_line(running: &mut Running, line: &str) -> Result {
@@ -169,4 +173,39 @@ fn a_hangup_that_the_runtime_ignores_does_not_reach_the_container() -> Result {
         "the signals that the container received"
     );
     Ok(())
+}
+
+fn a_signal_ends_exec_although_the_container_stops_its_process() -> Result {
+    let bundle = Bundle::new(&["stop-others"])?;
+    let mut container = bundle.run_in_background()?;
+    wait_for_line(&mut container, "ready")?;
+    // The container can also stop a process that executes its program already.
+    let running = wait_for("the container to stop a process of the runtime", || {
+        let mut running = bundle.exec(&[], &["exit", "0"]).start()?;
+        Ok(is_stopped_in_setup(&mut running)?.then_some(running))
+    })?;
+    running.signal(Signal::SIGTERM);
+    let output = running.end()?;
+    ensure_eq!(output.code, 255, "the exit code of `exec` after SIGTERM");
+    output.fails_with("signal 15 arrived, and the container's process was not ready 2 s later")?;
+    bundle.end()?;
+    Ok(())
+}
+
+/// Waits until the runtime has exited, or until its child is stopped. Returns whether the child is
+/// stopped before it executes its program.
+fn is_stopped_in_setup(running: &mut Running) -> Result<bool> {
+    let parent = running.pid();
+    let children = format!("/proc/{parent}/task/{parent}/children");
+    wait_for("the runtime to exit, or its child to be stopped", || {
+        if !running.lives() {
+            return Ok(Some(false));
+        }
+        let children = fs::read_to_string(&children).unwrap_or_default();
+        let stat = children.split_whitespace().next().map(|child| {
+            fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default()
+        });
+        let stat = stat.unwrap_or_default();
+        Ok(stat.contains(") T ").then(|| stat.contains("(rrun)")))
+    })
 }

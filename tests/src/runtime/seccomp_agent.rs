@@ -31,6 +31,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(start_reports_an_agent_that_disconnected, Need::Rrun),
     test!(an_agent_decides_about_system_calls_of_processes_that_exec_starts),
     test!(a_missing_agent_is_reported),
+    test!(
+        an_agent_that_does_not_read_does_not_keep_the_runtime_waiting,
+        Need::Rrun
+    ),
 ];
 
 /// The socket at listenerPath, on which the test accepts connections as the agent.
@@ -423,4 +427,14 @@ fn a_missing_agent_is_reported() -> Result {
         output.told()
     );
     Ok(())
+}
+
+fn an_agent_that_does_not_read_does_not_keep_the_runtime_waiting() -> Result {
+    let socket = AgentSocket::new()?;
+    let mut bundle = filtered(notify_profile(&socket), &["sleep", "600"])?;
+    bundle.set("/annotations", json!({ "key": "x".repeat(2_000_000) }));
+    bundle
+        .call(&["run"])?
+        .end()?
+        .fails_with("the agent did not accept or read within 10 s")
 }
