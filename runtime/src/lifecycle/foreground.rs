@@ -29,7 +29,7 @@ pub(super) const ENDING_SIGNALS: [i32; 4] =
 /// The time that rrun grants the setup of the container's process after one of the
 /// [`ENDING_SIGNALS`]. The setup usually takes a few milliseconds, and rrun then forwards the
 /// signal.
-const SETUP_GRACE: Duration = Duration::from_secs(2);
+const SETUP_GRACE: Duration = Duration::from_millis(500);
 
 /// A signalfd(2) descriptor. rrun reads signals from this descriptor, and forwards them to the
 /// container's process. SIGCHLD only wakes rrun.
@@ -112,8 +112,8 @@ impl Foreground {
         }
         match self.setup_end {
             Some((signal, end)) if Instant::now() >= end => refuse!(
-                "signal {signal} arrived, and the container's process was not ready {} s later",
-                SETUP_GRACE.as_secs()
+                "signal {signal} arrived, and the container's process was not ready {} ms later",
+                SETUP_GRACE.as_millis()
             ),
             _ => Ok(()),
         }

@@ -3,7 +3,7 @@
 //! specification, "The Container Process State".
 
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FileType;
 use rustix::io::{Errno, retry_on_intr};
@@ -25,7 +25,10 @@ const LISTENER: &[u8] = b"anon_inode:seccomp notify";
 
 /// The time for which rrun waits for the agent to accept a connection, or to read a part of the
 /// message.
-const AGENT_TIMEOUT: Duration = Duration::from_secs(10);
+const AGENT_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The interval at which rrun checks whether it must end the wait for the agent.
+const AGENT_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 /// The address of the seccomp agent, and the metadata that rrun sends to the agent.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -108,13 +111,13 @@ impl Agent<'_> {
         process: &OwnedFd,
         pid: i32,
         state: OciState<'_>,
-        check: impl FnMut() -> Result<()>,
+        mut check: impl FnMut() -> Result<()>,
     ) -> Result<()> {
-        let Some(number) = report.await_listener(process, check)? else {
+        let Some(number) = report.await_listener(process, &mut check)? else {
             // The process failed before it loaded the filter, and reports the reason itself.
             return Ok(());
         };
-        let sent = self.send_listener(process.as_fd(), pid, number, state);
+        let sent = self.send_listener(process.as_fd(), pid, number, state, check);
         let answered = report.answer(sent.is_ok());
         sent.and(answered)
     }
@@ -131,6 +134,7 @@ impl Agent<'_> {
         pid: i32,
         number: i32,
         state: OciState<'_>,
+        check: impl FnMut() -> Result<()>,
     ) -> Result<()> {
         let doing = || format!("send the seccomp listener to {}", self.listener.path);
         let descriptor = pidfd_getfd(process, number, PidfdGetfdFlags::empty()).doing(doing)?;
@@ -153,15 +157,31 @@ impl Agent<'_> {
             state,
         })
         .map_err(|error| Error::new(format!("{}: {error}", doing())))?;
-        by_agent(self.send(&message, descriptor.as_fd()), doing)
+        self.send(&message, descriptor.as_fd(), check, doing)
     }
 
-    /// Sends the message with the descriptor. A call sends only a part of the message if the agent
-    /// does not read it within [`AGENT_TIMEOUT`]. A later call then fails with EAGAIN.
-    fn send(&self, message: &[u8], descriptor: BorrowedFd<'_>) -> std::result::Result<(), Errno> {
-        let mut sent = send_descriptor(self.connection.as_fd(), descriptor, message)?;
+    /// Sends the message with the descriptor. Fails if the agent reads nothing for
+    /// [`AGENT_TIMEOUT`], or with the error of `check`.
+    fn send(
+        &self,
+        message: &[u8],
+        descriptor: BorrowedFd<'_>,
+        mut check: impl FnMut() -> Result<()>,
+        doing: impl Fn() -> String,
+    ) -> Result<()> {
+        let socket = &self.connection;
+        set_socket_timeout(socket, Timeout::Send, Some(AGENT_CHECK_INTERVAL)).doing(&doing)?;
+        let (mut sent, mut progress) = (0, Instant::now());
         while let Some(rest) = message.get(sent..).filter(|rest| !rest.is_empty()) {
-            sent += retry_on_intr(|| send(&self.connection, rest, SendFlags::NOSIGNAL))?;
+            let result = match sent {
+                0 => send_descriptor(socket.as_fd(), descriptor, rest),
+                _ => retry_on_intr(|| send(socket, rest, SendFlags::NOSIGNAL)),
+            };
+            match result {
+                Ok(length) => (sent, progress) = (sent + length, Instant::now()),
+                Err(Errno::AGAIN) if progress.elapsed() < AGENT_TIMEOUT => check()?,
+                Err(errno) => return by_agent(Err(errno), doing),
+            }
         }
         Ok(())
     }

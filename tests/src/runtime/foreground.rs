@@ -127,7 +127,9 @@ fn a_container_ignores_no_signal_that_the_runtimes_caller_ignores() -> Result {
     let ignored = |report: &Value| report["status"]["SigIgn"].clone();
     let mut bundle = Bundle::new(&["report"])?;
     bundle.set("/hooks/prestart", json!([{ "path": "/bin/true" }]));
-    let report = ignoring(&bundle, all, &["run", bundle.id()])?.ok()?.json()?;
+    let report = ignoring(&bundle, all, &["run", bundle.id()])?
+        .ok()?
+        .json()?;
     ensure_eq!(
         ignored(&report),
         sigpipe,
@@ -187,7 +189,7 @@ fn a_signal_ends_exec_although_the_container_stops_its_process() -> Result {
     running.signal(Signal::SIGTERM);
     let output = running.end()?;
     ensure_eq!(output.code, 255, "the exit code of `exec` after SIGTERM");
-    output.fails_with("signal 15 arrived, and the container's process was not ready 2 s later")?;
+    output.fails_with("signal 15 arrived, and the container's process was not ready 500 ms later")?;
     bundle.end()?;
     Ok(())
 }
@@ -202,9 +204,10 @@ fn is_stopped_in_setup(running: &mut Running) -> Result<bool> {
             return Ok(Some(false));
         }
         let children = fs::read_to_string(&children).unwrap_or_default();
-        let stat = children.split_whitespace().next().map(|child| {
-            fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default()
-        });
+        let stat = children
+            .split_whitespace()
+            .next()
+            .map(|child| fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default());
         let stat = stat.unwrap_or_default();
         Ok(stat.contains(") T ").then(|| stat.contains("(rrun)")))
     })

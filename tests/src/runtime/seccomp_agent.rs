@@ -8,6 +8,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
 use nix::libc;
+use nix::sys::signal::Signal;
 use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 
@@ -436,5 +437,13 @@ fn an_agent_that_does_not_read_does_not_keep_the_runtime_waiting() -> Result {
     bundle
         .call(&["run"])?
         .end()?
-        .fails_with("the agent did not accept or read within 10 s")
+        .fails_with("the agent did not accept or read within 5 s")?;
+    let running = bundle.call(&["run"])?.start()?;
+    wait_for("the runtime to create the container's first process", || {
+        Ok((bundle.runtime(&["state", bundle.id()]).end()?.code == 0).then_some(()))
+    })?;
+    running.signal(Signal::SIGTERM);
+    running
+        .end()?
+        .fails_with("signal 15 arrived, and the container's process was not ready 500 ms later")
 }
