@@ -2,6 +2,10 @@
 
 use nix::sys::signal::Signal;
 
+/// The environment variable with which the monitor reports to rrun that no signal is ignored. rrun
+/// then does not need to reset the signals, which requires a system call for each signal.
+pub const NONE_IGNORED: &str = "RRUN_NO_SIGNAL_IGNORED";
+
 /// The lowest real-time signal that is not reserved by the C library. `SIGRTMIN()` returns 34 with
 /// glibc and 35 with musl. The constant is glibc's value. Docker and runc also use this value.
 const RTMIN: i32 = 34;

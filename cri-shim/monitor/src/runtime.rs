@@ -23,6 +23,7 @@ use rustix::fs::{MemfdFlags, OFlags};
 use super::failure_reason::last_error;
 use super::readonly_exec;
 use rrun_kernel::errno::describe;
+use rrun_kernel::signal::NONE_IGNORED;
 
 /// The duration after which the monitor logs a runtime call as slow.
 const SLOW_CALL_TIME: Duration = Duration::from_secs(10);
@@ -303,7 +304,7 @@ fn spawn(line: &[CString], fds: [BorrowedFd<'_>; 3]) -> std::io::Result<i32> {
             | PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK
             | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF,
     )?;
-    let mut environment = Vec::new();
+    let mut environment = vec![CString::new(format!("{NONE_IGNORED}=1"))?];
     for (name, value) in std::env::vars_os() {
         let mut entry = name.into_encoded_bytes();
         entry.push(b'=');

@@ -5,6 +5,7 @@ use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
+use rrun_kernel::signal::NONE_IGNORED;
 use rustix::io::Errno;
 
 use crate::sys::number_list::NumberSet;
@@ -124,8 +125,12 @@ pub(crate) fn default_signal(signal: i32) -> Result<(), Errno> {
 /// preserves ignored signals. rrun has already reset SIGCHLD, and ignores SIGPIPE itself.
 ///
 /// The kernel has no cheaper call for all signals together, and reading the ignored signals from
-/// /proc/self/status takes longer than these calls.
+/// /proc/self/status takes longer than these calls. So this function does nothing if the monitor is
+/// the caller, because the monitor has reset all signals.
 pub(crate) fn default_signals() -> Result<(), Errno> {
+    if std::env::var_os(NONE_IGNORED).is_some() {
+        return Ok(());
+    }
     (1..32)
         .filter(|signal| {
             let other = [libc::SIGKILL, libc::SIGSTOP, libc::SIGPIPE, libc::SIGCHLD];
