@@ -24,7 +24,7 @@ const STACK_BYTES: usize = 64 << 10;
 /// does not immediately call execve(2).
 pub fn protect() -> io::Result<()> {
     let other = if getegid().is_root() { 1 } else { 0 };
-    set_saved_group(Gid::from_raw(other)).or_else(|_| start_sleeper())
+    set_saved_group(Gid::from_raw(other)).or_else(|_| protect_by_thread())
 }
 
 /// Sets the saved group id of a child to its group id. Otherwise the kernel could refuse its parent
@@ -41,7 +41,10 @@ fn set_saved_group(group: Gid) -> io::Result<()> {
     Ok(set_thread_res_gid(unchanged, unchanged, group)?)
 }
 
-fn start_sleeper() -> io::Result<()> {
+/// Makes sure, like [`protect`], that no child replaces the session keyring of this process. This
+/// function always starts a thread. After [`protect`], other processes without CAP_SYS_PTRACE and
+/// CAP_SYS_RESOURCE could not open the descriptors of this process in /proc or change its limits.
+pub fn protect_by_thread() -> io::Result<()> {
     let sleeps = Arc::new(AtomicBool::new(false));
     let started = Arc::clone(&sleeps);
     let sleep = move || {

@@ -86,6 +86,8 @@ pub(crate) struct Monitor {
     /// The eventfd through which the logs' threads wake the event loop.
     log_wake: Arc<OwnedFd>,
     coalescing: Coalescing,
+    /// True after the monitor has started a thread that protects its session keyring.
+    is_keyring_protected: bool,
     /// The client that requested the monitor's shutdown.
     shutdown: Option<ClientId>,
 }
@@ -116,6 +118,7 @@ impl Monitor {
             read_buffer: ReadBuffer::new(),
             log_wake,
             coalescing: Coalescing::default(),
+            is_keyring_protected: false,
             shutdown: None,
         })
     }
@@ -355,6 +358,14 @@ impl Monitor {
             Ok(joined) => joined,
             Err(failure) => return self.reply(client, &Reply::Error(failure)),
         };
+        if let Err(error) = self.protect_keyring(&spec) {
+            let reason = describe(&error);
+            let message = format!(
+                "protect the monitor's session keyring from container {}: {reason}",
+                spec.id
+            );
+            return self.fail(client, FailureKind::Monitor, message);
+        }
         let serial = self.serials.next();
         match Container::create(serial, spec, fds.pop(), &self.log_wake) {
             Ok((mut container, command)) => {
@@ -364,6 +375,17 @@ impl Monitor {
             }
             Err(message) => self.fail(client, FailureKind::Monitor, message),
         }
+    }
+
+    /// Makes sure that a container's processes, which are children of the monitor, do not replace the
+    /// monitor's session keyring. They cannot do so while the monitor has several threads. The
+    /// thread that writes a container's log exists as long as the container.
+    fn protect_keyring(&mut self, spec: &Create) -> std::io::Result<()> {
+        if spec.log.is_none() && !self.is_keyring_protected {
+            rrun_kernel::session_keyring::protect_by_thread()?;
+            self.is_keyring_protected = true;
+        }
+        Ok(())
     }
 
     fn delete(&mut self, client: ClientId, id: &str) {

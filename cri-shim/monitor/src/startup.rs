@@ -136,9 +136,6 @@ fn serve(runtime_timeout: Duration) -> Result<(), StartError> {
     } else {
         None
     };
-    rrun_kernel::session_keyring::protect().map_err(StartError::io(
-        "protect the session keyring from the containers",
-    ))?;
     let context = PodContext {
         dir,
         runtime_timeout,
