@@ -60,9 +60,10 @@ impl Drop for NeverReturn {
 /// another process traces the child, rrun cannot reap the child, and gives up after
 /// [`DEATH_TIMEOUT`].
 pub(crate) fn kill_and_reap(pidfd: &OwnedFd) {
-    const CHECK_INTERVAL: Timespec = Timespec {
+    const CHECK_INTERVAL: Duration = Duration::from_millis(10);
+    let interval = Timespec {
         tv_sec: 0,
-        tv_nsec: 10_000_000,
+        tv_nsec: CHECK_INTERVAL.subsec_nanos().into(),
     };
     let kill = || pidfd_send_signal(pidfd.as_fd(), libc::SIGKILL);
     if kill().or_else(|_| kill()).is_err() {
@@ -71,13 +72,14 @@ pub(crate) fn kill_and_reap(pidfd: &OwnedFd) {
     let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG;
     let deadline = Instant::now() + DEATH_TIMEOUT;
     while Instant::now() < deadline {
-        let _ = poll(
-            &mut [PollFd::new(pidfd, PollFlags::IN)],
-            Some(&CHECK_INTERVAL),
-        );
-        match waitid(WaitId::PidFd(pidfd.as_fd()), options) {
-            Ok(None) => while matches!(waitid(WaitId::All, options), Ok(Some(_))) {},
-            _ => return,
+        let mut watched = [PollFd::new(pidfd, PollFlags::IN)];
+        let is_dead = poll(&mut watched, Some(&interval)).is_ok_and(|count| count > 0);
+        if !matches!(waitid(WaitId::PidFd(pidfd.as_fd()), options), Ok(None)) {
+            return;
+        }
+        while matches!(waitid(WaitId::All, options), Ok(Some(_))) {}
+        if is_dead {
+            std::thread::sleep(CHECK_INTERVAL);
         }
     }
 }

@@ -189,7 +189,8 @@ fn a_signal_ends_exec_although_the_container_stops_its_process() -> Result {
     running.signal(Signal::SIGTERM);
     let output = running.end()?;
     ensure_eq!(output.code, 255, "the exit code of `exec` after SIGTERM");
-    output.fails_with("signal 15 arrived, and the container's process was not ready 500 ms later")?;
+    output
+        .fails_with("signal 15 arrived, and the container's process was not ready 500 ms later")?;
     bundle.end()?;
     Ok(())
 }

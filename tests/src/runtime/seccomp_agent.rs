@@ -439,9 +439,10 @@ fn an_agent_that_does_not_read_does_not_keep_the_runtime_waiting() -> Result {
         .end()?
         .fails_with("the agent did not accept or read within 5 s")?;
     let running = bundle.call(&["run"])?.start()?;
-    wait_for("the runtime to create the container's first process", || {
-        Ok((bundle.runtime(&["state", bundle.id()]).end()?.code == 0).then_some(()))
-    })?;
+    wait_for(
+        "the runtime to create the container's first process",
+        || Ok((bundle.runtime(&["state", bundle.id()]).end()?.code == 0).then_some(())),
+    )?;
     running.signal(Signal::SIGTERM);
     running
         .end()?
