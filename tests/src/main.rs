@@ -89,6 +89,7 @@ suites! {
         hostile_files,
         file_access,
         long_lists,
+        report_sizes,
         advisories,
         volumes,
         devices,

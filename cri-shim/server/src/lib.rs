@@ -15,6 +15,7 @@ mod node;
 mod preflight;
 mod reconcile;
 mod reload;
+mod report_size;
 mod sandbox;
 mod selinux;
 mod server;

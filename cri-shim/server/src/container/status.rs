@@ -1,5 +1,7 @@
 //! Builds the CRI's messages about a container: its status, list entry and events.
 
+use std::sync::Arc;
+
 use rrun_proto::v1::{
     self as cri, ContainerEventResponse, ContainerEventType, ContainerFilter, ContainerResources,
     ContainerState, ContainerStatus, ContainerUser, ImageSpec, LinuxContainerUser, Signal,
@@ -8,10 +10,15 @@ use rrun_proto::v1::{
 use super::{Container, Phase};
 use crate::clock::now;
 use crate::node::Node;
+use crate::report_size::{self, STATUS_BYTES};
 use crate::sandbox::status::has_labels;
 use crate::sandbox::{self, Sandbox};
+use prost::Message;
 use rrun_images::{Image, Name};
 use serde_json::{Value, json};
+
+/// The maximum number of bytes of the statuses in an event before they are shortened.
+const EVENT_BYTES: usize = 1 << 20;
 
 impl Phase {
     fn cri(self) -> ContainerState {
@@ -143,27 +150,50 @@ pub(crate) fn publish_sandbox(node: &Node, sandbox: &Sandbox, kind: ContainerEve
     event(node, sandbox, &sandbox.id, kind);
 }
 
+/// Publishes an event. If the pod's statuses are too long for an event, they are shortened. (Kubelet
+/// would regard an event without the containers' statuses as the removal of all containers.)
 fn event(node: &Node, sandbox: &Sandbox, id: &str, kind: ContainerEventType) {
-    node.events.publish(|| ContainerEventResponse {
-        container_id: id.to_owned(),
-        container_event_type: kind.into(),
-        created_at: now(),
-        pod_sandbox_status: Some(sandbox::status::status(sandbox)),
-        containers_statuses: node
-            .containers_of(&sandbox.id)
-            .iter()
-            .map(|container| status(container))
-            .collect(),
+    node.events.publish(|| {
+        let containers = node.containers_of(&sandbox.id);
+        let share = EVENT_BYTES / (containers.len() + 1);
+        let mut pod = sandbox::status::status(sandbox);
+        report_size::limit(&mut pod, share);
+        let shortened = |container: &Arc<Container>| {
+            let mut status = status(container);
+            report_size::limit(&mut status, share);
+            status
+        };
+        ContainerEventResponse {
+            container_id: id.to_owned(),
+            container_event_type: kind.into(),
+            created_at: now(),
+            pod_sandbox_status: Some(pod),
+            containers_statuses: containers.iter().map(shortened).collect(),
+        }
     });
 }
 
-/// Returns the fields that `crictl inspect` shows in addition to the status. Blocks while it reads
-/// the container's config.json.
+/// Returns the statuses of a pod's containers, or `None` if they are too long for an answer.
+pub(crate) fn of_pod(node: &Node, sandbox: &Sandbox) -> Option<Vec<ContainerStatus>> {
+    let mut bytes = 0;
+    let containers = node.containers_of(&sandbox.id);
+    let within = |container: &Arc<Container>| {
+        let status = status(container);
+        bytes += status.encoded_len();
+        (bytes <= STATUS_BYTES).then_some(status)
+    };
+    containers.iter().map(within).collect()
+}
+
+/// Returns the fields that `crictl inspect` shows in addition to the status. The configuration of
+/// the runtime is left out if it is too long for an answer. Blocks while it reads the container's
+/// config.json.
 pub(crate) fn info(node: &Node, container: &Container) -> Value {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
     // Ours: the server created the bundle, so opening its files by path is safe.
     let spec = std::fs::read(bundle.join("config.json"))
         .ok()
+        .filter(|text| text.len() <= STATUS_BYTES)
         .and_then(|text| serde_json::from_slice::<Value>(&text).ok());
     json!({
         "pid": container.state().pid,

@@ -3,8 +3,9 @@
 use std::pin::Pin;
 
 use futures_util::stream::{self, Stream};
-use prost::Message;
 use tonic::Status;
+
+use crate::report_size::{self, Report};
 
 /// The response stream of a server-streaming method.
 pub(super) type Answers<T> = Pin<Box<dyn Stream<Item = Result<T, Status>> + Send>>;
@@ -18,16 +19,20 @@ const ITEMS_PER_MESSAGE: usize = 256;
 const BYTES_PER_MESSAGE: usize = 2 << 20;
 
 /// Splits a list into messages with at most [`ITEMS_PER_MESSAGE`] items and [`BYTES_PER_MESSAGE`]
-/// bytes. A message with a single item can have more bytes.
+/// bytes. An item that needs a longer message is shortened.
 pub(super) fn in_chunks<T, M>(
     items: Vec<T>,
     message: impl Fn(Vec<T>) -> M + Send + 'static,
 ) -> Answers<M>
 where
-    T: Message + 'static,
+    T: Report + 'static,
     M: Send + 'static,
 {
-    let mut items = items.into_iter().peekable();
+    let shortened = |mut item: T| {
+        report_size::limit(&mut item, BYTES_PER_MESSAGE);
+        item
+    };
+    let mut items = items.into_iter().map(shortened).peekable();
     let chunks = std::iter::from_fn(move || {
         let mut chunk = Vec::new();
         let mut bytes: usize = 0;

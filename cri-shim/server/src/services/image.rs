@@ -17,6 +17,7 @@ use tonic::{Request, Response, Status};
 use super::answers::{Answers, in_chunks};
 use crate::clock::now;
 use crate::node::Node;
+use crate::report_size;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_images::{Auth, LayerName};
@@ -181,7 +182,8 @@ impl ImageService for Image {
         &self,
         request: Request<ListImagesRequest>,
     ) -> Result<Response<ListImagesResponse>, Status> {
-        let images = self.list(request.into_inner().filter);
+        let mut images = self.list(request.into_inner().filter);
+        report_size::limit_list(&mut images);
         Ok(Response::new(ListImagesResponse { images }))
     }
 

@@ -20,6 +20,7 @@ use super::answers::{Answers, in_chunks};
 use crate::cgroup::CgroupDriver as ConfiguredDriver;
 use crate::clock::now;
 use crate::node::Node;
+use crate::report_size::{self, STATUS_BYTES};
 use crate::{container, sandbox, stats, streaming};
 use rrun_calls::error::{During, Error};
 use rrun_calls::wait::slow;
@@ -153,20 +154,20 @@ impl RuntimeService for Runtime {
         let request = request.into_inner();
         let sandbox = self.node.sandbox(&request.pod_sandbox_id)?;
         let timestamp = now();
-        let containers = self.node.containers_of(&sandbox.id);
+        let containers_statuses = container::status::of_pod(&self.node, &sandbox);
         let mut info = BTreeMap::new();
         if request.verbose {
             let shown = sandbox::status::info(&self.node, &sandbox).await;
             info.insert("info".to_owned(), shown.to_string());
         }
+        let mut status = sandbox::status::status(&sandbox);
+        report_size::limit(&mut status, STATUS_BYTES);
         Ok(Response::new(PodSandboxStatusResponse {
-            status: Some(sandbox::status::status(&sandbox)),
+            status: Some(status),
             info,
-            containers_statuses: containers
-                .iter()
-                .map(|container| container::status::status(container))
-                .collect(),
-            timestamp,
+            // Without a timestamp, kubelet requests the status of each container separately.
+            timestamp: containers_statuses.as_ref().map_or(0, |_| timestamp),
+            containers_statuses: containers_statuses.unwrap_or_default(),
         }))
     }
 
@@ -174,7 +175,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<ListPodSandboxRequest>,
     ) -> Result<Response<ListPodSandboxResponse>, Status> {
-        let items = self.sandboxes(request.get_ref().filter.as_ref());
+        let mut items = self.sandboxes(request.get_ref().filter.as_ref());
+        report_size::limit_list(&mut items);
         Ok(Response::new(ListPodSandboxResponse { items }))
     }
 
@@ -272,7 +274,8 @@ impl RuntimeService for Runtime {
         &self,
         request: Request<ListContainersRequest>,
     ) -> Result<Response<ListContainersResponse>, Status> {
-        let containers = self.containers(request.get_ref().filter.as_ref());
+        let mut containers = self.containers(request.get_ref().filter.as_ref());
+        report_size::limit_list(&mut containers);
         Ok(Response::new(ListContainersResponse { containers }))
     }
 
@@ -298,8 +301,10 @@ impl RuntimeService for Runtime {
             let shown = container::status::info(&self.node, &container);
             info.insert("info".to_owned(), shown.to_string());
         }
+        let mut status = container::status::status(&container);
+        report_size::limit(&mut status, STATUS_BYTES);
         Ok(Response::new(ContainerStatusResponse {
-            status: Some(container::status::status(&container)),
+            status: Some(status),
             info,
         }))
     }
@@ -395,7 +400,8 @@ impl RuntimeService for Runtime {
         request: Request<ListContainerStatsRequest>,
     ) -> Result<Response<ListContainerStatsResponse>, Status> {
         let filter = request.get_ref().filter.as_ref();
-        let stats = statistics::containers(&self.node, filter).await;
+        let mut stats = statistics::containers(&self.node, filter).await;
+        report_size::limit_list(&mut stats);
         Ok(Response::new(ListContainerStatsResponse { stats }))
     }
 
@@ -427,7 +433,8 @@ impl RuntimeService for Runtime {
         request: Request<ListPodSandboxStatsRequest>,
     ) -> Result<Response<ListPodSandboxStatsResponse>, Status> {
         let filter = request.get_ref().filter.as_ref();
-        let stats = statistics::sandboxes(&self.node, filter).await;
+        let mut stats = statistics::sandboxes(&self.node, filter).await;
+        report_size::limit_list(&mut stats);
         Ok(Response::new(ListPodSandboxStatsResponse { stats }))
     }
 
@@ -455,7 +462,8 @@ impl RuntimeService for Runtime {
         &self,
         _request: Request<ListPodSandboxMetricsRequest>,
     ) -> Result<Response<ListPodSandboxMetricsResponse>, Status> {
-        let pod_metrics = statistics::metrics(&self.node).await;
+        let mut pod_metrics = statistics::metrics(&self.node).await;
+        report_size::limit_list(&mut pod_metrics);
         Ok(Response::new(ListPodSandboxMetricsResponse { pod_metrics }))
     }
 
@@ -480,7 +488,7 @@ impl RuntimeService for Runtime {
     ) -> Result<Response<Self::GetContainerEventsStream>, Status> {
         // To limit the server's memory use, a slow subscriber loses events.
         let events = BroadcastStream::new(self.node.events.subscribe())
-            .filter_map(|event| async move { event.ok().map(Ok) });
+            .filter_map(|event| async move { event.ok().map(|event| Ok(event.message())) });
         Ok(Response::new(Box::pin(events)))
     }
 }
