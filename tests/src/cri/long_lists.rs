@@ -72,7 +72,7 @@ fn a_container_with_a_very_long_list_is_answered_in_time() -> Result {
         let text = fs::read_to_string(&file)?;
         fs::write(
             &file,
-            format!("{text}[runtime.fails]\npath = '/bin/false'\n"),
+            format!("container_mounts = {ENTRIES}\n{text}[runtime.fails]\npath = '/bin/false'\n"),
         )?;
         node.start_server()?;
         let calls = Calls::new(node)?;

@@ -17,6 +17,16 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(an_image_can_be_a_volume, A_NODE),
+    test!(
+        many_volumes_of_one_image_are_one_mount_of_the_node,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        the_numbers_of_mounts_and_of_image_volumes_are_limited,
+        A_NODE,
+        Need::RrunCri
+    ),
     test!(a_volume_that_an_image_declares_is_a_separate_mount, A_NODE),
     test!(
         the_volumes_of_an_image_do_not_fill_the_disk,
@@ -133,6 +143,85 @@ fn an_image_can_be_a_volume() -> Result {
             ensure!(
                 message.contains("127.0.0.1:5000/no/such:1"),
                 "the error message does not name the missing image of the volume: {message}"
+            );
+        }
+        Ok(())
+    })
+}
+
+/// Returns a container with `count` volumes of the image `image`. Every second volume is the
+/// directory /www of the image.
+fn with_image_volumes(node: &Node, name: &str, image: &str, count: usize) -> Value {
+    let mut container = node.container(name, &["sleep", "600"]);
+    let mounts = (0..count).map(|number| {
+        json!({
+            "container_path": format!("/data/{number}"), "readonly": true,
+            "image": { "image": image },
+            "image_sub_path": if number % 2 == 1 { "www" } else { "" },
+        })
+    });
+    container["mounts"] = mounts.collect();
+    container
+}
+
+/// The mount of an image with many layers is slow, and the kernel limits the number of mounts on
+/// the node.
+fn many_volumes_of_one_image_are_one_mount_of_the_node() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        node.pull(WEB)?;
+        let pod = node.pod("many");
+        let pod_id = node.runp(&pod)?;
+        let id = node.run(&pod_id, &pod, &with_image_volumes(node, "many", WEB, 300))?;
+        let directory = format!("/{id}/images/");
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        let count = mounts.lines().filter(|line| line.contains(&directory));
+        ensure_eq!(count.count(), 1, "number of the node's mounts for volumes");
+        for page in ["/data/298/www/index.html", "/data/299/index.html"] {
+            let text = inside(node, &id, &format!("cat {page}; touch {page} 2>&1 || true"))?;
+            ensure!(
+                text.contains("hello from rrun") && text.contains("Read-only"),
+                "output of reading and changing {page}: {text}"
+            );
+        }
+        node.asks(&["rmp", "-f", &pod_id])?;
+        let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+        ensure!(!mounts.contains(&directory), "a mount is left: {mounts}");
+        Ok(())
+    })
+}
+
+fn the_numbers_of_mounts_and_of_image_volumes_are_limited() -> Result {
+    on_a_node(|node| {
+        node.terminate_server()?;
+        let file = node.join("config.toml");
+        let text = fs::read_to_string(&file)?;
+        let limits = "container_mounts = 5\ncontainer_image_volumes = 1\n";
+        fs::write(&file, format!("{limits}{text}"))?;
+        node.start_server()?;
+        node.pull(BUSYBOX)?;
+        node.pull(WEB)?;
+        let pod = node.pod("limits");
+        let pod_id = node.runp(&pod)?;
+        node.run(&pod_id, &pod, &with_image_volumes(node, "fits", WEB, 5))?;
+        let many = with_image_volumes(node, "many", WEB, 6);
+        let mut two = with_image_volumes(node, "two", WEB, 2);
+        two["mounts"][1]["image"]["image"] = json!(BUSYBOX);
+        for (container, words) in [
+            (
+                many,
+                "has 6 mounts, and the limit is 5 mounts (container_mounts)",
+            ),
+            (
+                two,
+                "mounts 2 different images, and the limit is 1 images (container_image_volumes)",
+            ),
+        ] {
+            let output = node.try_create(&pod_id, &pod, &container)?;
+            ensure!(
+                output.code == 1 && output.stderr.contains(words),
+                "the error does not contain {words:?}: {}",
+                output.stderr
             );
         }
         Ok(())

@@ -67,6 +67,10 @@ pub(crate) struct Config {
     pub stats_interfaces: NonZeroUsize,
     /// The maximum number of terminals in a container's /dev/pts.
     pub container_terminals: NonZeroU32,
+    /// The maximum number of mounts that a container requests.
+    pub container_mounts: NonZeroUsize,
+    /// The maximum number of different images of the image volumes of a container.
+    pub container_image_volumes: NonZeroUsize,
     pub monitor: PathBuf,
     /// See [`Config::namespaces`].
     pub(super) netns_dir: PathBuf,
@@ -145,6 +149,8 @@ impl Default for Config {
             stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
             stats_interfaces: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
             container_terminals: NonZeroU32::new(256).unwrap_or(NonZeroU32::MIN),
+            container_mounts: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MIN),
+            container_image_volumes: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),

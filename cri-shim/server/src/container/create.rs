@@ -57,6 +57,7 @@ pub(crate) async fn create(
         return Ok(existing.id.clone());
     }
     check(&config, &sandbox)?;
+    check_mounts(&node, &config)?;
     // Count this call before the pod's state is checked. A removal of the pod can then wait for
     // every CreateContainer call that found the pod ready.
     let _creating = sandbox.begin_create();
@@ -150,6 +151,18 @@ fn check(config: &ContainerConfig, sandbox: &Sandbox) -> Result<()> {
     }
     check_namespaces(&context, sandbox)?;
     spec::check(config)
+}
+
+/// Refuses a container with too many mounts. The kernel limits the number of mounts in a mount
+/// namespace, and the removal of very many mounts delays other mounts on the node.
+fn check_mounts(node: &Node, config: &ContainerConfig) -> Result<()> {
+    let (count, limit) = (config.mounts.len(), node.config.container_mounts.get());
+    if count > limit {
+        return Err(Error::invalid(format!(
+            "the container has {count} mounts, and the limit is {limit} mounts (container_mounts)"
+        )));
+    }
+    Ok(())
 }
 
 /// Checks that the container requests its pod's user namespace. If the pod has its own user

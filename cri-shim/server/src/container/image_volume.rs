@@ -1,7 +1,10 @@
 //! Image volumes: read-only mounts of an image, or of a directory in an image. A lease protects the
-//! image's layers from deletion as long as the container exists.
+//! image's layers from deletion as long as the container exists. An image is mounted only once for all
+//! its volumes in a container, because a mount of an image with many layers is slow, and because the
+//! kernel limits the number of mounts on the node.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use futures_util::future::try_join_all;
@@ -22,12 +25,13 @@ use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 const DIR: &str = "images";
 
 /// Returns the name that owns the lease on an image volume's layers. `number` is the index of the
-/// volume in the list of the container's mounts.
+/// image's first volume in the list of the container's mounts.
 fn owner(container: &str, number: usize) -> String {
     format!("{container}:{number}")
 }
 
-/// Returns the owners of the leases for all image volumes of a container.
+/// Returns the owners of the leases for all image volumes of a container. Only the first volume of
+/// each image has a lease, so some of the owners have none.
 pub(crate) fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
     let images = mounts
         .iter()
@@ -36,13 +40,14 @@ pub(crate) fn owners(container: &str, mounts: &[Mount]) -> Vec<String> {
     images.map(|(number, _)| owner(container, number)).collect()
 }
 
-/// The image for an image volume, found on this node.
+/// An image of which a container has image volumes.
 pub(crate) struct ResolvedImage {
-    /// The index of the mount in the container's list of mounts.
-    number: usize,
+    /// The index of the image's first volume in the container's list of mounts.
+    first: usize,
+    /// The indexes of all volumes of the image.
+    volumes: Vec<usize>,
     /// The image's layers, uppermost first.
     lower: Vec<PathBuf>,
-    sub_path: PathBuf,
 }
 
 /// Returns whether the source of a mount is an image.
@@ -86,7 +91,27 @@ pub(crate) async fn lease(
     container: &str,
     mounts: &mut [Mount],
 ) -> Result<Vec<ResolvedImage>> {
-    let mut found = Vec::new();
+    let images = find(node, mounts)?;
+    let limit = node.config.container_image_volumes.get();
+    if images.len() > limit {
+        return Err(Error::invalid(format!(
+            "the container mounts {} different images, and the limit is {limit} images (container_image_volumes)",
+            images.len()
+        )));
+    }
+    let leases = images.into_iter().map(async |(id, mut image)| {
+        let owner = owner(container, image.first);
+        let what = format!("acquire a lease on the image {id} for a mount");
+        image.lower = slow(what, node.images.lease(&owner, &id)).await?;
+        Ok::<_, Error>(image)
+    });
+    try_join_all(leases).await
+}
+
+/// Returns the images that the mounts request, by their ids and without their layers. Sets the
+/// mounts' `image_ref`.
+fn find(node: &Node, mounts: &mut [Mount]) -> Result<BTreeMap<String, ResolvedImage>> {
+    let mut images = BTreeMap::new();
     for (number, mount) in mounts.iter_mut().enumerate() {
         if !is_image(mount) {
             continue;
@@ -95,32 +120,29 @@ pub(crate) async fn lease(
         let Some(requested) = mount.image.as_mut() else {
             continue;
         };
-        let name = requested.image.clone();
-        let image = node.images.find(&name).ok_or_else(|| {
+        let name = &requested.image;
+        let image = node.images.find(name).ok_or_else(|| {
             Error::not_found(format!(
                 "the image {name:?} of the mount at {path:?} is not on this node"
             ))
         })?;
         requested.image_ref = image.repo_digests.first().unwrap_or(&image.id).clone();
-        let owner = owner(container, number);
-        let sub_path = PathBuf::from(&mount.image_sub_path);
-        found.push(async move {
-            let what = format!("acquire a lease on the image {name} for a mount");
-            let lower = slow(what, node.images.lease(&owner, &image.id)).await?;
-            Ok::<_, Error>(ResolvedImage {
-                number,
-                lower,
-                sub_path,
-            })
-        });
+        let found = images
+            .entry(image.id.clone())
+            .or_insert_with(|| ResolvedImage {
+                first: number,
+                volumes: Vec::new(),
+                lower: Vec::new(),
+            });
+        found.volumes.push(number);
     }
-    try_join_all(found).await
+    Ok(images)
 }
 
-/// Mounts the images in the bundle, and changes each requested image volume into a bind mount of
-/// its mounted image. `users` is the pod's user namespace, and `label` is the SELinux label of the
-/// images' files. Calls `go_on` before each mount; an error from `go_on` ends the work. This call
-/// blocks.
+/// Mounts each image once in the bundle. Changes each requested image volume into a bind mount of
+/// its mounted image, or of a directory in this image. `users` is the pod's user namespace, and
+/// `label` is the SELinux label of the images' files. Calls `go_on` before each volume; an error
+/// from `go_on` ends the work. This call blocks.
 pub(crate) fn mount(
     node: &Node,
     bundle: &Path,
@@ -131,33 +153,38 @@ pub(crate) fn mount(
     go_on: impl Fn() -> Result<()>,
 ) -> Result<()> {
     for image in found {
-        go_on()?;
-        let Some(mount) = mounts.get_mut(image.number) else {
-            continue;
-        };
-        let target = bundle.join(DIR).join(image.number.to_string());
+        let target = bundle.join(DIR).join(image.first.to_string());
         private_dir(&target)?;
-        let what = || format!("mount the image volume at {:?}", mount.container_path);
-        mount_one(node, image, users, label, &target).during(what)?;
-        mount.host_path = target.to_string_lossy().into_owned();
-        mount.readonly = true;
-        mount.recursive_read_only = false;
-        mount.selinux_relabel = false;
-        mount.uid_mappings.clear();
-        mount.gid_mappings.clear();
+        for number in &image.volumes {
+            go_on()?;
+            let Some(mount) = mounts.get_mut(*number) else {
+                continue;
+            };
+            let what = || format!("mount the image volume at {:?}", mount.container_path);
+            if *number == image.first {
+                mount_image(node, &image.lower, users, label, &target).during(what)?;
+            }
+            mount.host_path = resolve(&target, &mount.image_sub_path).during(what)?;
+            mount.readonly = true;
+            mount.recursive_read_only = false;
+            mount.selinux_relabel = false;
+            mount.uid_mappings.clear();
+            mount.gid_mappings.clear();
+        }
     }
     Ok(())
 }
 
-fn mount_one(
+/// Mounts the image with the layers `layers` at `target`.
+fn mount_image(
     node: &Node,
-    image: &ResolvedImage,
+    layers: &[PathBuf],
     users: Option<&idmap::Users>,
     label: Option<&Label>,
     target: &Path,
 ) -> Result<()> {
     // A read-only overlay needs at least two layers, so an empty layer is added to a single layer.
-    let mut lower = image.lower.clone();
+    let mut lower = layers.to_vec();
     let empty = rrun_images::empty_layer(&node.config.root);
     if lower.len() < 2 && !lower.contains(&empty) {
         lower.push(empty.clone());
@@ -170,33 +197,23 @@ fn mount_one(
         idmap::overlay(&lower, None, users, label, target)?
     };
     protect(&tree)?;
-    if image
-        .sub_path
-        .components()
-        .all(|part| part == Component::CurDir)
-    {
-        return idmap::attach(tree.as_fd(), target);
-    }
-    // Before Linux 6.15, open_tree(2) can clone a directory only if the directory's mount is
-    // attached. So the server first attaches the image's mount to `target`.
-    idmap::attach(tree.as_fd(), target)?;
-    let part = resolve(target, &image.sub_path);
-    let unmounted = crate::sandbox::files::unmount(target);
-    let part = part?;
-    unmounted?;
-    idmap::attach(part.as_fd(), target)
+    idmap::attach(tree.as_fd(), target)
 }
 
-/// Returns a detached, read-only mount of the directory `sub_path` of an image. Symbolic links in
-/// `sub_path` can't lead outside the image.
-fn resolve(mounted: &Path, sub_path: &Path) -> Result<OwnedFd> {
+/// Returns the path of the directory `sub_path` of the image that is mounted at `mounted`. Symbolic
+/// links in `sub_path` can't lead outside the image. The returned path contains no symbolic links,
+/// and the image's files never change.
+fn resolve(mounted: &Path, sub_path: &str) -> Result<String> {
+    let whole = |part: Component<'_>| part == Component::CurDir;
+    if Path::new(sub_path).components().all(whole) {
+        return Ok(mounted.to_string_lossy().into_owned());
+    }
     let found = InRoot::open(mounted).and_then(|root| root.find(sub_path));
     let inside = found.map_err(|errno| {
         Error::of_file(
             Some(errno.raw_os_error()),
             format!(
-                "resolve the image_sub_path {:?} in the image: {}",
-                sub_path.display(),
+                "resolve the image_sub_path {sub_path:?} in the image: {}",
                 describe(&errno.into())
             ),
         )
@@ -205,13 +222,17 @@ fn resolve(mounted: &Path, sub_path: &Path) -> Result<OwnedFd> {
         .during(|| "read the attributes of the directory in the image".to_owned())?;
     if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::Directory {
         return Err(Error::invalid(format!(
-            "the image_sub_path {:?} is not a directory in the image",
-            sub_path.display()
+            "the image_sub_path {sub_path:?} is not a directory in the image"
         )));
     }
-    let tree = clone(&inside)?;
-    protect(&tree)?;
-    Ok(tree)
+    let path = std::fs::read_link(format!("/proc/self/fd/{}", inside.as_raw_fd()))
+        .during(|| format!("read the path of the image_sub_path {sub_path:?}"))?;
+    path.into_os_string().into_string().map_err(|path| {
+        Error::invalid(format!(
+            "the image_sub_path {sub_path:?} leads to {}, which is not valid UTF-8",
+            path.display()
+        ))
+    })
 }
 
 fn clone(dir: &impl AsFd) -> Result<OwnedFd> {
