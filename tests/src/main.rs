@@ -138,6 +138,7 @@ suites! {
         crowds,
         advisories,
         spoofing,
+        neighbours,
         guards,
     ],
     // Tests of the CRI server with kubelet.

@@ -78,8 +78,17 @@ pub(crate) struct Desired {
 
 pub(crate) struct DesiredPod {
     pub id: String,
-    /// True if the pod can send packets only from its own addresses.
-    pub is_filtered: bool,
+    /// The pod's bridge port, if the pod can send packets only from its own addresses.
+    pub port: Option<PodPort>,
+}
+
+impl DesiredPod {
+    /// Returns the pod's hardware address and the addresses for which the node has permanent
+    /// neighbour entries. A pod that can send packets from all addresses has no such entries.
+    fn neighbours(&self) -> (link::Mac, &[IpAddr]) {
+        let port = self.port.as_ref();
+        port.map_or(Default::default(), |port| (port.mac, &port.addresses))
+    }
 }
 
 /// The state of a bridge that was complete at the last check.
@@ -87,6 +96,7 @@ pub(crate) struct DesiredPod {
 struct BridgeState {
     index: u32,
     mtu: u32,
+    mac: Option<link::Mac>,
     /// True if host ports are also open at ::1.
     loopback6: bool,
     rules: Generation,
@@ -133,8 +143,9 @@ impl Bridge {
     }
 
     /// Creates the veth pair of `pod`, unless it already exists. `port` is the pod's bridge port if
-    /// the pod can send packets only from its own addresses. [`Bridge::configure`] adds the
-    /// addresses to the pod's interface.
+    /// the pod can send packets only from its own addresses. The node then gets permanent neighbour
+    /// entries for these addresses, and the pod gets one for its gateway. [`Bridge::configure`]
+    /// adds the addresses to the pod's interface.
     pub(crate) fn connect(
         &self,
         pod: &str,
@@ -143,20 +154,27 @@ impl Bridge {
         netns: &Path,
         pods: &dyn Pods,
     ) -> Result<PodNamespace, NetworkError> {
-        let namespace = PodNamespace::open(netns)?;
+        let mut namespace = PodNamespace::open(netns)?;
         let forwarded_groups = pair::forwarded_groups(port.is_some());
+        let neighbours = port.as_ref().map(|port| port.addresses.clone());
         let state = self.ensure_bridge(port, pods)?;
         let mut socket = Socket::route()?;
         let state = self.with_mtu_of_uplink(&mut socket, state, pods)?;
+        // If another program deletes the bridge, the new bridge gets this hardware address, too.
+        let lasting = self.device().mac();
+        let lasts = |mac: &link::Mac| neighbours.is_some() && *mac == lasting;
+        namespace.gateway = state.mac.filter(lasts);
         let ensure_pair = |socket: &mut Socket, state: BridgeState| {
             let port = link::BridgePort {
                 name: &host_interface(pod),
                 alias: &pair::alias(&self.config.bridge, pod),
                 bridge: state.index,
                 forwarded_groups,
+                mac,
+                neighbours: neighbours.as_deref().unwrap_or_default(),
             };
             let mtu = state.mtu;
-            pair::ensure(socket, &link::VethPair { port, mtu, mac }, &namespace)
+            pair::ensure(socket, &link::VethPair { port, mtu }, &namespace)
         };
         match ensure_pair(&mut socket, state) {
             // In this match arm, another program has deleted the bridge. `ensure_bridge` has not
@@ -347,10 +365,25 @@ impl Bridge {
         }
     }
 
-    /// Deletes the node's ends of the pods' veth pairs. The kernel then also deletes the pods'
-    /// ends. This function ignores an interface that does not exist.
-    pub(crate) fn disconnect(&self, pods: &[String]) -> Result<(), NetworkError> {
+    /// Deletes the node's ends of the pods' veth pairs, and the neighbour entries for `addresses`,
+    /// the pods' addresses. The kernel then also deletes the pods' ends. This function ignores an
+    /// interface or an entry that does not exist.
+    pub(crate) fn disconnect(
+        &self,
+        pods: &[String],
+        addresses: &[IpAddr],
+    ) -> Result<(), NetworkError> {
         let mut socket = Socket::route()?;
+        let bridge = rustix::net::netdevice::name_to_index(socket.fd(), &self.config.bridge);
+        if let Ok(index) = bridge {
+            let mut batch = Batch::default();
+            for address in addresses {
+                link::delete_neighbour(&mut batch, index, *address);
+            }
+            // A pod from an earlier version of rrun has no permanent entries. An entry that remains
+            // does no harm, because the next pod with the address replaces it.
+            let _ = socket.execute(&batch);
+        }
         let names: Vec<String> = pods.iter().map(|pod| host_interface(pod)).collect();
         if let [name] = names.as_slice() {
             return link::delete(&mut socket, name);
@@ -366,9 +399,9 @@ impl Bridge {
         let links = link::list(&mut socket)?;
         let bridge = links.iter().find(|link| self.device().is_bridge(link));
         let bridge = bridge.map(|link| link.index);
-        let keep: HashMap<String, bool> = keep
+        let keep: HashMap<String, &DesiredPod> = keep
             .iter()
-            .map(|pod| (host_interface(&pod.id), pod.is_filtered))
+            .map(|pod| (host_interface(&pod.id), pod))
             .collect();
         for link in &links {
             let on_bridge = bridge.is_some() && link.master == bridge;
@@ -379,7 +412,7 @@ impl Bridge {
             if !ours {
                 continue;
             }
-            let Some(is_filtered) = keep.get(&link.name) else {
+            let Some(pod) = keep.get(&link.name) else {
                 link::delete(&mut socket, &link.name)?;
                 continue;
             };
@@ -388,12 +421,18 @@ impl Bridge {
             {
                 log::error!("{error}");
             }
-            let groups = pair::forwarded_groups(*is_filtered);
+            let groups = pair::forwarded_groups(pod.port.is_some());
             let changed = forwarding::refuse_routers(&link.name).and_then(|()| {
-                if on_bridge {
-                    return link::forward_groups(&mut socket, &link.name, groups);
+                let Some(bridge) = bridge.filter(|_| on_bridge) else {
+                    return Ok(());
+                };
+                link::forward_groups(&mut socket, &link.name, groups)?;
+                let (mac, neighbours) = pod.neighbours();
+                let mut batch = Batch::default();
+                for address in neighbours {
+                    link::add_neighbour(&mut batch, bridge, *address, mac);
                 }
-                Ok(())
+                socket.execute(&batch).map(drop)
             });
             // The error is only logged, because one broken interface must not prevent the start of
             // the server. Interfaces that this version of rrun created already have the settings.
@@ -513,7 +552,12 @@ impl Bridge {
         let repaired = self
             .device()
             .repair(&mut socket, &desired.pods, &desired.addresses)?;
-        let Repaired { index, mtu, ranges } = repaired;
+        let Repaired {
+            index,
+            mtu,
+            mac,
+            ranges,
+        } = repaired;
         for range in &self.ranges {
             forwarding::turn_on(range.is_ipv6())?;
         }
@@ -542,6 +586,7 @@ impl Bridge {
         let state = BridgeState {
             index,
             mtu,
+            mac,
             loopback6,
             rules: generation,
         };

@@ -205,7 +205,7 @@ impl EmbeddedNetwork {
             .iter()
             .map(|pod| DesiredPod {
                 id: pod.clone(),
-                is_filtered: false,
+                port: None,
             })
             .collect();
         blocking("remove interfaces that belong to no pod", move || {

@@ -8,9 +8,10 @@ use std::path::Path;
 use libc::{
     IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS,
     IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_INFO_SLAVE_DATA, IFLA_INFO_SLAVE_KIND,
-    IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, RTA_DST, RTA_GATEWAY, RTA_OIF,
-    RTA_PRIORITY, RTM_DELADDR, RTM_DELLINK, RTM_DELROUTE, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE,
-    RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE,
+    IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, NDA_DST, NDA_LLADDR, NUD_PERMANENT,
+    RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PRIORITY, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH,
+    RTM_DELROUTE, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH,
+    RTM_NEWROUTE,
 };
 use nix::errno::Errno;
 
@@ -52,6 +53,7 @@ const RTPROT_RA: u8 = 9;
 const LINK_HEADER_BYTES: usize = 16;
 const ADDRESS_HEADER_BYTES: usize = 8;
 const ROUTE_HEADER_BYTES: usize = 12;
+const NEIGHBOUR_HEADER_BYTES: usize = 12;
 
 const AF_UNSPEC: u8 = libc::AF_UNSPEC as u8;
 const AF_INET: u8 = libc::AF_INET as u8;
@@ -272,6 +274,10 @@ pub(crate) struct BridgePort<'a> {
     pub bridge: u32,
     /// The frames that the port forwards, see [`FORWARDED_GROUPS`].
     pub forwarded_groups: u16,
+    /// The hardware address of the pod's interface.
+    pub mac: Mac,
+    /// The pod's addresses for which the node gets permanent neighbour entries.
+    pub neighbours: &'a [IpAddr],
 }
 
 /// The parameters of a pod's veth pair, which has one interface on the node and one interface in
@@ -279,8 +285,6 @@ pub(crate) struct BridgePort<'a> {
 pub(crate) struct VethPair<'a> {
     pub port: BridgePort<'a>,
     pub mtu: u32,
-    /// The hardware address of the pod's interface.
-    pub mac: Mac,
 }
 
 /// Creates a veth pair. The pod's end is created in the pod's namespace with its final name. The
@@ -307,7 +311,7 @@ pub(crate) fn create_veth(
                     peer.header(&link_header(0, 0));
                     peer.string(IFLA_IFNAME, POD_INTERFACE);
                     peer.bytes(IFLA_NET_NS_FD, &netns.as_raw_fd().to_ne_bytes());
-                    peer.bytes(IFLA_ADDRESS, &pair.mac);
+                    peer.bytes(IFLA_ADDRESS, &pair.port.mac);
                     peer.u32(IFLA_MTU, pair.mtu);
                 });
             });
@@ -361,6 +365,40 @@ fn port_message(batch: &mut Batch, port: BridgePort) {
             });
         });
     });
+    for address in port.neighbours {
+        add_neighbour(batch, port.bridge, *address, port.mac);
+    }
+}
+
+/// Adds a permanent entry to the neighbour cache. The link `index` then needs no ARP packet or
+/// neighbour solicitation for the address.
+///
+/// All network namespaces of the node share the kernel's limit on neighbour entries
+/// (net.ipv4.neigh.default.gc_thresh3). A pod that sends packets to many unassigned addresses
+/// reaches this limit. The kernel then creates no entries, except permanent ones.
+pub(crate) fn add_neighbour(batch: &mut Batch, index: u32, address: IpAddr, mac: Mac) {
+    let action = format!("add a neighbour entry for {address} to interface {index}");
+    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
+    batch.message(action, RTM_NEWNEIGH, flags, |body| {
+        body.header(&neighbour_header(index, address));
+        body_address(body, NDA_DST, address);
+        body.bytes(NDA_LLADDR, &mac);
+    });
+}
+
+/// Deletes an entry of the neighbour cache.
+pub(crate) fn delete_neighbour(batch: &mut Batch, index: u32, address: IpAddr) {
+    let action = format!("delete the neighbour entry for {address} from interface {index}");
+    batch.message(action, RTM_DELNEIGH, NLM_F_ACK, |body| {
+        body.header(&neighbour_header(index, address));
+        body_address(body, NDA_DST, address);
+    });
+}
+
+fn neighbour_header(index: u32, address: IpAddr) -> [u8; NEIGHBOUR_HEADER_BYTES] {
+    let [i0, i1, i2, i3] = index.to_ne_bytes();
+    let [s0, s1] = NUD_PERMANENT.to_ne_bytes();
+    [family(address), 0, 0, 0, i0, i1, i2, i3, s0, s1, 0, 0]
 }
 
 /// Sets which frames a bridge port forwards, see [`FORWARDED_GROUPS`].

@@ -10,7 +10,7 @@ use crate::address::Range;
 use crate::config::NetworkConfig;
 use crate::error::NetworkError;
 use crate::forwarding;
-use crate::link::{self, Link};
+use crate::link::{self, Link, Mac};
 use crate::netlink::{Batch, Socket};
 
 /// Addresses from RFC 5737 and RFC 3849, which are not assigned to any machine. For this reason,
@@ -39,6 +39,7 @@ pub(super) struct BridgeDevice<'a> {
 pub(super) struct Repaired {
     pub index: u32,
     pub mtu: u32,
+    pub mac: Option<Mac>,
     /// The ranges in which pods can have addresses.
     pub ranges: Vec<Range>,
 }
@@ -94,6 +95,7 @@ impl BridgeDevice<'_> {
         Ok(Repaired {
             index: link.index,
             mtu,
+            mac: link.mac,
             ranges,
         })
     }
@@ -127,8 +129,7 @@ impl BridgeDevice<'_> {
         mtu: u32,
         pods: &[DesiredPod],
     ) -> Result<Link, NetworkError> {
-        let gateways: Vec<IpAddr> = self.ranges.iter().map(|one| one.gateway()).collect();
-        link::create_bridge(socket, self.name, link::mac_of(&gateways), mtu)?;
+        link::create_bridge(socket, self.name, self.mac(), mtu)?;
         let made = link::find(socket, self.name)?
             .ok_or_else(|| NetworkError::kernel(self.name, Errno::ENODEV))?;
         // The bridge is still down and has no ports. It therefore receives no router advertisement
@@ -136,6 +137,12 @@ impl BridgeDevice<'_> {
         forwarding::refuse_routers(self.name)?;
         pair::rejoin(socket, self.name, made.index, pods);
         Ok(made)
+    }
+
+    /// Returns the hardware address of a bridge that rrun creates.
+    pub(super) fn mac(&self) -> Mac {
+        let gateways: Vec<IpAddr> = self.ranges.iter().map(|one| one.gateway()).collect();
+        link::mac_of(&gateways)
     }
 
     fn add_addresses(&self, batch: &mut Batch, link: &Link, missing: &[Range]) {

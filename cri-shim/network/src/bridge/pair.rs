@@ -50,6 +50,9 @@ pub(crate) struct PodNamespace {
     namespace: OwnedFd,
     /// The path at which the namespace is pinned. The path is used only in error messages.
     path: PathBuf,
+    /// The hardware address of the gateway for a permanent neighbour entry in the pod, or `None` if
+    /// the pod gets no such entry.
+    pub(super) gateway: Option<link::Mac>,
 }
 
 impl PodNamespace {
@@ -57,6 +60,7 @@ impl PodNamespace {
         Ok(PodNamespace {
             namespace: namespace::open(path)?,
             path: path.to_owned(),
+            gateway: None,
         })
     }
 
@@ -90,7 +94,7 @@ pub(super) fn ensure(
         });
     }
     let found = namespace.inside(|socket| link::find(socket, POD_INTERFACE))?;
-    if found.and_then(|link| link.mac) == Some(pair.mac) {
+    if found.and_then(|link| link.mac) == Some(pair.port.mac) {
         forwarding::refuse_routers(pair.port.name)?;
         return link::join_bridge(socket, pair.port);
     }
@@ -114,11 +118,14 @@ fn create(socket: &mut Socket, pair: &VethPair, namespace: BorrowedFd) -> Result
 pub(super) fn rejoin(socket: &mut Socket, bridge: &str, index: u32, pods: &[DesiredPod]) {
     for pod in pods {
         let name = host_interface(&pod.id);
+        let (mac, neighbours) = pod.neighbours();
         let port = BridgePort {
             name: &name,
             alias: &alias(bridge, &pod.id),
             bridge: index,
-            forwarded_groups: forwarded_groups(pod.is_filtered),
+            forwarded_groups: forwarded_groups(pod.port.is_some()),
+            mac,
+            neighbours,
         };
         let joined =
             forwarding::refuse_routers(&name).and_then(|()| link::join_bridge(socket, port));
@@ -145,8 +152,8 @@ pub(super) fn forwarded_groups(is_filtered: bool) -> u16 {
     }
 }
 
-/// Adds the addresses to the pod's end of the veth pair, and adds the pod's default routes. If this
-/// function is called again, it changes nothing.
+/// Adds the addresses to the pod's end of the veth pair, and adds the pod's default routes and a
+/// permanent neighbour entry for the gateway. If this function is called again, it changes nothing.
 pub(super) fn configure(
     namespace: &PodNamespace,
     addresses: &[IpAddr],
@@ -184,6 +191,9 @@ pub(super) fn configure(
                 broadcast,
             );
             link::add_default_route(&mut batch, index, range.gateway());
+            if let Some(gateway) = namespace.gateway {
+                link::add_neighbour(&mut batch, index, range.gateway(), gateway);
+            }
         }
         socket.execute(&batch).map(drop)
     })

@@ -417,11 +417,8 @@ impl Pods for EmbeddedState {
                 mappings.extend(host_ports::mappings(&reservation.ports, &addresses));
             }
             let port = self.port_of(&pod, &addresses);
-            desired.pods.push(DesiredPod {
-                id: pod,
-                is_filtered: port.is_some(),
-            });
-            bridge_ports.extend(port);
+            bridge_ports.extend(port.clone());
+            desired.pods.push(DesiredPod { id: pod, port });
             desired.addresses.extend(addresses);
         }
         desired

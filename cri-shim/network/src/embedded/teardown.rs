@@ -134,7 +134,14 @@ async fn run(teardown: Arc<Teardown>) {
 /// assigned again while an interface still has it.
 async fn remove(state: &Arc<EmbeddedState>, pods: Vec<String>) -> Result<(), NetworkError> {
     let (on_thread, doomed) = (Arc::clone(state), pods.clone());
+    let addresses: Vec<_> = pods
+        .iter()
+        .flat_map(|pod| state.addresses_of(pod))
+        .collect();
     let what = format!("delete the interfaces of the pods {}", pods.join(", "));
-    blocking(what, move || on_thread.bridge().disconnect(&doomed)).await?;
+    blocking(what, move || {
+        on_thread.bridge().disconnect(&doomed, &addresses)
+    })
+    .await?;
     state.forget(pods).await
 }
