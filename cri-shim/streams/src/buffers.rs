@@ -1,9 +1,10 @@
-//! The kernel's buffers for the connections of clients.
+//! The kernel's buffers for the connections of clients, and the memory for incomplete messages.
 //!
 //! If a client does not read, the output for the client fills the buffers of its connection. Without
 //! a limit, these buffers have several MiB: those of the socket, which the kernel enlarges, and those
 //! of pipes. The buffers of all clients have a common limit, and the buffers of a new client are
-//! smaller if the clients already have large buffers.
+//! smaller if the clients already have large buffers. The common limit also applies to messages of
+//! which a client has sent only a part.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -23,13 +24,17 @@ const MAX_CLIENT_BYTES: usize = 8 << 20;
 const MIN_FORWARD_BYTES: usize = 64 << 10;
 const MAX_FORWARD_BYTES: usize = 1 << 20;
 
+/// The number of bytes of an incomplete message that each client can send, even if the limit for
+/// all clients is reached. Kubernetes' clients send messages of 32 KiB.
+const MIN_MESSAGE_BYTES: usize = 64 << 10;
+
 /// The limit on the buffers of all clients together.
 static LIMIT: AtomicUsize = AtomicUsize::new(512 << 20);
 
 /// The buffers of all clients together.
 static RESERVED: AtomicUsize = AtomicUsize::new(0);
 
-/// Sets the limit on the kernel's buffers for all clients together, in bytes.
+/// Sets the limit on the buffers for all clients together, in bytes.
 pub fn set_buffer_limit(bytes: usize) {
     LIMIT.store(bytes, Ordering::Relaxed);
 }
@@ -82,6 +87,58 @@ impl Drop for StreamBuffers {
     }
 }
 
+/// The bytes of a client's message that is not complete yet.
+#[derive(Default)]
+pub(crate) struct IncompleteMessage {
+    bytes: usize,
+    /// The part of `bytes` that counts against the limit for all clients.
+    reserved: usize,
+}
+
+impl IncompleteMessage {
+    /// Counts further bytes of the message. Returns an error if the message occupies more than half
+    /// of the bytes that the other clients leave.
+    pub(crate) fn add(&mut self, count: usize) -> io::Result<()> {
+        self.bytes += count;
+        let needed = self.bytes.saturating_sub(MIN_MESSAGE_BYTES);
+        if needed <= self.reserved {
+            return Ok(());
+        }
+        let others = RESERVED.load(Ordering::Relaxed) - self.reserved;
+        if needed > LIMIT.load(Ordering::Relaxed).saturating_sub(others) / 2 {
+            return Err(io::Error::other(format!(
+                "a message has more than {} bytes, and the buffers of all clients have nearly reached their limit (stream_buffer_bytes)",
+                self.bytes - count
+            )));
+        }
+        self.reserve(needed);
+        Ok(())
+    }
+
+    /// Subtracts bytes that do not belong to the message.
+    pub(crate) fn subtract(&mut self, count: usize) {
+        self.bytes = self.bytes.saturating_sub(count);
+        self.reserve(self.bytes.saturating_sub(MIN_MESSAGE_BYTES));
+    }
+
+    /// Records that the message is complete.
+    pub(crate) fn complete(&mut self) {
+        self.subtract(self.bytes);
+    }
+
+    fn reserve(&mut self, bytes: usize) {
+        RESERVED.fetch_add(bytes, Ordering::Relaxed);
+        RESERVED.fetch_sub(self.reserved, Ordering::Relaxed);
+        self.reserved = bytes;
+    }
+}
+
+impl Drop for IncompleteMessage {
+    fn drop(&mut self) {
+        self.complete();
+    }
+}
+
 fn share(limit: usize, reserved: usize) -> usize {
     limit.saturating_sub(reserved) / FRACTION
 }
@@ -122,5 +179,21 @@ mod tests {
             assert!(all <= bytes, "{all} bytes instead of {bytes}");
         }
         Ok(())
+    }
+
+    #[test]
+    fn an_incomplete_message_counts_against_the_common_limit() {
+        let mut message = IncompleteMessage::default();
+        message.add(MIN_MESSAGE_BYTES).unwrap();
+        assert_eq!(message.reserved, 0);
+        message.add(1000).unwrap();
+        assert_eq!(message.reserved, 1000);
+        message.subtract(400);
+        assert_eq!(message.reserved, 600);
+        message.complete();
+        assert_eq!((message.bytes, message.reserved), (0, 0));
+        // The message alone would exceed half of the limit.
+        let limit = LIMIT.load(Ordering::Relaxed);
+        assert!(message.add(MIN_MESSAGE_BYTES + limit).is_err());
     }
 }

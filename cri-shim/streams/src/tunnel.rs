@@ -13,14 +13,14 @@ use tokio_tungstenite::tungstenite::Message;
 
 use crate::halves::{self, ReadHalf, WriteHalf};
 use crate::transport::Transport;
-use crate::websocket::{broken, serve};
+use crate::websocket::{CountedTransport, broken, serve};
 
 /// The maximum number of bytes in one message that the server sends.
 const MAX_TUNNEL_MESSAGE_BYTES: usize = 128 << 10;
 
 /// A WebSocket whose binary messages carry a stream of bytes.
 pub(crate) struct Tunnel {
-    socket: WebSocketStream<Transport>,
+    socket: WebSocketStream<CountedTransport<Transport>>,
     /// The data that has arrived but has not been read yet.
     received: VecDeque<Bytes>,
     ended: bool,
@@ -65,7 +65,11 @@ impl AsyncRead for Tunnel {
             if self.ended {
                 return Poll::Ready(Ok(()));
             }
-            match ready!(Pin::new(&mut self.socket).poll_next(context)) {
+            let message = ready!(Pin::new(&mut self.socket).poll_next(context));
+            if let Some(Ok(message)) = &message {
+                self.socket.get_mut().received(message);
+            }
+            match message {
                 Some(Ok(Message::Binary(bytes))) if !bytes.is_empty() => {
                     self.received.push_back(bytes);
                 }

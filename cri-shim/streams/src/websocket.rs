@@ -3,7 +3,7 @@
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -15,6 +15,7 @@ use tokio_tungstenite::tungstenite::error::ProtocolError;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{Error, Message};
 
+use crate::buffers::IncompleteMessage;
 use crate::halves::ReadHalf;
 use crate::output::Output;
 use crate::pipe::{self, Pipe};
@@ -27,6 +28,10 @@ const MAX_MESSAGE_BYTES: usize = 1 << 20;
 /// The size in bytes of the read buffer of a WebSocket session. The buffer is small, because every
 /// session has its own buffer.
 const READ_BYTES: usize = 16 << 10;
+
+/// The length of the header of a client's control frame: two bytes, and the mask (RFC 6455,
+/// section 5.2).
+const CONTROL_HEADER_BYTES: usize = 6;
 
 /// The flag in a frame's first byte that marks the last frame of a message. Each message that the
 /// server sends is a single frame.
@@ -44,13 +49,67 @@ const CLOSE_CHANNEL: u8 = 255;
 pub(crate) async fn serve<T: AsyncRead + AsyncWrite + Unpin>(
     transport: T,
     read: Bytes,
-) -> WebSocketStream<T> {
+) -> WebSocketStream<CountedTransport<T>> {
+    let transport = CountedTransport {
+        transport,
+        message: IncompleteMessage::default(),
+    };
     let config = WebSocketConfig::default()
         .read_buffer_size(READ_BYTES)
         .write_buffer_size(0)
         .max_message_size(Some(MAX_MESSAGE_BYTES))
         .max_frame_size(Some(MAX_MESSAGE_BYTES));
     WebSocketStream::from_partially_read(transport, read.to_vec(), Role::Server, Some(config)).await
+}
+
+/// A transport that counts the bytes of the message that is not complete yet.
+pub(crate) struct CountedTransport<T> {
+    transport: T,
+    message: IncompleteMessage,
+}
+
+impl<T> CountedTransport<T> {
+    /// Records that the client's message `message` is complete.
+    pub(crate) fn received(&mut self, message: &Message) {
+        match message {
+            // A control frame can arrive between the frames of a message.
+            Message::Ping(data) | Message::Pong(data) => {
+                self.message.subtract(CONTROL_HEADER_BYTES + data.len());
+            }
+            _ => self.message.complete(),
+        }
+    }
+}
+
+impl<T: AsyncRead + Unpin> AsyncRead for CountedTransport<T> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let before = buffer.filled().len();
+        ready!(Pin::new(&mut self.transport).poll_read(context, buffer))?;
+        let count = buffer.filled().len() - before;
+        Poll::Ready(self.message.add(count))
+    }
+}
+
+impl<T: AsyncWrite + Unpin> AsyncWrite for CountedTransport<T> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.transport).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.transport).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.transport).poll_shutdown(context)
+    }
 }
 
 /// The encoding of a channel's number and data in a message.
@@ -147,7 +206,7 @@ impl MessageHeader {
 
 /// The receiving side of a WebSocket's channels.
 pub(crate) struct WebSocketReader {
-    stream: WebSocketStream<WebSocketIo>,
+    stream: WebSocketStream<CountedTransport<WebSocketIo>>,
     codec: Codec,
 }
 
@@ -182,7 +241,9 @@ impl WebSocketReader {
     /// cancel-safe.
     pub(crate) async fn next(&mut self) -> io::Result<Option<ChannelMessage>> {
         while let Some(message) = self.stream.next().await {
-            let bytes = match message.map_err(broken)? {
+            let message = message.map_err(broken)?;
+            self.stream.get_mut().received(&message);
+            let bytes = match message {
                 Message::Binary(bytes) => bytes,
                 Message::Text(text) => Bytes::from(text),
                 Message::Close(_) => return Ok(None),

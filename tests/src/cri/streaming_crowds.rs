@@ -48,6 +48,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        incomplete_messages_count_against_the_limit_on_buffers,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         a_pod_with_very_many_exec_sessions_can_be_stopped,
         A_NODE,
         Need::RrunCri
@@ -276,6 +281,40 @@ fn streams_have_small_buffers_if_the_limit_on_buffers_is_reached() -> Result {
             pipes.contains(&(32 << 10)) && pipes.iter().all(|size| *size <= 64 << 10),
             "the server's pipes have the capacities {pipes:?} in bytes"
         );
+        Ok(())
+    })
+}
+
+/// The server keeps a message in memory until the message is complete.
+fn incomplete_messages_count_against_the_limit_on_buffers() -> Result {
+    on_a_node(|node| {
+        configure(node, "stream_buffer_bytes = 1")?;
+        let id = waiting(node, "incomplete")?;
+        let calls = Calls::new(node)?;
+        let header = |length: u64| {
+            let mut header = vec![0x82, 0xff];
+            header.extend(length.to_be_bytes());
+            // The mask, and the channel.
+            header.extend([0, 0, 0, 0, 0]);
+            header
+        };
+        let open = || websocket(&exec_url(&calls, &id, &["wc", "-c"])?, "v5.channel.k8s.io");
+        let mut short = open()?;
+        short.write_all(&header(60_001))?;
+        short.write_all(&[b'x'; 60_000])?;
+        // This message closes the standard input.
+        short.write_all(&[0x82, 0x82, 0, 0, 0, 0, 255, 0])?;
+        reads(&mut short, b"60000")?;
+        let mut long = open()?;
+        long.write_all(&header(100_001))?;
+        // The server can close the connection before it has received all bytes.
+        let _ = long.write_all(&[b'x'; 90_000]);
+        // A read fails if the server closed the connection with unread data.
+        let _ = long.read_to_end(&mut Vec::new());
+        wait_for("the refusal of the incomplete message", || {
+            let log = node.log();
+            Ok(log.contains("a message has more than").then_some(()))
+        })?;
         Ok(())
     })
 }
