@@ -93,10 +93,10 @@ impl Trash {
         });
     }
 
-    /// Waits until all entries of the trash are deleted from the disk, but not longer than `limit`.
-    pub(crate) async fn emptied(&self, limit: Duration) {
+    /// Waits until all entries of the trash are deleted from the disk.
+    pub(crate) async fn emptied(&self) {
         let mut emptying = self.emptying.subscribe();
-        let _ = tokio::time::timeout(limit, emptying.wait_for(|emptying| !emptying)).await;
+        let _ = emptying.wait_for(|emptying| !emptying).await;
     }
 
     /// Deletes the entries until no entry was added meanwhile. Returns whether the last deletion

@@ -1,6 +1,7 @@
 //! The image service of the CRI.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rrun_proto::v1::image_service_server::ImageService;
@@ -28,7 +29,31 @@ use rrun_kernel::id::Named;
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) struct Image {
-    pub(super) node: Arc<Node>,
+    node: Arc<Node>,
+    images_wait: RemovalWait,
+    containers_wait: RemovalWait,
+}
+
+/// The waiting of ImageFsInfo for deletions in the background. The value is true if a call has
+/// waited in vain. The next calls then do not wait until all deletions are complete. Otherwise, a
+/// container with very many files would delay each call.
+#[derive(Default)]
+struct RemovalWait(AtomicBool);
+
+impl RemovalWait {
+    async fn wait(&self, deletions: impl Future) {
+        // A timeout of zero only checks whether the deletions are complete.
+        let complete = tokio::time::timeout(self.limit(), deletions).await.is_ok();
+        self.0.store(!complete, Ordering::Relaxed);
+    }
+
+    fn limit(&self) -> Duration {
+        if self.0.load(Ordering::Relaxed) {
+            Duration::ZERO
+        } else {
+            REMOVAL_TIMEOUT
+        }
+    }
 }
 
 /// The details of an image in a verbose status. The key `imageSpec` has the same name as in
@@ -79,6 +104,14 @@ fn name(spec: Option<ImageSpec>) -> Result<String> {
 }
 
 impl Image {
+    pub(super) fn new(node: Arc<Node>) -> Self {
+        Image {
+            node,
+            images_wait: RemovalWait::default(),
+            containers_wait: RemovalWait::default(),
+        }
+    }
+
     fn list(&self, filter: Option<ImageFilter>) -> Vec<cri::Image> {
         let requested = filter
             .and_then(|filter| filter.image)
@@ -108,7 +141,8 @@ impl Image {
         };
         let pull = self.node.images.pull(&name, auth);
         let image = slow(format!("pull {name}"), pull).await?;
-        heap::give_back();
+        // The caller does not wait for this call, which holds a lock of malloc(3) for milliseconds.
+        drop(tokio::task::spawn_blocking(heap::give_back));
         Ok(PullImageResponse {
             image_ref: image.id.clone(),
         })
@@ -227,9 +261,10 @@ impl ImageService for Image {
         // background. Kubelet removes images and pods, and then calls this method to check the disk
         // usage. If the removed images and pods still occupied the disk, kubelet would evict more
         // pods.
+        let (images, trash) = (&self.node.images, &self.node.trash);
         tokio::join!(
-            self.node.images.removed(REMOVAL_TIMEOUT),
-            self.node.trash.emptied(REMOVAL_TIMEOUT),
+            self.images_wait.wait(images.removed(Duration::MAX)),
+            self.containers_wait.wait(trash.emptied()),
         );
         Ok(Response::new(self.fs_info().await?))
     }
@@ -238,6 +273,17 @@ impl ImageService for Image {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn no_call_waits_for_a_deletion_for_which_a_call_has_waited_in_vain() {
+        let wait = RemovalWait::default();
+        assert_eq!(wait.limit(), REMOVAL_TIMEOUT);
+        wait.0.store(true, Ordering::Relaxed);
+        wait.wait(std::future::pending::<()>()).await;
+        assert_eq!(wait.limit(), Duration::ZERO);
+        wait.wait(std::future::ready(())).await;
+        assert_eq!(wait.limit(), REMOVAL_TIMEOUT);
+    }
 
     #[test]
     fn kubelet_gets_a_uid_only_for_a_number_that_the_container_runs_with() {

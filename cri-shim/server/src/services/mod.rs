@@ -30,7 +30,7 @@ pub(crate) fn runtime(node: Arc<Node>) -> RuntimeServiceServer<runtime::Runtime>
 }
 
 pub(crate) fn image(node: Arc<Node>) -> ImageServiceServer<image::Image> {
-    ImageServiceServer::new(image::Image { node })
+    ImageServiceServer::new(image::Image::new(node))
         .max_decoding_message_size(MAX_REQUEST_BYTES)
         .max_encoding_message_size(MAX_ANSWER_BYTES)
 }
