@@ -222,7 +222,7 @@ async fn wait_until_true(ending: &mut watch::Receiver<bool>) {
 async fn preload(node: Arc<Node>, mut hangup: Signal) {
     loop {
         node.images.preload().await;
-        heap::give_back();
+        blocking("return free memory to the kernel", heap::give_back).await;
         if hangup.recv().await.is_none() {
             return;
         }

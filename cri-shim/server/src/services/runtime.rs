@@ -23,7 +23,7 @@ use crate::node::Node;
 use crate::report_size::{self, STATUS_BYTES};
 use crate::{container, sandbox, stats, streaming};
 use rrun_calls::error::{During, Error};
-use rrun_calls::wait::slow;
+use rrun_calls::wait::{blocking, slow};
 
 /// The version of the CRI, which clients compare with their own version.
 const API_VERSION: &str = "v1";
@@ -298,7 +298,9 @@ impl RuntimeService for Runtime {
         let container = self.node.container(&request.container_id)?;
         let mut info = BTreeMap::new();
         if request.verbose {
-            let shown = container::status::info(&self.node, &container);
+            let (node, of) = (Arc::clone(&self.node), Arc::clone(&container));
+            let what = format!("read the configuration of {}", container.name());
+            let shown = blocking(what, move || container::status::info(&node, &of)).await;
             info.insert("info".to_owned(), shown.to_string());
         }
         let mut status = container::status::status(&container);

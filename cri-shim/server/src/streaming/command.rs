@@ -8,11 +8,16 @@ use serde_json::{Value, json};
 use crate::container::Container;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
+use rrun_calls::wait::blocking;
+
+/// The size in bytes above which a config.json is parsed on a separate thread. A usual config.json
+/// has 10 to 20 KiB, and a separate thread would make the start of a command slower.
+const LONG_BYTES: usize = 128 << 10;
 
 /// Returns a copy of the `process` section of the container's config.json in which `command`
 /// replaces the container's command. The user, the environment and the security settings are those
 /// of the container.
-pub(super) fn process(
+pub(super) async fn process(
     node: &Node,
     container: &Container,
     command: &[String],
@@ -22,21 +27,29 @@ pub(super) fn process(
         .bundle(&container.sandbox.id, &container.id)
         .join("config.json");
     let text = std::fs::read(&path).during(|| format!("read {}", path.display()))?;
-    let mut spec: Value = serde_json::from_slice(&text)
-        .map_err(|error| Error::internal(format!("parse {}: {error}", path.display())))?;
-    let process = spec.get_mut("process").filter(|it| it.is_object());
-    let mut process = process.map(Value::take).ok_or_else(|| {
-        Error::internal(format!(
-            "{}: the field \"process\" is missing",
-            path.display()
-        ))
-    })?;
+    let what = format!("parse {}", path.display());
+    let mut process = if text.len() > LONG_BYTES {
+        blocking(&what, move || section(&text)).await
+    } else {
+        section(&text)
+    }
+    .during(|| what)?;
     process["args"] = json!(command);
     process["terminal"] = json!(terminal);
     if terminal {
         set_default_term(&mut process);
     }
     Ok(process)
+}
+
+/// Returns the section `process` of a config.json.
+fn section(text: &[u8]) -> Result<Value> {
+    let mut spec: Value =
+        serde_json::from_slice(text).map_err(|error| Error::internal(error.to_string()))?;
+    let process = spec.get_mut("process").filter(|it| it.is_object());
+    process
+        .map(Value::take)
+        .ok_or_else(|| Error::internal("the field \"process\" is missing"))
 }
 
 /// Sets `TERM` to xterm unless the container sets it. Programs use this variable to look up the

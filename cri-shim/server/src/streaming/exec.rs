@@ -124,7 +124,7 @@ async fn start(
     request: &ExecRequest,
     pipe_bytes: usize,
 ) -> Result<(ExecHandle, Stdio)> {
-    let process = command::process(node, container, &request.cmd, request.tty)?;
+    let process = command::process(node, container, &request.cmd, request.tty).await?;
     let exec = Exec {
         id: container.id.clone(),
         process: process.to_string(),

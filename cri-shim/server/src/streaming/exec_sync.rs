@@ -60,7 +60,9 @@ pub(crate) async fn exec_sync(
 async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result<ExecSyncResponse> {
     let exec = Exec {
         id: container.id.clone(),
-        process: command::process(node, container, arguments, false)?.to_string(),
+        process: command::process(node, container, arguments, false)
+            .await?
+            .to_string(),
         terminal: false,
     };
     let null = command::null()?;
