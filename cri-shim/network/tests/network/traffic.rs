@@ -6,6 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::Failed;
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, ipproto, recv, sendto,
     socket_with, sockopt,
@@ -90,7 +91,8 @@ pub(crate) fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
             SocketFlags::CLOEXEC,
             Some(ipproto::ICMP),
         )?;
-        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(TRAFFIC_TIMEOUT))?;
+        let second = Duration::from_secs(1);
+        sockopt::set_socket_timeout(&socket, sockopt::Timeout::Recv, Some(second))?;
         // The packet consists of four 16-bit words, see RFC 792. The words are the type 8 (echo
         // request) with the code 0, the checksum, the identifier and the sequence number.
         let (kind, identifier) = (8 << 8, 0x7272);
@@ -99,15 +101,18 @@ pub(crate) fn ping(from: &Path, to: Ipv4Addr) -> Result<(), Failed> {
         for word in [kind, checksum, identifier, 1] {
             request.extend_from_slice(&word.to_be_bytes());
         }
-        sendto(
-            &socket,
-            &request,
-            SendFlags::empty(),
-            &SocketAddr::from((to, 0)),
-        )?;
+        // The kernel can drop packets in the first milliseconds of an interface, so the request is
+        // repeated.
+        let end = Instant::now() + TRAFFIC_TIMEOUT;
         loop {
+            let address = SocketAddr::from((to, 0));
+            sendto(&socket, &request, SendFlags::empty(), &address)?;
             let mut packet = [0; 128];
-            let (length, _) = recv(&socket, &mut packet[..], RecvFlags::empty())?;
+            let length = match recv(&socket, &mut packet[..], RecvFlags::empty()) {
+                Ok((length, _)) => length,
+                Err(Errno::AGAIN) if Instant::now() < end => continue,
+                Err(errno) => return Err(errno.into()),
+            };
             // The packet begins with an IP header of 20 bytes. The next byte is the ICMP type,
             // which is 0 for an echo reply.
             let reply = packet.get(20..length).unwrap_or_default();
