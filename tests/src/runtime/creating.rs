@@ -31,6 +31,8 @@ struct Creation {
     command: Running,
     /// The file for which the hook waits.
     go: PathBuf,
+    /// The file that the hook creates before it exits.
+    ended: PathBuf,
 }
 
 impl Creation {
@@ -38,11 +40,12 @@ impl Creation {
     /// function returns, the hook runs.
     fn start(args: &[&str], hook: &str) -> Result<Self> {
         let mut bundle = Bundle::new(&["sleep", "600"])?;
-        let (begun, go) = (bundle.join("begun"), bundle.join("go"));
+        let [begun, go, ended] = ["begun", "go", "ended"].map(|name| bundle.join(name));
         let line = format!(
-            "touch {}; while [ ! -e {} ]; do sleep 0.01; done",
+            "touch {}; while [ ! -e {} ]; do sleep 0.01; done; touch {}",
             begun.display(),
-            go.display()
+            go.display(),
+            ended.display()
         );
         bundle.set(
             &format!("/hooks/{hook}"),
@@ -54,6 +57,7 @@ impl Creation {
             bundle,
             command,
             go,
+            ended,
         })
     }
 
@@ -190,6 +194,10 @@ fn exec_is_refused_if_create_was_killed() -> Result {
         let creation = Creation::start(args, "createRuntime")?;
         creation.command.signal(Signal::SIGKILL);
         fs::write(&creation.go, "")?;
+        // The hook outlives the killed command, and must see the file before its removal.
+        wait_for("the hook to end", || {
+            Ok(creation.ended.exists().then_some(()))
+        })?;
         let bundle = creation.bundle;
         // The first process exits, because it cannot receive an answer of the killed command.
         bundle.wait_status("stopped")?;
