@@ -14,15 +14,16 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::io::Errno;
 
 use crate::cgroup::{self, Cgroup, CgroupLocation};
 use crate::config::{Config, hooks};
 use crate::error::{Context, Error, Kind, Result, refuse};
-use crate::lifecycle::channel::{self, Channel, ChildMessage};
+use crate::lifecycle::channel::{self, Channel};
 use crate::lifecycle::container_dir::{ContainerDir, StateRoot};
 use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::init::Init;
+use crate::lifecycle::intermediate::clone_from_intermediate;
 use crate::lifecycle::notify_socket::{self, NotifySocket, ServiceManager};
 use crate::lifecycle::program::keyring_name;
 use crate::lifecycle::serve_child::{Task, serve_child};
@@ -34,7 +35,7 @@ use crate::namespaces::resctrl::ResctrlGroups;
 use crate::namespaces::{OpenNamespace, flag, net_devices, unshare_time};
 use crate::process::descriptors::Descriptors;
 use crate::seccomp::Agent;
-use crate::sys::child::{NeverReturn, exit_now, kill_and_reap, reap};
+use crate::sys::child::kill_and_reap;
 use crate::sys::clone::{Cloned, clone3};
 use crate::sys::files::{remove_pid_file, write_pid_file};
 use crate::sys::procfs::process_stat;
@@ -291,82 +292,23 @@ impl<'a> Creation<'a> {
                 )
             });
         }
-        self.clone_from_intermediate(flags, before_clone)
+        clone_from_intermediate(|| self.enter_and_clone(flags, before_clone))?
+            .doing(|| "create the container's first process from an intermediate process (clone3)")
     }
 
-    /// Creates the first process through an intermediate process. The intermediate process enters
-    /// the existing namespaces in `before_clone`, and creates the time namespace if its clocks have
-    /// offsets.
-    ///
-    /// rrun itself must not enter these namespaces, for three reasons. First, the other processes
-    /// of an existing PID namespace could see the hooks, which are children of rrun, and could kill
-    /// or trace them. Second, the times in /proc depend on the time namespace of the reader. Third,
-    /// rrun cannot always return to its own namespaces, because it needs rights in the user
-    /// namespace that owns them.
+    /// Performs the steps of the intermediate process: enters the existing namespaces in
+    /// `before_clone`, creates the time namespace if its clocks have offsets, and creates the first
+    /// process. Returns the result of clone3.
     ///
     /// When a process creates a namespace, the user namespace of this process owns the new
     /// namespace. To enter an existing namespace, a process needs rights in the user namespace that
-    /// owns it. Therefore the intermediate process enters an existing user namespace last, and then
-    /// creates the new namespaces with clone3.
-    fn clone_from_intermediate(
-        &self,
-        flags: u64,
-        before_clone: Vec<&OpenNamespace>,
-    ) -> Result<Cloned> {
-        // Use a separate channel for the intermediate process. On a shared channel, a message from
-        // the first process could arrive before the message from the intermediate process.
-        let (from_intermediate, to_parent) = channel::pair()?;
-        let pidfd = match clone3(0, None)
-            .doing(|| "create an intermediate process to enter namespaces (clone3)")?
-        {
-            Cloned::Parent { pidfd, .. } => pidfd,
-            Cloned::Child => {
-                let guard = NeverReturn;
-                session_keyring::end_protection();
-                match self.enter_and_clone(flags, before_clone) {
-                    Ok(Cloned::Child) => {
-                        std::mem::forget(guard);
-                        return Ok(Cloned::Child);
-                    }
-                    // If the parent does not receive the process id, it closes its end of the
-                    // channel to the first process, which then exits.
-                    Ok(Cloned::Parent { pid, .. }) => {
-                        if let Err(error) = to_parent.cloned(pid) {
-                            to_parent.send_error(&error);
-                        }
-                    }
-                    Err(error) => to_parent.send_error(&error),
-                }
-                exit_now()
-            }
-        };
-        // Close `to_parent` in the parent. Otherwise, receive() would not return end of file after
-        // the death of the intermediate process.
-        drop(to_parent);
-        let answer = from_intermediate.receive(&pidfd);
-        reap(&pidfd);
-        match answer? {
-            ChildMessage::Cloned(pid) => {
-                let doing = || format!("open process {pid}");
-                let process = Pid::from_raw(pid).ok_or_else(|| Error::new(doing()))?;
-                // The first process is a child of this process and is not reaped yet, so the kernel
-                // cannot have reused its process id.
-                let pidfd = pidfd_open(process, PidfdFlags::empty()).doing(doing)?;
-                Ok(Cloned::Parent { pid, pidfd })
-            }
-            ChildMessage::Failed(error) => Err(error),
-            _ => refuse!(
-                "the intermediate process died before it created the container's first process"
-            ),
-        }
-    }
-
-    /// Performs the steps of the intermediate process.
+    /// owns it. Therefore this function enters an existing user namespace last, and then creates the
+    /// new namespaces.
     fn enter_and_clone(
         &self,
         mut flags: u64,
         mut before_clone: Vec<&OpenNamespace>,
-    ) -> Result<Cloned> {
+    ) -> Result<std::result::Result<Cloned, Errno>> {
         let config = self.request.config;
         if self.unprivileged && config.namespaces.is_joined(Type::User) {
             // The first process inherits this value. In an existing user namespace, neither this
@@ -382,8 +324,7 @@ impl<'a> Creation<'a> {
             join.enter()?;
         }
         let cgroup = self.cgroup.as_ref().map(Cgroup::as_fd);
-        clone3(flags | libc::CLONE_PARENT as u64, cgroup)
-            .doing(|| "create the container's first process from the intermediate process (clone3)")
+        Ok(clone3(flags | libc::CLONE_PARENT as u64, cgroup))
     }
 
     /// Turns the new process into the container's first process. The new process first drops its

@@ -1,8 +1,8 @@
 //! The work of `exec`, which adds a process to a running container.
 //!
-//! rrun creates the process in the container's cgroup with clone3(2). The process then enters all
-//! namespaces of the container's first process with one call of setns(2) on the pidfd of the first
-//! process.
+//! An intermediate process enters the namespaces of the container's first process with one call of
+//! setns(2) on the pidfd of the first process. It then creates the process in the container's cgroup
+//! with clone3(2).
 
 use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -16,6 +16,7 @@ use crate::cgroup;
 use crate::error::{Context, Result};
 use crate::lifecycle::channel::{self, Channel};
 use crate::lifecycle::foreground::Foreground;
+use crate::lifecycle::intermediate::clone_from_intermediate;
 use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join_keyring};
 use crate::lifecycle::serve_child::{Task, serve_child};
 use crate::lifecycle::state::State;
@@ -31,6 +32,7 @@ use crate::sys::files::{exists, remove_pid_file, write_pid_file};
 use crate::sys::syscalls;
 
 use oci_spec::runtime::LinuxNamespaceType as Type;
+use rrun_kernel::procfs::Procfs;
 use rrun_kernel::session_keyring;
 
 /// The parameters of `exec`: a process, and the container in which it runs.
@@ -66,20 +68,11 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
         Some(listener) => Some(listener.connect()?),
         None => None,
     };
-    // Read the user id before this process enters a user namespace. The user id has another value
-    // in that namespace.
-    let unprivileged = !rustix::process::geteuid().is_root();
-    if unprivileged {
-        // The new process inherits this value. In the container's user namespace, it could not set
-        // the value itself.
-        request.process.apply_own_oom_score_adj()?;
-    }
-    let joined = join_before_clone(&request, unprivileged)?;
+    let host = HostSide::prepare(&request)?;
     let foreground = request.foreground.take();
     if foreground.is_some() {
-        // In a user namespace with a single group id, rrun cannot protect its session keyring. The
-        // failure is ignored, because `exec` executes no other program after the process's program.
-        let _ = session_keyring::protect();
+        session_keyring::protect()
+            .doing(|| "protect the session keyring of rrun's caller from the container")?;
     }
     let cgroup_path = match request.sub_cgroup {
         Some(inner) => cgroup::existing_below(&state.cgroup, inner)?,
@@ -87,14 +80,14 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     };
     let (channel, childs_end) = channel::pair()?;
     request.process.scheduling.apply_initial_affinity()?;
-    let (pid, pidfd) = match clone_into_cgroup(&request, &cgroup_path, unprivileged)? {
+    let (pid, pidfd) = match clone_into_cgroup(&request, &cgroup_path, &host)? {
         Cloned::Child => {
             drop(channel);
             drop(agent);
             if foreground.is_some() {
                 session_keyring::end_protection();
             }
-            run_child(&mut request, childs_end, joined, unprivileged)
+            run_child(&mut request, childs_end, &host)
         }
         Cloned::Parent { pid, pidfd } => (pid, pidfd),
     };
@@ -120,21 +113,53 @@ pub(crate) fn exec(mut request: ExecRequest<'_>) -> Result<ExecProcess> {
     }
 }
 
-/// Enters namespaces before rrun creates the child, and returns the `CLONE_NEW*` flags of these
-/// namespaces. rrun must enter the PID namespace first, because only later children of rrun are in
-/// this PID namespace. To enter the PID namespace, a process needs rights in the container's user
-/// namespace. If rrun's caller is not root, rrun therefore also enters the user namespace.
-fn join_before_clone(request: &ExecRequest<'_>, unprivileged: bool) -> Result<u64> {
-    let types = if unprivileged {
-        flag(Type::Pid) | flag(Type::User)
-    } else {
-        flag(Type::Pid)
-    };
-    let joined = request.state.namespaces & types;
-    if joined != 0 {
-        join(&request.init, joined)?;
+/// The properties of rrun and the objects of the host that the creation of the process needs.
+struct HostSide {
+    /// True if rrun's caller is not root.
+    unprivileged: bool,
+    /// The result of [`joined_before_clone`].
+    joined: u64,
+    /// True if the new process itself enters a user namespace.
+    enters_user: bool,
+    /// The host's procfs, through which the new process sets its labels.
+    procfs: Option<Procfs>,
+}
+
+impl HostSide {
+    fn prepare(request: &ExecRequest<'_>) -> Result<HostSide> {
+        let unprivileged = !rustix::process::geteuid().is_root();
+        if unprivileged {
+            // The new process inherits this value. In the container's user namespace, it could not
+            // set the value itself.
+            request.process.apply_own_oom_score_adj()?;
+        }
+        let joined = joined_before_clone(request.state, unprivileged);
+        Ok(HostSide {
+            unprivileged,
+            joined,
+            enters_user: request.state.namespaces & !joined & flag(Type::User) != 0,
+            procfs: request.process.labels.open_procfs()?,
+        })
     }
-    Ok(joined)
+}
+
+/// Returns the `CLONE_NEW*` flags of the namespaces that an intermediate process enters before it
+/// creates the new process. The result is 0 if the container has no PID namespace. The new process
+/// then enters all namespaces itself, because the container sees all processes of the host anyway.
+///
+/// The new process itself enters a user namespace and a cgroup namespace, because the kernel would
+/// otherwise not let it into the container's cgroup. But if rrun's caller is not root, rrun has
+/// rights in the container's namespaces only in the user namespace.
+fn joined_before_clone(state: &State, unprivileged: bool) -> u64 {
+    let (pid, user) = (flag(Type::Pid), flag(Type::User));
+    let joined = state.namespaces & !flag(Type::Cgroup);
+    if unprivileged && joined & (pid | user) != 0 {
+        joined
+    } else if joined & pid != 0 {
+        joined & !user
+    } else {
+        0
+    }
 }
 
 /// Reports the process to rrun's caller through the PID file and the pidfd socket.
@@ -158,22 +183,42 @@ fn publish(request: &ExecRequest<'_>, pid: i32, pidfd: &OwnedFd) -> Result<()> {
 /// Creates the process in the cgroup at `path`. If the container has enabled controllers for child
 /// cgroups, the kernel refuses new processes in the container's cgroup itself. After such a
 /// refusal, this function creates the process in the cgroup of the container's first process.
-fn clone_into_cgroup(request: &ExecRequest<'_>, path: &Path, unprivileged: bool) -> Result<Cloned> {
+fn clone_into_cgroup(request: &ExecRequest<'_>, path: &Path, host: &HostSide) -> Result<Cloned> {
     let doing = |path: &Path| format!("create a process in cgroup {} (clone3)", path.display());
-    if unprivileged && !exists(path)? {
+    if host.unprivileged && !exists(path)? {
         // If rrun's caller is unprivileged, rrun possibly created no cgroup for the container. The
         // new process then stays in rrun's cgroup.
-        return clone3(0, None).doing(|| "create a process (clone3)");
+        return enter_and_clone(request, None, host)?.doing(|| "create a process (clone3)");
     }
     let directory = cgroup::open(path)?;
-    match clone3(0, Some(directory.as_fd())) {
+    match enter_and_clone(request, Some(directory.as_fd()), host)? {
         Err(Errno::BUSY | Errno::OPNOTSUPP) if request.sub_cgroup.is_none() => {
             let path = cgroup::of_process(request.state.pid)?;
             let directory = cgroup::open(&path)?;
-            clone3(0, Some(directory.as_fd())).doing(|| doing(&path))
+            enter_and_clone(request, Some(directory.as_fd()), host)?.doing(|| doing(&path))
         }
         result => result.doing(|| doing(path)),
     }
+}
+
+/// Creates the process in `cgroup`, and in the namespaces `host.joined`. Returns the result of
+/// clone3.
+fn enter_and_clone(
+    request: &ExecRequest<'_>,
+    cgroup: Option<BorrowedFd<'_>>,
+    host: &HostSide,
+) -> Result<std::result::Result<Cloned, Errno>> {
+    if host.joined == 0 {
+        return Ok(clone3(0, cgroup));
+    }
+    clone_from_intermediate(|| {
+        if !host.unprivileged && !host.enters_user {
+            // The new process inherits this value.
+            request.process.apply_oom_score_adj("self")?;
+        }
+        join(&request.init, host.joined)?;
+        Ok(clone3(libc::CLONE_PARENT as u64, cgroup))
+    })
 }
 
 fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
@@ -182,14 +227,9 @@ fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
         .doing(|| "enter the namespaces of the container's first process")
 }
 
-fn run_child(
-    request: &mut ExecRequest<'_>,
-    channel: Channel,
-    joined: u64,
-    unprivileged: bool,
-) -> ! {
+fn run_child(request: &mut ExecRequest<'_>, channel: Channel, host: &HostSide) -> ! {
     let _guard = NeverReturn;
-    let Err(error) = run_to_execve(request, &channel, joined, unprivileged);
+    let Err(error) = run_to_execve(request, &channel, host);
     channel.send_error(&error);
     exit_now()
 }
@@ -197,8 +237,7 @@ fn run_child(
 fn run_to_execve(
     request: &mut ExecRequest<'_>,
     channel: &Channel,
-    joined: u64,
-    unprivileged: bool,
+    host: &HostSide,
 ) -> Result<Infallible> {
     let state = request.state;
     request.descriptors.close_leaked()?;
@@ -209,27 +248,26 @@ fn run_to_execve(
     syscalls::set_signal_mask(&syscalls::signal_set(&[])).doing(|| "unblock signals")?;
     rustix::process::setsid().doing(|| "become a session leader")?;
     syscalls::default_signals().doing(|| "reset ignored signals to their default action")?;
-    // If rrun's caller is not root, the parent has already entered the user namespace, and `joined`
-    // contains CLONE_NEWUSER. The parent then has no more rights than this process. So this process
-    // sets its limits itself.
-    let new_user = state.namespaces & !joined & flag(Type::User) != 0;
-    if new_user {
+    if host.enters_user {
         // Setting the OOM score adjustment and the resource limits requires rights on the host.
         // This process loses these rights when it enters the user namespace, so the parent sets
-        // both.
+        // both. If rrun's caller is not root, the parent does not have these rights either.
         channel.wait_for_parent()?;
-    } else if !unprivileged {
+    } else if !host.unprivileged && host.joined == 0 {
         request.process.apply_oom_score_adj("self")?;
     }
     request.process.scheduling.apply_final_affinity()?;
-    // This process sets its labels through files in /proc. Open these files in the host's /proc,
-    // before the process enters the container's mount namespace.
-    let labels = request.process.labels.open()?;
-    join(&request.init, state.namespaces & !flag(Type::Pid) & !joined)?;
+    // This process sets its labels through files in the host's /proc, because the /proc in the
+    // container can be a fake.
+    let labels = request.process.labels.open(host.procfs.as_ref())?;
+    let left = state.namespaces & !flag(Type::Pid) & !host.joined;
+    if left != 0 {
+        join(&request.init, left)?;
+    }
     if state.namespaces & flag(Type::User) != 0 {
         namespaces::become_root_of_user_namespace()?;
     }
-    if !new_user {
+    if !host.enters_user {
         request.process.apply_limits(0)?;
     }
     if let Some(name) = state.keyring() {

@@ -125,7 +125,8 @@ impl Init<'_> {
         // The following steps, up to the change of the root, are the last steps that need the
         // host's /proc.
         sysctl::apply(&config.sysctl)?;
-        let labels = config.process.labels.open()?;
+        let labels = &config.process.labels;
+        let labels = labels.open(labels.open_procfs()?.as_ref())?;
         if !new_user {
             config.process.apply_oom_score_adj("self")?;
         }

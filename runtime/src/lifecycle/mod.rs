@@ -7,6 +7,7 @@ pub(crate) mod delete;
 pub(crate) mod exec;
 pub(crate) mod foreground;
 pub(crate) mod init;
+mod intermediate;
 pub(crate) mod notify_socket;
 pub(crate) mod program;
 mod relay;

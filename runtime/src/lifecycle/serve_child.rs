@@ -38,9 +38,9 @@ pub(crate) enum Task<'a> {
     },
 }
 
-/// Handles the child's messages until the child has executed its program or waits for `start`.
-/// In the foreground, a signal can end the setup. Sends the master side of the child's terminal over the socket `console`. If `console` is `None`,
-/// returns the master side.
+/// Handles the child's messages until the child has executed its program or waits for `start`. In
+/// the foreground, a signal can end the setup. Sends the master side of the child's terminal over
+/// the socket `console`. If `console` is `None`, returns the master side.
 ///
 /// The child itself does not send the master side, because the kernel can refuse to send a
 /// descriptor for the child (see [`crate::sys::unix_socket::hand_over`]).

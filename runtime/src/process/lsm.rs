@@ -94,13 +94,18 @@ impl Labels {
         Ok(labels)
     }
 
+    /// Opens the host's procfs for [`Labels::open`]. Returns `None` if no label has to be set.
+    pub(crate) fn open_procfs(&self) -> Result<Option<Procfs>> {
+        let is_needed = *self != Labels::default();
+        Ok(is_needed.then(Procfs::open).transpose()?)
+    }
+
     /// Opens the files in /proc/self/attr of the host's procfs. [`OpenLabels::apply`] sets the
-    /// labels by writing to these files.
-    pub(crate) fn open(&self) -> Result<OpenLabels> {
-        if *self == Labels::default() {
+    /// labels by writing to these files. `procfs` is the result of [`Labels::open_procfs`].
+    pub(crate) fn open(&self, procfs: Option<&Procfs>) -> Result<OpenLabels> {
+        let Some(procfs) = procfs else {
             return Ok(OpenLabels::default());
-        }
-        let procfs = Procfs::open()?;
+        };
         let attr = |name: &str| procfs.for_writing(&format!("self/attr/{name}"));
         let apparmor = self
             .apparmor

@@ -40,6 +40,10 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Rrun
     ),
     test!(cve_2016_9962_a_container_can_not_inspect_a_process_that_enters_it),
+    test!(
+        a_container_sees_no_process_of_exec_in_the_hosts_namespaces,
+        Need::Rrun
+    ),
     test!(cve_2022_29162_no_capability_is_inheritable),
 ];
 
@@ -604,6 +608,26 @@ fn cve_2016_9962_a_container_can_not_inspect_a_process_that_enters_it() -> Resul
             output.told()
         );
     }
+    Ok(())
+}
+
+/// Through a process of `exec` that is still in the host's namespaces, a container could read and
+/// change the host's network.
+fn a_container_sees_no_process_of_exec_in_the_hosts_namespaces() -> Result {
+    let bundle = Bundle::new(&["attack", "peek", "4"])?;
+    let mut attacker = bundle.run_in_background()?;
+    wait_for("the attacker to start", || {
+        Ok(attacker.stdout().contains("ready").then_some(()))
+    })?;
+    bundle.exec(&[], &["exit", "0"]).ok()?;
+    // The test repeats `exec` until the container exits. The last `exec` then fails.
+    while bundle.exec(&[], &["exit", "0"]).end()?.code == 0 {}
+    let output = attacker.end()?;
+    ensure!(
+        output.stdout.contains("done") && !output.stdout.contains("another namespace"),
+        "a process of `exec` showed another namespace, or the attack was not complete:\n{}",
+        output.told()
+    );
     Ok(())
 }
 

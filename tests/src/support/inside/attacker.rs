@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
 use nix::sys::ptrace;
+use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
 use nix::unistd::Pid;
 
@@ -33,6 +34,7 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
         ["pry", seconds] => pry(Duration::from_secs_f64(seconds.parse()?)),
         ["seize", seconds] => seize(Duration::from_secs_f64(seconds.parse()?)),
         ["trace"] => trace(),
+        ["peek", seconds] => peek(Duration::from_secs_f64(seconds.parse()?)),
         _ => Err("unknown attack".into()),
     }
 }
@@ -174,6 +176,37 @@ fn seize(time: Duration) -> Result<(), InsideError> {
         "done, {} processes entered the container",
         seen.len()
     ));
+    Ok(())
+}
+
+/// Stops each new process as early as possible, and compares its mounts and its network interfaces
+/// with those of this process.
+fn peek(time: Duration) -> Result<(), InsideError> {
+    let tables = |process: &str| -> Option<(String, Vec<String>)> {
+        let read = |file| fs::read_to_string(format!("/proc/{process}/{file}")).ok();
+        let names = read("net/dev")?;
+        let names = names.lines().filter_map(|line| line.split_once(':'));
+        let names = names.map(|(name, _)| name.trim().to_owned());
+        Some((read("mountinfo")?, names.collect()))
+    };
+    let own = tables("self").ok_or("cannot read the own mounts")?;
+    say("ready");
+    let started = Instant::now();
+    let mut next = std::process::id().cast_signed() + 1;
+    let mut stopped = 0;
+    while started.elapsed() < time {
+        let stop = |pid: &i32| kill(Pid::from_raw(*pid), Signal::SIGSTOP).is_ok();
+        let Some(pid) = (next..next + 3).find(stop) else {
+            continue;
+        };
+        if tables(&pid.to_string()).is_some_and(|found| found != own) {
+            say(&format!("the process {pid} shows another namespace"));
+        }
+        let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+        next = pid + 1;
+        stopped += 1;
+    }
+    say(&format!("done, {stopped} processes were stopped"));
     Ok(())
 }
 
