@@ -7,7 +7,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
-use rustix::fs::{CWD, FileType, Mode, OFlags, Stat, fstat};
+use rustix::fs::{CWD, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat2};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
@@ -61,11 +61,13 @@ pub(crate) fn is_null_device(stat: &Stat) -> bool {
         && stat.st_rdev == rustix::fs::makedev(1, 3)
 }
 
-/// Opens the container's /dev/null. Returns `None` if this path is not the null device.
+/// Opens the container's /dev/null. Returns `None` if this path is not the null device, or contains a
+/// link. A process in the container can replace /dev with a link to `/proc/PID/root/dev`, where the
+/// process PID belongs to rrun and is still in the host's root.
 fn open() -> std::result::Result<Option<OwnedFd>, Errno> {
     let open = |flags| {
-        let flags = flags | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        match rustix::fs::openat(CWD, c"/dev/null", flags, Mode::empty()) {
+        let (flags, mode) = (flags | OFlags::CLOEXEC, Mode::empty());
+        match openat2(CWD, c"/dev/null", flags, mode, ResolveFlags::NO_SYMLINKS) {
             Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
             opened => opened.map(Some),
         }

@@ -49,6 +49,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_volume_must_not_replace_dev_through_a_link, Need::Rrun),
     test!(the_runtime_does_not_change_the_hosts_dev, Need::Rrun),
     test!(a_standard_stream_is_not_the_hosts_null_device, Need::Rrun),
+    test!(
+        a_link_at_dev_does_not_lead_exec_to_the_hosts_null_device,
+        Need::Rrun
+    ),
 ];
 
 /// Creates a volume for /dev with the usual device nodes. Each test adds the attacker's files to
@@ -588,6 +592,32 @@ fn a_standard_stream_is_not_the_hosts_null_device() -> Result {
     bundle.exec(&[], &change).ok()?;
     let read = bundle.exec(&[], &["cat"]).ok()?;
     ensure_eq!(read.stdout, "", "the data in the standard input");
+    bundle.end()?;
+    ensure_eq!(
+        changed()?,
+        before,
+        "the time of the last change of the host's /dev/null"
+    );
+    Ok(())
+}
+
+/// A process of the container can replace /dev with a link to `/proc/PID/root/dev`, where the process
+/// PID is in the host's root.
+fn a_link_at_dev_does_not_lead_exec_to_the_hosts_null_device() -> Result {
+    let changed = || fs::metadata("/dev/null").map(|file| (file.ctime(), file.ctime_nsec()));
+    let before = changed()?;
+    let mut bundle = Bundle::new(&["sleep", "1000"])?;
+    remove_dev_mounts(&mut bundle);
+    bundle.without_namespace("pid").start()?;
+    let dev = bundle.rootfs().join("dev");
+    fs::rename(&dev, bundle.rootfs().join("old-dev"))?;
+    symlink("/proc/1/root/dev", &dev)?;
+    let change = ["call", &libc::SYS_fchmod.to_string(), "0", "438"];
+    ensure_eq!(
+        bundle.exec(&[], &change).ok()?.text(),
+        "0",
+        "the result of fchmod(2) in `exec`"
+    );
     bundle.end()?;
     ensure_eq!(
         changed()?,

@@ -87,7 +87,9 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
             Some("the kernel does not support the flags")
         }
         ("keyctl", ENOSYS) => Some("the kernel has no keyrings that the container could use"),
-        ("openat2", ELOOP) if object == "/dev" => Some("the path is a symbolic link"),
+        ("openat2", ELOOP) if object == "/dev" || object == "/dev/null" => {
+            Some("the path contains a symbolic link")
+        }
         ("openat2", ENOENT) if masked() => Some("the path does not exist, so nothing protects it"),
         ("faccessat2", EACCES | EROFS) if object == "/proc/self/exe" => {
             Some("the runtime has no permission to write to its executable file")
@@ -116,7 +118,7 @@ fn reason_to_skip(call: &Call, fault: Fault) -> Option<&'static str> {
         ("ioctl", _) if second == FIONBIO => Some("an open descriptor accepts this request"),
         ("rmdir" | "unlink" | "unlinkat", ENOENT) => Some("another process has removed the file"),
         ("open" | "openat", ENOENT) if object == "/proc" => Some("the container has no /proc"),
-        ("open" | "openat", ENOENT) if object == "/dev/null" => {
+        ("open" | "openat" | "openat2", ENOENT) if object == "/dev/null" => {
             Some("the container has no /dev/null")
         }
         ("open" | "openat" | "stat" | "newfstatat", ENOENT) if object.contains("/state/e2e-") => {
