@@ -361,9 +361,9 @@ pub(crate) async fn make_directory_layer(
             }
         };
         directories.make(|into| {
-            let inodes = layer::make_directory_layer(&layers, into, go_on)?;
+            let (inodes, bytes) = layer::make_directory_layer(&layers, into, go_on)?;
             Ok((inodes > 0).then(|| UnpackSummary {
-                bytes: inodes.saturating_mul(4096),
+                bytes,
                 inodes,
                 ..UnpackSummary::default()
             }))

@@ -22,6 +22,7 @@ use std::rc::Rc;
 use rustix::fs::{AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
 
+use super::disk_use::DiskUse;
 use super::error::LayerError;
 use super::tree::{is_opaque, is_unlisted, modified};
 
@@ -59,15 +60,15 @@ pub(crate) struct LowerLayer {
 /// Creates the directory layer for `layers` in the new directory `into`. `layers` lists the
 /// uppermost layer first, and omits layers that another layer hides completely.
 ///
-/// Returns the number of directories in the directory layer. If the image needs no directory layer,
-/// returns 0 and does not create `into`. Calls `go_on` before each step; an error from `go_on` ends
-/// the work. This call blocks on disk I/O.
+/// Returns the number of directories in the directory layer, and their bytes on the disk. If the
+/// image needs no directory layer, returns 0 and does not create `into`. Calls `go_on` before each
+/// step; an error from `go_on` ends the work. This call blocks on disk I/O.
 pub(crate) fn make_directory_layer(
     layers: &[LowerLayer],
     into: &Path,
     go_on: impl FnMut() -> Result<(), LayerError>,
-) -> Result<u64, LayerError> {
-    walk(layers, into, go_on).map(|walk| walk.count)
+) -> Result<(u64, u64), LayerError> {
+    walk(layers, into, go_on).map(|walk| (walk.count, walk.used.bytes()))
 }
 
 fn walk<'a, G: FnMut() -> Result<(), LayerError>>(
@@ -92,6 +93,7 @@ fn walk<'a, G: FnMut() -> Result<(), LayerError>>(
         go_on,
         made: false,
         count: 0,
+        used: DiskUse::default(),
         lookups: 0,
         trail: Trail::default(),
     };
@@ -128,6 +130,7 @@ struct Walk<'a, G> {
     go_on: G,
     made: bool,
     count: u64,
+    used: DiskUse,
     lookups: u64,
     trail: Trail,
 }
@@ -408,8 +411,10 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
             let directory = rustix::fs::openat(&at, name, OPEN, Mode::empty()).map_err(fail)?;
             if made {
                 self.count += 1;
+                self.used.add_directory();
+                self.used.add_name(name);
                 if let Some(source) = source(&self.parts_of(prefix)?) {
-                    copy_metadata(&directory, &source.directory, path)?;
+                    copy_metadata(&directory, &source.directory, path, &mut self.used)?;
                 }
                 if let Some(above) = above {
                     rustix::fs::futimens(&at, &above).map_err(fail)?;
@@ -431,8 +436,9 @@ impl<G: FnMut() -> Result<(), LayerError>> Walk<'_, G> {
         if !self.made {
             self.made = true;
             self.count += 1;
+            self.used.add_directory();
             if let Some(source) = source(parts) {
-                copy_metadata(&top, &source.directory, b"")?;
+                copy_metadata(&top, &source.directory, b"", &mut self.used)?;
             }
         }
         Ok(top)
@@ -488,15 +494,25 @@ fn attributes(directory: impl AsFd) -> Result<BTreeMap<Vec<u8>, Vec<u8>>, Errno>
     Ok(found)
 }
 
-/// Copies the owner, mode, attributes and time from the directory `theirs` to `ours`.
-fn copy_metadata(ours: impl AsFd, theirs: impl AsFd, path: &[u8]) -> Result<(), LayerError> {
+/// Copies the owner, mode, attributes and time from the directory `theirs` to `ours`. Adds the
+/// attributes to `used`.
+fn copy_metadata(
+    ours: impl AsFd,
+    theirs: impl AsFd,
+    path: &[u8],
+    used: &mut DiskUse,
+) -> Result<(), LayerError> {
     let (ours, theirs) = (ours.as_fd(), theirs.as_fd());
     let fail = |e| failed("set the owner, mode and attributes of", path, e);
     let stat = rustix::fs::fstat(theirs).map_err(fail)?;
     let (owner, group) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     rustix::fs::fchown(ours, Some(owner), Some(group)).map_err(fail)?;
     rustix::fs::fchmod(ours, Mode::from_raw_mode(stat.st_mode & 0o7777)).map_err(fail)?;
-    for (name, value) in attributes(theirs).map_err(fail)? {
+    let attributes = attributes(theirs).map_err(fail)?;
+    let lengths = attributes.iter();
+    let lengths = lengths.map(|(name, value)| (name.len(), value.len()));
+    used.add_xattrs(lengths);
+    for (name, value) in attributes {
         match rustix::fs::fsetxattr(ours, name.as_slice(), &value, XattrFlags::empty()) {
             // The errors ENOTSUP, EPERM and EINVAL are ignored, as in the code that unpacks a
             // layer. For example, a label of an inactive security module causes one of these

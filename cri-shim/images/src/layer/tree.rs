@@ -13,6 +13,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
+use super::disk_use::DiskUse;
 use super::error::LayerError;
 
 /// The maximum lengths in bytes of a path and of a file name. The kernel's names for these limits
@@ -110,6 +111,8 @@ pub(super) struct Tree {
     pub unlisted: u64,
     /// The number of files and directories that were created.
     pub inodes: u64,
+    /// The bytes of these files on the disk.
+    pub used: DiskUse,
     /// An upper limit for the number of path components that the kernel has looked up. The kernel
     /// does not report how many components a symbolic link adds to a path. Each path through a link
     /// therefore counts as the longest possible path.
@@ -125,6 +128,7 @@ impl Tree {
             current: None,
             unlisted: 0,
             inodes: 0,
+            used: DiskUse::default(),
             lookups: 0,
             longest_link: 0,
         }
@@ -132,6 +136,7 @@ impl Tree {
 
     /// Records that the tree contains a symbolic link to `target`.
     pub(super) fn count_link(&mut self, target: &[u8]) {
+        self.used.add_link(target);
         self.longest_link = self.longest_link.max(components(target));
     }
 
@@ -260,7 +265,11 @@ impl Tree {
             ));
         }
         match rustix::fs::mkdirat(above, part, Mode::from_raw_mode(0o755)) {
-            Ok(()) => self.inodes += 1,
+            Ok(()) => {
+                self.inodes += 1;
+                self.used.add_directory();
+                self.used.add_name(part);
+            }
             Err(Errno::EXIST) => {
                 return Err(LayerError::malformed(
                     directory,

@@ -31,7 +31,8 @@ const MAX_LOOKUPS: u64 = 1 << 30;
 /// The result of unpacking an archive.
 #[derive(Debug, Default)]
 pub struct UnpackSummary {
-    /// The number of bytes on the disk, rounded up to blocks of 4 KiB.
+    /// The number of bytes on the disk: contents, targets of symbolic links, extended attributes and
+    /// directories, in blocks of 4 KiB.
     pub bytes: u64,
     pub inodes: u64,
     /// The number of unlisted directories below the layer's root. For an unlisted directory, the
@@ -52,7 +53,6 @@ pub(super) fn unpack<R: Read>(
     let mut unpacking = Unpacking {
         go_on,
         tree: Tree::new(root),
-        bytes: 0,
         max_bytes: bounds.bytes,
         opaque_root: false,
         buffer: vec![0; 64 << 10],
@@ -69,6 +69,7 @@ pub(super) fn unpack<R: Read>(
             )));
         }
         unpacking.place(archive, &entry)?;
+        unpacking.check_bytes()?;
         if unpacking.tree.lookups > MAX_LOOKUPS {
             return Err(LayerError::Bound(format!(
                 "the paths in the layer are too long, or lead through too many symbolic links: finding the files takes more than the limit of {MAX_LOOKUPS} lookups"
@@ -77,7 +78,7 @@ pub(super) fn unpack<R: Read>(
     }
     unpacking.tree.leave()?;
     Ok(UnpackSummary {
-        bytes: unpacking.bytes,
+        bytes: unpacking.tree.used.bytes(),
         inodes: unpacking.tree.inodes + 1,
         unlisted: unpacking.tree.unlisted,
         opaque_root: unpacking.opaque_root,
@@ -87,23 +88,33 @@ pub(super) fn unpack<R: Read>(
 struct Unpacking<'a> {
     go_on: &'a dyn Fn() -> io::Result<()>,
     tree: Tree,
-    bytes: u64,
     max_bytes: u64,
     opaque_root: bool,
     buffer: Vec<u8>,
 }
 
 impl Unpacking<'_> {
+    fn check_bytes(&self) -> Result<(), LayerError> {
+        if self.tree.used.bytes() > self.max_bytes {
+            return Err(LayerError::too_large(self.max_bytes));
+        }
+        Ok(())
+    }
+
     fn place<R: Read>(
         &mut self,
         archive: &mut TarArchive<R>,
         entry: &Entry,
     ) -> Result<(), LayerError> {
         let name = EntryName::parse(&entry.path)?;
+        let lengths = entry.xattrs.iter();
+        let lengths = lengths.map(|(key, value)| (key.len(), value.len()));
+        self.tree.used.add_xattrs(lengths);
         if name.is_root() {
             return self.place_root(entry);
         }
         let (directory, last) = name.split();
+        self.tree.used.add_name(last);
         if last == OPAQUE_WHITEOUT {
             return self.hide_all(directory);
         }
@@ -248,7 +259,7 @@ impl Unpacking<'_> {
         set_metadata(&opened, entry)?;
         if made {
             self.tree.inodes += 1;
-            self.bytes += 4096;
+            self.tree.used.add_directory();
         } else if unmark(&opened).map_err(fail)? {
             self.tree.unlisted -= 1;
         }
@@ -279,11 +290,8 @@ impl Unpacking<'_> {
         for (offset, length) in &entry.content.pieces {
             // The file system allocates whole blocks. A sparse file with many short pieces therefore
             // needs much more space on the disk than in the archive.
-            let blocks = length.div_ceil(4096).saturating_mul(4096);
-            self.bytes = self.bytes.saturating_add(blocks);
-            if self.bytes > self.max_bytes {
-                return Err(LayerError::too_large(self.max_bytes));
-            }
+            self.tree.used.add_content(*length);
+            self.check_bytes()?;
             self.write(archive, entry, &file, (*offset, *length))?;
             end = offset + length;
         }

@@ -578,6 +578,11 @@ async fn replacements() -> Result<(), Failure> {
     Ok(())
 }
 
+/// Adds `count` items with different names.
+fn repeat(archive: Archive, count: u32, add: impl Fn(Archive, &str) -> Archive) -> Archive {
+    (0..count).fold(archive, |archive, number| add(archive, &number.to_string()))
+}
+
 async fn bounds() -> Result<(), Failure> {
     let dir = Dir::new()?;
     let bomb = Archive::new()
@@ -643,6 +648,47 @@ async fn bounds() -> Result<(), Failure> {
             matches!(&result, Err(LayerError::Bound(why)) if why.contains("image.layer_bytes")),
             "{result:?}"
         );
+    }
+    // Everything that needs space on the disk counts, not only the contents of files. Each of these
+    // archives needs more than the limit of 100 KiB.
+    let attribute: [(&str, &[u8]); 1] = [("SCHILY.xattr.user.a", &[b'x'; 1000])];
+    let target = "x".repeat(100);
+    let first = Archive::new().file("first", "");
+    let parts = [
+        repeat(Archive::new(), 30, |it, n| it.symlink(n, &target)),
+        repeat(Archive::new(), 30, |it, n| it.pax(&attribute).file(n, "")),
+        repeat(Archive::new(), 30, |it, _| {
+            it.pax(&attribute).dir("d/", 0o755)
+        }),
+        repeat(Archive::new(), 30, |it, n| it.file(&format!("{n}/a"), "")),
+        repeat(first, 1200, |it, n| {
+            it.hard_link(&format!("{n}-{}", "x".repeat(90)), "first")
+        }),
+    ];
+    for (number, archive) in parts.into_iter().enumerate() {
+        let archive = archive.end();
+        for (bytes, refused) in [(100 << 10, true), (1 << 20, false)] {
+            let result = layer::unpack(
+                archive.as_slice(),
+                &dir.0.join(format!("part-{number}-{bytes}")),
+                &descriptor(&archive, &archive),
+                &Bounds {
+                    bytes,
+                    entries: 10_000,
+                },
+                &|| Ok(()),
+            );
+            match result {
+                Err(LayerError::Bound(why)) => {
+                    assert!(
+                        refused && why.contains("image.layer_bytes"),
+                        "{number}: {why}"
+                    );
+                }
+                Ok(unpacked) => assert!(!refused && unpacked.bytes > 100 << 10, "{number}"),
+                Err(error) => return Err(error.into()),
+            }
+        }
     }
     // Directories that the archive uses but does not list count towards the limit of entries, too.
     let deep = Archive::new().file(&"d/".repeat(40), "").end();

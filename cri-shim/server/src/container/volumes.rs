@@ -167,6 +167,7 @@ fn resolved_path(directory: &OwnedFd) -> Option<PathBuf> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::XattrFlags;
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
     use super::*;
@@ -274,7 +275,7 @@ mod tests {
         }
         std::fs::hard_link(place.image("data/link"), place.image("data/sub/link"))?;
         let limits = Limits {
-            bytes: 1 << 20,
+            bytes: (1 << 20) + (1 << 12),
             files: 200,
         };
         place.make(&["/data"], limits, || Ok(()))?;
@@ -315,7 +316,7 @@ mod tests {
         std::fs::write(place.image("data/a/other"), "text")?;
         symlink("data", place.image("link"))?;
         let limits = Limits {
-            bytes: (1 << 20) + 4,
+            bytes: (1 << 20) + (5 << 12),
             files: 9,
         };
         let made = place.make(&["/data", "/data/a", "/data/a/b"], limits, || Ok(()))?;
@@ -342,8 +343,8 @@ mod tests {
             std::fs::write(place.image(name), [b'x'; 600])?;
         }
         for (bytes, files, expected) in [
-            (1799, 9, "1799 bytes (image.volume_bytes)"),
-            (1800, 2, "2 files (image.volume_files)"),
+            (12287, 9, "12287 bytes (image.volume_bytes)"),
+            (12288, 2, "2 files (image.volume_files)"),
         ] {
             let limits = Limits { bytes, files };
             let refused = place.make(&["/data", "/more"], limits, || Ok(())).err();
@@ -353,7 +354,7 @@ mod tests {
             std::fs::remove_dir_all(place.volume(""))?;
         }
         let limits = Limits {
-            bytes: 1800,
+            bytes: 12288,
             files: 3,
         };
         place.make(&["/data", "/more"], limits, || Ok(()))?;
@@ -362,6 +363,56 @@ mod tests {
         std::fs::remove_dir_all(place.volume(""))?;
         let error = place.make(&many, UNLIMITED, || Ok(())).err();
         assert!(error.is_some_and(|error| error.sentence().contains("1000 volumes")));
+        Ok(())
+    }
+
+    type Make<'a> = &'a dyn Fn(&Path) -> std::io::Result<()>;
+
+    #[test]
+    fn links_attributes_directories_and_names_count_against_the_limit() -> Outcome {
+        let place = Place::new("small-parts")?;
+        let limits = Limits {
+            bytes: 100 << 10,
+            files: 1 << 20,
+        };
+        let kinds: [(&str, Make); 5] = [
+            ("links", &|path| symlink("x".repeat(1000), path)),
+            ("files", &|path| std::fs::write(path, "x")),
+            ("directories", &|path| std::fs::create_dir(path)),
+            ("attributes", &|path| {
+                std::fs::write(path, "")?;
+                let value = [7; 1000];
+                Ok(rustix::fs::setxattr(
+                    path,
+                    "user.a",
+                    &value,
+                    XattrFlags::empty(),
+                )?)
+            }),
+            ("names", &|path| {
+                for number in 0..20 {
+                    let name = format!("{}-{number:0200}", path.display());
+                    std::fs::hard_link(place.image("link-target"), name)?;
+                }
+                Ok(())
+            }),
+        ];
+        std::fs::write(place.image("link-target"), "")?;
+        for (kind, make) in kinds {
+            std::fs::create_dir(place.image(kind))?;
+            for number in 0..20 {
+                make(&place.image(&format!("{kind}/{number}")))?;
+            }
+            place.make(&[&format!("/{kind}")], limits, || Ok(()))?;
+            std::fs::remove_dir_all(place.volume(""))?;
+            for number in 20..40 {
+                make(&place.image(&format!("{kind}/{number}")))?;
+            }
+            let made = place.make(&[&format!("/{kind}")], limits, || Ok(()));
+            let error = made.err().ok_or(format!("the {kind} were copied"))?;
+            assert!(error.sentence().contains("image.volume_bytes"), "{error}");
+            std::fs::remove_dir_all(place.volume(""))?;
+        }
         Ok(())
     }
 

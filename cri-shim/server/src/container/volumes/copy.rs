@@ -5,20 +5,20 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, OsStr};
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom as Position};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{
     AtFlags, Dir, FileType, Gid, Mode, OFlags, RawMode, SeekFrom, Stat, Timespec, Timestamps, Uid,
-    XattrFlags, chownat, fchmod, fgetxattr, flistxattr, fsetxattr, linkat, mkdirat, mknodat,
-    openat, readlinkat, statat, symlinkat, utimensat,
+    XattrFlags, chownat, fchmod, fgetxattr, fgetxattr_query, flistxattr, fsetxattr, linkat,
+    mkdirat, mknodat, openat, readlinkat, statat, symlinkat, utimensat,
 };
 use rustix::io::Errno;
 
 use crate::sandbox::files::private_dir;
 use rrun_calls::error::{Code, During, Error, Result};
-use rrun_images::layer;
+use rrun_images::layer::{self, DiskUse};
 use rrun_kernel::errno::describe;
 use rrun_kernel::regular_file;
 
@@ -43,8 +43,8 @@ pub(crate) struct Limits {
 /// Copies directories until the limits are reached.
 pub(super) struct Copier<'a, G> {
     limits: Limits,
-    /// The number of bytes and files in all copies.
-    bytes: u64,
+    /// The bytes on the disk and the number of files in all copies.
+    used: DiskUse,
     files: u64,
     /// Fails if the copy must end early.
     go_on: G,
@@ -72,7 +72,7 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
     ) -> Self {
         Copier {
             limits,
-            bytes: 0,
+            used: DiskUse::default(),
             files: 0,
             go_on,
             names,
@@ -110,15 +110,18 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
             if name == c"." || name == c".." {
                 continue;
             }
-            self.count(1, 0)?;
+            self.files += 1;
+            self.used.add_name(name.to_bytes());
+            self.check()?;
             let shown = || name.to_string_lossy().into_owned();
             let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW).during(shown)?;
             self.entry(from, into, name, &stat, depth).during(shown)?;
         }
         let stat =
             rustix::fs::fstat(from).during(|| "read the directory's attributes".to_owned())?;
-        finish(Some((from, into)), into, c"", &stat)
-            .during(|| "set the attributes of the copied directory".to_owned())
+        finish(Some(into), into, c"", &stat)
+            .during(|| "set the attributes of the copied directory".to_owned())?;
+        self.xattrs(from, into)
     }
 
     fn subdirectory(
@@ -142,13 +145,12 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
         Ok(())
     }
 
-    /// Counts files and bytes before they are copied.
-    fn count(&mut self, files: u64, bytes: u64) -> Result<()> {
+    /// Fails if the copy must end early, or if the files and bytes exceed a limit. They are counted
+    /// before they are copied.
+    fn check(&self) -> Result<()> {
         (self.go_on)()?;
-        self.files += files;
-        self.bytes = self.bytes.saturating_add(bytes);
         let Limits { files, bytes } = self.limits;
-        let (limit, key) = match (self.files > files, self.bytes > bytes) {
+        let (limit, key) = match (self.files > files, self.used.bytes() > bytes) {
             (true, _) => (format!("{files} files"), "image.volume_files"),
             (_, true) => (format!("{bytes} bytes"), "image.volume_bytes"),
             _ => return Ok(()),
@@ -174,6 +176,8 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
                     "the volume's directories are nested more than {MAX_DEPTH} levels deep"
                 )));
             };
+            self.used.add_directory();
+            self.check()?;
             mkdirat(into, name, Mode::RWXU).during(|| "create a copy".to_owned())?;
             let open = |dir: &OwnedFd| {
                 let flags = PLAIN | OFlags::RDONLY | OFlags::DIRECTORY;
@@ -191,6 +195,8 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
             FileType::Symlink => {
                 let target = readlinkat(from, name, Vec::new())
                     .during(|| "read the symbolic link".to_owned())?;
+                self.used.add_link(target.to_bytes());
+                self.check()?;
                 symlinkat(target, into, name).during(|| "create a copy".to_owned())?;
             }
             kind => {
@@ -254,8 +260,9 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
         let mut target = File::from(target.during(|| "create a copy".to_owned())?);
         self.contents(&mut source, &mut target, stat)?;
         let (source, target) = (OwnedFd::from(source), OwnedFd::from(target));
-        finish(Some((&source, &target)), into, name, stat)
-            .during(|| "set the attributes of the copied file".to_owned())
+        finish(Some(&target), into, name, stat)
+            .during(|| "set the attributes of the copied file".to_owned())?;
+        self.xattrs(&source, &target)
     }
 
     /// Copies the data of a file. The holes of a sparse file become holes of the copy.
@@ -291,12 +298,44 @@ impl<'a, G: Fn() -> Result<()>> Copier<'a, G> {
         let mut left = length;
         while left > 0 {
             let most = left.min(CHUNK_BYTES);
-            self.count(0, most)?;
+            self.used.add_content(most);
+            self.check()?;
             let copied = io::copy(&mut (&mut *source).take(most), target);
             if copied.during(|| "copy the contents".to_owned())? == 0 {
                 break;
             }
             left -= most;
+        }
+        Ok(())
+    }
+
+    /// Copies the extended attributes of a file. This changes no result of [`finish`]. All values
+    /// together can be larger than the memory, so they are copied one by one.
+    fn xattrs(&mut self, from: &OwnedFd, into: &OwnedFd) -> Result<()> {
+        let what = || "copy the extended attributes".to_owned();
+        let mut list = vec![0_u8; XATTR];
+        let length = match flistxattr(from, &mut list) {
+            Err(Errno::OPNOTSUPP) => return Ok(()),
+            length => length.during(what)?,
+        };
+        if length == 0 {
+            return Ok(());
+        }
+        let names = list.get(..length).unwrap_or_default();
+        let names = names.split_inclusive(|byte| *byte == 0);
+        let names = names.filter_map(|name| CStr::from_bytes_with_nul(name).ok());
+        let mut lengths = Vec::new();
+        for name in names.clone() {
+            let length = fgetxattr_query(from, name).during(what)?;
+            lengths.push((name.to_bytes().len(), length));
+        }
+        self.used.add_xattrs(lengths.into_iter());
+        self.check()?;
+        let mut value = vec![0; XATTR];
+        for name in names {
+            let length = fgetxattr(from, name, &mut value[..]).during(what)?;
+            let value = value.get(..length).unwrap_or_default();
+            fsetxattr(into, name, value, XattrFlags::empty()).during(what)?;
         }
         Ok(())
     }
@@ -307,10 +346,10 @@ const PLAIN: OFlags = OFlags::NOFOLLOW
     .union(OFlags::NONBLOCK);
 const PRIVATE: Mode = Mode::RUSR.union(Mode::WUSR);
 
-/// Sets the owner, mode, extended attributes and times of a copied file. The order matters: no step
-/// may change the result of an earlier step. An empty `name` means the directory `into` itself.
+/// Sets the owner, mode and times of a copied file. The order matters: no step may change the result
+/// of an earlier step. An empty `name` means the directory `into` itself.
 fn finish(
-    open: Option<(&OwnedFd, &OwnedFd)>,
+    open: Option<&OwnedFd>,
     into: &OwnedFd,
     name: &CStr,
     stat: &Stat,
@@ -320,10 +359,7 @@ fn finish(
     chownat(into, name, Some(uid), Some(gid), flags)?;
     let mode = Mode::from_raw_mode(stat.st_mode & RawMode::from(0o7777_u16));
     match open {
-        Some((from, to)) => {
-            fchmod(to, mode)?;
-            copy_xattrs(from, to)?;
-        }
+        Some(to) => fchmod(to, mode)?,
         None if FileType::from_raw_mode(stat.st_mode) == FileType::Symlink => {}
         None => rustix::fs::chmodat(into, name, mode, AtFlags::empty())?,
     }
@@ -336,34 +372,7 @@ fn finish(
         last_modification: time(stat.st_mtime, stat.st_mtime_nsec),
     };
     match open {
-        Some((_, to)) => rustix::fs::futimens(to, &times),
+        Some(to) => rustix::fs::futimens(to, &times),
         None => utimensat(into, name, &times, AtFlags::SYMLINK_NOFOLLOW),
     }
-}
-
-fn copy_xattrs(from: impl AsFd, into: impl AsFd) -> rustix::io::Result<()> {
-    let mut names = vec![0_u8; XATTR];
-    let length = match flistxattr(&from, &mut names) {
-        Err(Errno::OPNOTSUPP) => return Ok(()),
-        length => length?,
-    };
-    let mut value = Vec::new();
-    for name in names
-        .get(..length)
-        .unwrap_or_default()
-        .split_inclusive(|byte| *byte == 0)
-    {
-        let Ok(name) = CStr::from_bytes_with_nul(name) else {
-            continue;
-        };
-        value.resize(XATTR, 0);
-        let length = fgetxattr(&from, name, &mut value[..])?;
-        fsetxattr(
-            &into,
-            name,
-            value.get(..length).unwrap_or_default(),
-            XattrFlags::empty(),
-        )?;
-    }
-    Ok(())
 }
