@@ -20,6 +20,7 @@ use crate::layer::{self, Bounds, LayerDescriptor, LayerError, LowerLayer, Unpack
 use crate::limits::MinRate;
 use crate::pace::RateWatch;
 use crate::partial::{DiscardOnDrop, Partial, PartialName};
+use crate::partial_budget::PartialBudget;
 use crate::places::{Place, Places};
 use crate::settings::ImageSettings;
 use crate::slots::{Slot, Slots};
@@ -65,6 +66,7 @@ pub(crate) struct Queues {
     pub turns: Arc<UnpackTurns>,
     pub min_rate: MinRate,
     pub directories: Arc<LayerDirectories>,
+    pub partials: Arc<PartialBudget>,
 }
 
 impl Queues {
@@ -75,6 +77,7 @@ impl Queues {
             places: Places::new(fetched.saturating_add(settings.parallel_unpacks)),
             turns: UnpackTurns::new(settings.parallel_unpacks),
             min_rate: settings.min_rate(),
+            partials: PartialBudget::new(&directories.root, settings.partial_bytes),
             directories,
         }
     }
@@ -156,7 +159,8 @@ async fn download(
     let descriptor = &request.descriptor;
     let slot = Arc::new(slot);
     let watch = Arc::new(RateWatch::new(queues.min_rate, Some(Arc::clone(&slot))));
-    let kept = PartialName::new(&queues.directories.root, source.name(), descriptor);
+    let place = (&*queues.directories.root, &queues.partials);
+    let kept = PartialName::new(place, source.name(), descriptor);
     let _piece = DiscardOnDrop::of_small(&kept);
     // The highest number of bytes that an attempt has received. Only later bytes are progress.
     let farthest = AtomicU64::new(0);

@@ -61,12 +61,13 @@ impl ImageStore {
         if self.sweeping_partials.swap(true, Ordering::Relaxed) {
             return;
         }
-        let root = self.root.clone();
+        let (root, budget) = (self.root.clone(), Arc::clone(&self.queues.partials));
         tokio::spawn(async move {
             loop {
                 tokio::time::sleep(partial::PARTIAL_LIFETIME).await;
-                let root = root.clone();
-                let _ = tokio::task::spawn_blocking(move || partial::sweep(&root)).await;
+                let (root, budget) = (root.clone(), Arc::clone(&budget));
+                let swept = tokio::task::spawn_blocking(move || partial::sweep(&root, &budget));
+                let _ = swept.await;
             }
         });
     }

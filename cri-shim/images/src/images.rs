@@ -35,9 +35,9 @@ type Written = Pin<Box<dyn Future<Output = Result<(), StoreError>> + Send>>;
 pub struct FsUsage {
     /// The directory that contains the layers.
     pub path: PathBuf,
-    /// The number of bytes of all unpacked layers and of the store.
+    /// The number of bytes of all unpacked layers, of partial blobs and of the store.
     pub bytes: u64,
-    /// The number of inodes of all unpacked layers.
+    /// The number of inodes of all unpacked layers and of partial blobs.
     pub inodes: u64,
 }
 
@@ -298,20 +298,21 @@ impl Images {
         self.store.queues.directories.removals.done(limit).await;
     }
 
-    /// Returns the disk usage of the unpacked layers and of the store, which contains the images'
-    /// configurations. The usage of the layers is computed from the records without walking the
+    /// Returns the disk usage of the unpacked layers, of partial blobs and of the store, which contains
+    /// the images' configurations. The usage of the layers is computed from the records without walking the
     /// directories. This call blocks on disk I/O.
     pub fn fs_usage(&self) -> Result<FsUsage, ImageError> {
         let (bytes, inodes) = lock(&self.store.catalog).usage();
         let records = self.store.records.path();
+        let (of_partials, partials) = self.store.queues.partials.used();
         let of_records = std::fs::metadata(records)
             .map_err(|error| failed("find the size of", records, &error))?
             .blocks()
             .saturating_mul(512);
         Ok(FsUsage {
             path: self.store.root.join("layers"),
-            bytes: bytes.saturating_add(of_records),
-            inodes,
+            bytes: bytes.saturating_add(of_records).saturating_add(of_partials),
+            inodes: inodes.saturating_add(partials),
         })
     }
 }

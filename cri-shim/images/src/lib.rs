@@ -27,6 +27,7 @@ mod limits;
 mod manifest;
 mod pace;
 mod partial;
+mod partial_budget;
 mod pin;
 mod places;
 pub mod position;

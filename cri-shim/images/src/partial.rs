@@ -8,13 +8,15 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{FlockOperation, flock};
 
 use crate::layer::{LayerDescriptor, digest_of};
+use crate::partial_budget::{PartialBudget, Reservation};
 
 /// The minimum size of a blob whose beginning is kept for a later pull. Fetching a smaller blob
 /// again costs less than keeping its beginning.
@@ -38,6 +40,9 @@ pub(crate) struct Partial {
     file: File,
     path: PathBuf,
     length: u64,
+    room: Reservation,
+    /// True if there was no room for more bytes. The file contains the bytes before.
+    full: bool,
 }
 
 /// The path of the file with the beginning of one blob from one registry. Fetches from two
@@ -47,10 +52,15 @@ pub(crate) struct PartialName {
     path: PathBuf,
     /// The size of the whole blob in bytes.
     size: u64,
+    budget: Arc<PartialBudget>,
 }
 
 impl PartialName {
-    pub(crate) fn new(root: &Path, registry: &str, layer: &LayerDescriptor) -> Self {
+    pub(crate) fn new(
+        (root, budget): (&Path, &Arc<PartialBudget>),
+        registry: &str,
+        layer: &LayerDescriptor,
+    ) -> Self {
         let suffix = if layer.size < MIN_KEPT_BYTES {
             PIECE_SUFFIX
         } else {
@@ -65,24 +75,26 @@ impl PartialName {
                 .join("ingest")
                 .join(format!("{hex}-{registry}{suffix}")),
             size: layer.size,
+            budget: Arc::clone(budget),
         }
     }
 
     /// Removes the file.
     pub(crate) fn discard(&self) {
-        if let Err(error) = remove(&self.path) {
-            log::warn!(
+        match remove(&self.path) {
+            Ok(()) => self.budget.forget(&self.path),
+            Err(error) => log::warn!(
                 "cannot remove the beginning of a blob, {}: {error}",
                 self.path.display()
-            );
+            ),
         }
     }
 }
 
 impl Partial {
     /// Opens the file with the beginning of the blob, or creates an empty file. Returns `None` if
-    /// the blob is too small or the file can't be used. No bytes of the blob are then kept. This
-    /// call blocks on disk I/O.
+    /// the blob is too small, the file can't be used, or there is no room for the file. No bytes of
+    /// the blob are then kept. This call blocks on disk I/O.
     pub(crate) fn open(name: &PartialName) -> Option<Self> {
         let (path, size) = (name.path.clone(), name.size);
         if size < MIN_PIECE_BYTES {
@@ -106,7 +118,18 @@ impl Partial {
             file.set_len(0).ok()?;
             length = 0;
         }
-        Some(Partial { file, path, length })
+        let Some(room) = name.budget.reserve(&path, length) else {
+            log_no_room(&path);
+            let _ = remove(&path);
+            return None;
+        };
+        Some(Partial {
+            file,
+            path,
+            length,
+            room,
+            full: false,
+        })
     }
 
     /// Returns how many bytes of the blob the file contains.
@@ -121,9 +144,20 @@ impl Partial {
         }
     }
 
+    /// Adds bytes to the file, if there is room for them. Without room, the file does not change
+    /// any more.
     pub(crate) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let length = self.length + bytes.len() as u64;
+        if self.full {
+            return Ok(());
+        }
+        if !self.room.grow(length) {
+            self.full = true;
+            log_no_room(&self.path);
+            return Ok(());
+        }
         self.file.write_all_at(bytes, self.length)?;
-        self.length += bytes.len() as u64;
+        self.length = length;
         Ok(())
     }
 
@@ -137,9 +171,35 @@ impl Partial {
     }
 }
 
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Another fetch of the same blob can have removed or replaced the file.
+        let inode = |metadata: std::fs::Metadata| metadata.ino();
+        let exists = match (self.file.metadata(), std::fs::symlink_metadata(&self.path)) {
+            (Ok(ours), Ok(there)) => inode(ours) == inode(there),
+            _ => false,
+        };
+        self.room.end(exists.then_some(self.length));
+    }
+}
+
+fn log_no_room(path: &Path) {
+    log::info!(
+        "keep no more bytes of the partial blob {}, because all partial blobs together reach their limit (image.partial_bytes)",
+        path.display()
+    );
+}
+
+/// Returns the part of a file's name that stands for the registry.
+pub(crate) fn registry_of(path: &Path) -> &str {
+    let name = path.file_stem().and_then(|name| name.to_str());
+    name.and_then(|name| name.rsplit_once('-'))
+        .map_or("", |(_, registry)| registry)
+}
+
 /// Removes a file, if it exists. A failure can have a cause that passes, so the removal is repeated
 /// once.
-fn remove(path: &Path) -> io::Result<()> {
+pub(crate) fn remove(path: &Path) -> io::Result<()> {
     let attempt = || match std::fs::remove_file(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
@@ -181,7 +241,7 @@ pub(crate) fn is_fresh(path: &Path) -> bool {
 }
 
 /// Removes the partial blobs whose lifetime has passed. This call blocks on disk I/O.
-pub(crate) fn sweep(root: &Path) {
+pub(crate) fn sweep(root: &Path, budget: &PartialBudget) {
     let Ok(entries) = std::fs::read_dir(root.join("ingest")) else {
         return;
     };
@@ -191,7 +251,9 @@ pub(crate) fn sweep(root: &Path) {
                 "remove the partial blob {}, which no pull has used for an hour",
                 path.display()
             );
-            let _ = std::fs::remove_file(&path);
+            if std::fs::remove_file(&path).is_ok() {
+                budget.forget(&path);
+            }
         }
     }
 }
@@ -200,29 +262,33 @@ pub(crate) fn sweep(root: &Path) {
 mod tests {
     use super::*;
 
-    fn named(root: &Path, registry: &str, size: u64) -> PartialName {
+    fn named(place: (&Path, &Arc<PartialBudget>), registry: &str, size: u64) -> PartialName {
         let layer = LayerDescriptor {
             digest: "sha256:0123".to_owned(),
             size,
             diff_id: "sha256:4567".to_owned(),
         };
-        PartialName::new(root, registry, &layer)
+        PartialName::new(place, registry, &layer)
     }
 
     #[test]
     fn the_bytes_in_a_file_are_reused_unless_the_file_is_longer_than_the_blob() -> io::Result<()> {
         let root = std::env::temp_dir().join(format!("rrun-partial-{}", std::process::id()));
         std::fs::create_dir_all(root.join("ingest"))?;
-        assert!(Partial::open(&named(&root, "r", MIN_PIECE_BYTES - 1)).is_none());
-        let name = named(&root, "r", MIN_KEPT_BYTES);
+        let budget = PartialBudget::new(&root, 1 << 30);
+        let place = (&*root, &budget);
+        assert!(Partial::open(&named(place, "r", MIN_PIECE_BYTES - 1)).is_none());
+        let name = named(place, "r", MIN_KEPT_BYTES);
         let mut first = Partial::open(&name).ok_or(io::ErrorKind::Other)?;
         first.append(b"one")?;
         assert!(
             Partial::open(&name).is_none(),
             "two fetches of the same blob opened the file of the blob at the same time"
         );
-        let other = Partial::open(&named(&root, "another registry", MIN_KEPT_BYTES));
-        assert_eq!(other.map(|other| other.length()), Some(0));
+        let other = Partial::open(&named(place, "another registry", MIN_KEPT_BYTES));
+        let other = other.ok_or(io::ErrorKind::Other)?;
+        assert_eq!(other.length(), 0);
+        other.remove();
         drop(first);
         let again = Partial::open(&name).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 3);
@@ -231,11 +297,13 @@ mod tests {
         let again = Partial::open(&name).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 0);
         assert!(is_fresh(&name.path));
-        sweep(&root);
+        sweep(&root, &budget);
         let long_ago = SystemTime::now() - PARTIAL_LIFETIME;
         again.file.set_modified(long_ago)?;
-        sweep(&root);
+        sweep(&root, &budget);
         assert!(!name.path.exists());
+        drop(again);
+        assert_eq!(budget.used(), (0, 0));
         std::fs::remove_dir_all(&root)
     }
 }

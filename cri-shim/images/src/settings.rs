@@ -32,6 +32,9 @@ pub struct ImageSettings {
     /// The maximum number of bytes and files in the volumes that the image of one container declares.
     pub volume_bytes: u64,
     pub volume_files: u64,
+    /// The maximum number of bytes of all partial blobs, which are kept for the next pull after an
+    /// interrupted pull. A fetch without room for more bytes continues, but keeps no more bytes.
+    pub partial_bytes: u64,
     /// The time without received data, in seconds, after which a registry's answer fails. The whole
     /// response head must also arrive within this time.
     pub silence_seconds: u64,
@@ -67,6 +70,7 @@ impl Default for ImageSettings {
             configuration_bytes: 1 << 20,
             volume_bytes: 16 << 30,
             volume_files: 1 << 20,
+            partial_bytes: 16 << 30,
             silence_seconds: 30,
             least_rate: 100,
             least_rate_seconds: 60,

@@ -82,6 +82,7 @@ pub(crate) fn trials() -> Vec<Trial> {
             "the_fetch_of_a_large_blob_continues_after_a_restart",
             resumed,
         ),
+        trial("the_kept_bytes_of_broken_transfers_have_a_limit", limited),
         trial("a_corrupt_partial_blob_is_fetched_again", spoilt),
     ]
 }
@@ -783,6 +784,64 @@ async fn resumed() -> Result<(), Failure> {
     assert_eq!(ranges.last(), Some(&(5 << 20)));
     assert!(!kept.exists());
     assert_eq!(node.leavings()?.len(), 1);
+    Ok(())
+}
+
+/// Each layer breaks off after 5 MiB in the first pull, and is complete in the second pull.
+async fn limited() -> Result<(), Failure> {
+    let images = ["a", "b"].map(|name| image(&[noisy(name, 9 << 20)], json!({})));
+    for (limit, kept_bytes) in [(0, 0), (3 << 20, 2 << 20), (8 << 20, 5 << 20)] {
+        let answers: Vec<_> = images
+            .iter()
+            .map(|built| {
+                let (layer, whole) = (built.layers[0].clone(), built.blobs[0].clone());
+                (layer, whole, AtomicUsize::new(0))
+            })
+            .collect();
+        let named = [("a", &images[0]), ("b", &images[1])];
+        let server = Server::start(&named, move |request| {
+            let named = |layer: &str| request.path.ends_with(layer);
+            let (_, whole, calls) = answers.iter().find(|(layer, ..)| named(layer))?;
+            let mut answer = Answer::new(200, whole.clone()).ranged(request);
+            match calls.fetch_add(1, Ordering::Relaxed) {
+                0 => answer.cut = Some(5 << 20),
+                1 => answer.cut = Some(0),
+                _ => {}
+            }
+            Some(answer)
+        })?;
+        let node = Node::with(ImageSettings {
+            partial_bytes: limit,
+            ..ImageSettings::default()
+        })?;
+        let before = node.images.fs_usage()?.bytes;
+        for (name, built) in named {
+            let reference = format!("{}/{name}:1", server.host());
+            assert!(node.images.pull(&reference, None).await.is_err());
+            let kept = partial(&node.dir, &server.host(), &built.layers[0]);
+            let length = std::fs::metadata(&kept).map_or(0, |kept| kept.len());
+            assert!(
+                length <= kept_bytes && length + (1 << 20) > kept_bytes,
+                "{length} bytes"
+            );
+            // The bytes of the other image are removed, because the registry gets three quarters
+            // of the limit.
+            node.comes_down_to(usize::from(kept_bytes > 0)).await?;
+            assert!(node.images.fs_usage()?.bytes >= before + length);
+        }
+        let reference = format!("{}/b:1", server.host());
+        node.images.pull(&reference, None).await?;
+        let last = server
+            .seen()
+            .into_iter()
+            .rfind(|r| r.path.contains("/blobs/"));
+        let from = last.and_then(|last| last.range).unwrap_or_default();
+        assert!(
+            from <= kept_bytes && from + (1 << 20) > kept_bytes,
+            "from byte {from}"
+        );
+        assert_eq!(node.leavings()?.len(), 1);
+    }
     Ok(())
 }
 
