@@ -10,7 +10,7 @@ use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use nix::errno::Errno;
 
@@ -19,7 +19,7 @@ use crate::config::NetworkConfig;
 use crate::conntrack::{self, Stale};
 use crate::error::NetworkError;
 use crate::forwarding;
-use crate::host_ports::Mapping;
+use crate::host_ports::{Listener, Mapping};
 use crate::link::{self, POD_INTERFACE};
 use crate::namespace;
 use crate::netlink::{Batch, Socket};
@@ -34,6 +34,8 @@ pub(crate) struct Bridge {
     config: NetworkConfig,
     /// The ranges from which new pods get their addresses.
     ranges: Vec<Range>,
+    /// The sockets on which the server itself listens.
+    listeners: OnceLock<Vec<Listener>>,
     rules: Mutex<Rules>,
     /// The number of the socket in [`Rules`], see [`Socket::port`].
     own_socket: Arc<AtomicU32>,
@@ -107,11 +109,22 @@ impl Bridge {
         Bridge {
             config,
             ranges,
+            listeners: OnceLock::new(),
             rules: Mutex::default(),
             own_socket: Arc::default(),
             has_tables: AtomicBool::new(false),
             lacks_filter: AtomicBool::new(false),
         }
+    }
+
+    /// Excludes the sockets `listeners` from the translation of host ports. This function must be
+    /// called once, and before the nftables tables are created.
+    pub(crate) fn protect(&self, listeners: Vec<Listener>) {
+        let _ = self.listeners.set(listeners);
+    }
+
+    pub(crate) fn listeners(&self) -> &[Listener] {
+        self.listeners.get().map_or(&[], Vec::as_slice)
     }
 
     fn rules(&self) -> MutexGuard<'_, Rules> {
@@ -579,6 +592,7 @@ impl Bridge {
             ranges,
             masquerade: self.config.masquerade,
             loopback6,
+            listeners: self.listeners(),
             filters_sources: self.filters_sources(),
             elements: desired.elements,
         };

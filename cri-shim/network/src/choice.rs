@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::cni::{Cni, DetachOutcome, RetryBy};
 use crate::config::Mode;
 use crate::embedded::EmbeddedNetwork;
-use crate::host_ports::{self, HostPort};
+use crate::host_ports::{self, HostPort, Listener};
 use crate::namespace::Namespaces;
 use rrun_calls::error::{Error, Result};
 
@@ -33,6 +33,20 @@ impl PodNetwork {
             cni,
             namespaces,
         }
+    }
+
+    /// Ensures that host ports of pods on the embedded network never receive connections to the
+    /// sockets on which the server itself listens. The server must call this function once, and
+    /// before [`PodNetwork::reconcile`].
+    pub fn protect(&self, listeners: Vec<Listener>) {
+        self.embedded.protect(listeners);
+    }
+
+    /// Returns the numbers of the TCP host ports of all pods.
+    pub fn tcp_host_ports(&self) -> Result<HashSet<u16>> {
+        let mut all = self.embedded.tcp_ports();
+        all.extend(self.cni.tcp_ports()?);
+        Ok(all)
     }
 
     /// Returns whether a new pod gets its network from CNI plugins.
@@ -66,7 +80,8 @@ impl PodNetwork {
     ) -> Result<()> {
         if self.is_cni().await {
             if own_network {
-                self.cni.reserve(pod, config).await?;
+                let listeners = self.embedded.listeners();
+                self.cni.reserve(pod, config, listeners).await?;
             }
             return Ok(());
         }

@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::bridge::{DesiredPod, Pods};
 use crate::config::NetworkConfig;
 use crate::error::NetworkError;
-use crate::host_ports::{HostPort, PortReservation};
+use crate::host_ports::{HostPort, Listener, PortReservation};
 use crate::link::POD_INTERFACE;
 use rrun_calls::wait::blocking;
 use rrun_store::Store;
@@ -62,6 +62,21 @@ impl EmbeddedNetwork {
             teardown: Arc::new(Teardown::new(Arc::clone(&state))),
             state,
         })
+    }
+
+    /// Excludes the sockets on which the server itself listens from the translation of host ports.
+    /// The server must call this function once, and before [`EmbeddedNetwork::reconcile`].
+    pub fn protect(&self, listeners: Vec<Listener>) {
+        self.state.bridge().protect(listeners);
+    }
+
+    pub(crate) fn listeners(&self) -> &[Listener] {
+        self.state.bridge().listeners()
+    }
+
+    /// Returns the numbers of all TCP host ports.
+    pub(crate) fn tcp_ports(&self) -> HashSet<u16> {
+        self.state.tcp_ports()
     }
 
     /// Assigns addresses to the pod and reserves the host ports that the pod requests. If `reserve`
@@ -211,8 +226,10 @@ impl EmbeddedNetwork {
         blocking("remove interfaces that belong to no pod", move || {
             // If both lists contain a pod, the entry from `desired` applies.
             keep.extend(state.desired().pods);
-            state.bridge().sweep(&keep, &*state)?;
-            state.bridge().renew(&*state)
+            // The rules protect the server's listeners, so a failed removal must not prevent their
+            // replacement.
+            let swept = state.bridge().sweep(&keep, &*state);
+            state.bridge().renew(&*state).and(swept)
         })
         .await?;
         watch::start(&self.state);

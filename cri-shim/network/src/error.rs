@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use nix::errno::Errno;
 
 use crate::address::Range;
-use crate::host_ports::HostPort;
+use crate::host_ports::{HostPort, Listener};
 use rrun_calls::error::{Code, Error};
 use rrun_kernel::errno::describe;
 use rrun_store::StoreError;
@@ -111,6 +111,11 @@ impl NetworkError {
             _ => ("IPv4", "network.range"),
         };
         NetworkError::NoFamily { port, family, key }
+    }
+
+    pub(crate) fn of_listener(port: HostPort, listener: &Listener) -> Self {
+        let by = listener.to_string();
+        NetworkError::PortTaken { port, by }
     }
 
     /// Returns whether the kernel reported the error number `errno`.

@@ -76,6 +76,63 @@ impl fmt::Display for HostPort {
     }
 }
 
+/// A TCP socket on which the server itself listens. The nftables rules never translate the
+/// destination of connections to this socket, even if a pod has the same host port.
+#[derive(Clone, Copy, Debug)]
+pub struct Listener {
+    /// The configuration key of the socket's address.
+    pub key: &'static str,
+    /// The address to which the socket is bound. The unspecified address means every address of the
+    /// node, and :: means IPv4 addresses, too.
+    pub address: SocketAddr,
+}
+
+impl Listener {
+    /// Returns the addresses of the node at which the socket receives connections. The unspecified
+    /// address means every address of its address family.
+    pub(crate) fn destinations(&self) -> Vec<IpAddr> {
+        match self.address.ip().to_canonical() {
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => {
+                vec![Ipv6Addr::UNSPECIFIED.into(), Ipv4Addr::UNSPECIFIED.into()]
+            }
+            address => vec![address],
+        }
+    }
+
+    /// Returns whether a client can connect to the socket at an address of `port`.
+    pub(crate) fn shares(&self, port: &HostPort) -> bool {
+        self.is_at(port, |own, address| {
+            own == address || own.is_unspecified() || address.is_unspecified()
+        })
+    }
+
+    /// Returns whether the socket receives all connections to `port` in an address family.
+    pub(crate) fn covers(&self, port: &HostPort) -> bool {
+        self.is_at(port, |own, address| own == address || own.is_unspecified())
+    }
+
+    /// Returns whether `matches` is true for an address of the socket and an address of `port` in
+    /// the same address family.
+    fn is_at(&self, port: &HostPort, matches: impl Fn(IpAddr, IpAddr) -> bool) -> bool {
+        let is_same = port.protocol == Protocol::Tcp && port.host == self.address.port();
+        is_same
+            && self.destinations().into_iter().any(|own| {
+                let any: IpAddr = match own {
+                    IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+                    IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+                };
+                let address = port.address.unwrap_or(any);
+                own.is_ipv4() == address.is_ipv4() && matches(own, address)
+            })
+    }
+}
+
+impl fmt::Display for Listener {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "rrun-cri at {} ({})", self.address, self.key)
+    }
+}
+
 /// An error in a pod's `port_mappings`. The display text of the error is a sentence.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("port_mappings[{index}]{field}: {why}")]
@@ -139,6 +196,22 @@ pub(crate) fn parse(mappings: &[PortMapping]) -> Result<Vec<HostPort>, PortError
         }
     }
     Ok(ports)
+}
+
+/// Returns the host port of a mapping that a CNI plugin interprets. If the field `host_ip` does not
+/// contain an address, the plugin can interpret the text in its own way, so the result means every
+/// address.
+pub(crate) fn for_plugins(mapping: &PortMapping) -> Option<HostPort> {
+    Some(HostPort {
+        protocol: match mapping.protocol() {
+            CriProtocol::Tcp => Protocol::Tcp,
+            CriProtocol::Udp => Protocol::Udp,
+            CriProtocol::Sctp => Protocol::Sctp,
+        },
+        address: node_address(&mapping.host_ip).unwrap_or(None),
+        host: u16::try_from(mapping.host_port).ok()?,
+        container: u16::try_from(mapping.container_port).unwrap_or(0),
+    })
 }
 
 /// Returns the address in the field `host_ip`, or `None` if the field is empty.
@@ -314,6 +387,14 @@ impl PortReservations {
         }
     }
 
+    /// Returns the numbers of all TCP host ports.
+    pub(crate) fn tcp_ports(&self) -> impl Iterator<Item = u16> {
+        let all = self.by_pod.values();
+        all.flat_map(|one| &one.reservation.ports)
+            .filter(|port| port.protocol == Protocol::Tcp)
+            .map(|port| port.host)
+    }
+
     /// Returns whether the kernel forwards a host port at 127.0.0.1 to a pod.
     pub(crate) fn is_any_on_loopback4(&self) -> bool {
         self.on_loopback4 > 0
@@ -386,6 +467,43 @@ mod tests {
         assert_eq!(parse(&[mapping(0, "", 0, 80)]), Ok(Vec::new()));
         let both = [mapping(0, "", 53, 53), mapping(1, "", 53, 53)];
         assert_eq!(parse(&both).map(|ports| ports.len()), Ok(2));
+    }
+
+    #[test]
+    fn a_listener_covers_the_host_ports_that_no_client_could_reach() -> Result<(), PortError> {
+        for (listener, host_ip, shares, covers) in [
+            ("127.0.0.1:80", "", true, false),
+            ("127.0.0.1:80", "0.0.0.0", true, false),
+            ("127.0.0.1:80", "::", false, false),
+            ("127.0.0.1:80", "127.0.0.1", true, true),
+            ("127.0.0.1:80", "::ffff:127.0.0.1", true, true),
+            ("[::ffff:127.0.0.1]:80", "127.0.0.1", true, true),
+            ("127.0.0.1:80", "192.0.2.1", false, false),
+            ("127.0.0.1:81", "", false, false),
+            ("0.0.0.0:80", "", true, true),
+            ("0.0.0.0:80", "192.0.2.1", true, true),
+            ("0.0.0.0:80", "::1", false, false),
+            ("[::1]:80", "", true, false),
+            ("[::1]:80", "::1", true, true),
+            ("[::]:80", "127.0.0.1", true, true),
+            ("[::]:80", "2001:db8::1", true, true),
+        ] {
+            let address = listener.parse().map_err(|_| PortError {
+                index: 0,
+                field: "",
+                why: format!("{listener} is not an address"),
+            })?;
+            let key = "stream_listen";
+            let server = Listener { key, address };
+            for port in parse(&[mapping(0, host_ip, 80, 8080)])? {
+                assert_eq!(server.shares(&port), shares, "{listener} {host_ip}");
+                assert_eq!(server.covers(&port), covers, "{listener} {host_ip}");
+            }
+            for port in parse(&[mapping(1, host_ip, 80, 8080)])? {
+                assert!(!server.shares(&port), "UDP {listener} {host_ip}");
+            }
+        }
+        Ok(())
     }
 
     #[test]

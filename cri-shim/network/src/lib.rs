@@ -29,4 +29,4 @@ pub use config::{Family, Mode, NetworkConfig, OptionalRange};
 pub use counters::{Counters, InterfaceCounters, PodCounters};
 pub use embedded::{Attachment, EmbeddedNetwork};
 pub use error::NetworkError;
-pub use host_ports::{HostPort, Protocol};
+pub use host_ports::{HostPort, Listener, Protocol};

@@ -14,6 +14,7 @@
 //!         iifname "rrun0" ip saddr 127.0.0.0/8 drop
 //!     }
 //!     chain host_ports {
+//!         ip daddr 127.0.0.1 tcp dport 40000 return   (for each socket on which rrun-cri listens)
 //!         ip6 daddr ::1 return   (only if the kernel would drop replies to ::1)
 //!         ip saddr 10.88.0.0/16 (and an entry in host_ports4) ct mark set ct mark | 0x1000
 //!         dnat ip to meta l4proto . ip daddr . th dport map @host_ports4
@@ -59,6 +60,9 @@
 //! machines can also send packets to 127.0.0.1. These packets are not for a host port, so the chain
 //! `prerouting` ignores them. The kernel then drops them.
 //!
+//! The server's own listeners take precedence over host ports. A pod could otherwise receive the
+//! connections of clients of exec and attach, because it can request every port.
+//!
 //! Without direct routing, other machines can reach a pod only through its host ports. A machine in
 //! the node's network could otherwise add a route to the pod range through the node. The packets of
 //! such a machine have a pod's address as their destination before any rule changes it. The packets
@@ -79,7 +83,7 @@ use nix::errno::Errno;
 
 use crate::address::Range;
 use crate::error::NetworkError;
-use crate::host_ports::Mapping;
+use crate::host_ports::{Listener, Mapping};
 use crate::link::Mac;
 use crate::netlink::{Batch, Body, NLM_F_ACK, NLM_F_DUMP, Socket};
 pub(crate) use events::{Change, Watch};
@@ -157,6 +161,8 @@ pub(crate) struct Tables<'a> {
     pub masquerade: bool,
     /// True if host ports are also open at ::1.
     pub loopback6: bool,
+    /// The sockets on which the server itself listens.
+    pub listeners: &'a [Listener],
     /// True if the table of the family [`TableFamily::Bridge`] exists.
     pub filters_sources: bool,
     pub elements: Elements,
@@ -252,6 +258,12 @@ impl Tables<'_> {
         }
         rules.push((GUARD, Rule::guard(self.name, false)));
         rules.push((GUARD, Rule::guard(self.name, true)));
+        for listener in self.listeners {
+            let port = listener.address.port();
+            for address in listener.destinations() {
+                rules.push((HOST_PORTS, Rule::not_for_listener(address, port)));
+            }
+        }
         if !self.loopback6 {
             rules.push((HOST_PORTS, Rule::not_for_loopback6()));
         }

@@ -16,7 +16,7 @@ use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use rustix::fs::{FlockOperation, Mode, flock};
-use tokio::net::{UnixListener, UnixStream};
+use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::watch;
 use tonic::Status;
@@ -34,8 +34,7 @@ use rrun_calls::wait::{blocking, keep_one_thread};
 use rrun_images::{Images, Registries};
 use rrun_kernel::errno::describe;
 use rrun_kernel::{descriptor_limit, heap};
-use rrun_network::Cni;
-use rrun_network::{EmbeddedNetwork, PodNetwork};
+use rrun_network::{Cni, EmbeddedNetwork, Listener, PodNetwork};
 use rrun_store::Store;
 
 /// The time limit after SIGTERM for CRI calls in progress.
@@ -90,7 +89,7 @@ async fn serve(source: ConfigSource, config: Config) -> Result<()> {
         None => None,
     };
     let node = open_node(config)?;
-    let streams = streaming::server::Server::listen(&node).await?;
+    let streams = listen_for_streams(&node, metrics_listener.as_ref()).await?;
     reconcile::run(&node).await?;
     let (end, ending) = watch::channel(false);
     tokio::spawn(streams.serve(Arc::clone(&node), Shutdown::of_server(ending.clone())));
@@ -154,6 +153,24 @@ fn open_node(config: Config) -> Result<Arc<Node>> {
     let network = network(&config, &store)?;
     let selinux = Selinux::open(config.enable_selinux, config.selinux_category_range)?;
     Ok(Arc::new(Node::new(config, store, images, network, selinux)))
+}
+
+/// Listens for streams. Ensures that no pod receives the connections to the server's own listeners.
+async fn listen_for_streams(
+    node: &Node,
+    metrics: Option<&TcpListener>,
+) -> Result<streaming::server::Server> {
+    let streams = streaming::server::Server::listen(node).await?;
+    let mut listeners = vec![streams.listener()?];
+    if let Some(metrics) = metrics {
+        let address = metrics.local_addr();
+        listeners.push(Listener {
+            key: "metrics_listen",
+            address: address.during(|| "read the address of the metrics listener".to_owned())?,
+        });
+    }
+    node.network.protect(listeners);
+    Ok(streams)
 }
 
 /// Accepts connections until `ending` becomes true, and serves each connection in a separate task.

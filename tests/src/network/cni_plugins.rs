@@ -10,7 +10,7 @@ use crate::support::cni::{FIREWALL, PLUGINS, tidy, write};
 use crate::support::inside::traffic::pour;
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::support::pod_network::{addresses, node_fetches};
 use crate::{ensure, ensure_eq, test};
 
@@ -154,6 +154,17 @@ fn a_chain_of_plugins_provides_ipv4_and_ipv6_and_host_ports_and_bandwidth_limits
             node_fetches(&format!("http://[fd98::1]:{port}/"))?;
             fetch_inside(node, container, "10.98.0.1", *port)?;
             fetch_inside(node, container, "[fd98::1]", *port)?;
+        }
+        // The plugin portmap would forward the connections to rrun-cri to the pod.
+        if is_rrun() {
+            let mut pod = node.pod("metrics");
+            pod["port_mappings"] = json!([{ "container_port": 5000, "host_port": 9464 }]);
+            let refused = node.try_runp(&pod)?;
+            ensure!(
+                refused.code != 0 && refused.told().contains("metrics_listen"),
+                "runp does not refuse the port of metrics_listen as a host port: {}",
+                refused.told()
+            );
         }
         let queues = command("tc", ["qdisc", "show"]).ok()?;
         for rate in ["rate 80Mbit", "rate 90Mbit"] {

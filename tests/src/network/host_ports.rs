@@ -5,7 +5,7 @@ use serde_json::json;
 
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, METRICS, Node, WEB, is_rrun, on_a_node};
 use crate::support::pod_network::{Uplink, addresses, mapped, node_fetches, pod_fetches, web};
 use crate::{ensure, ensure_eq, test};
 
@@ -14,6 +14,16 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_host_port_belongs_to_one_pod_only, A_NODE, Need::Rrun),
     test!(
         host_ports_work_after_the_server_is_killed_or_the_rules_are_flushed,
+        A_NODE,
+        Need::Rrun
+    ),
+    test!(
+        the_servers_own_listeners_take_precedence_over_host_ports,
+        A_NODE,
+        Need::Rrun
+    ),
+    test!(
+        the_server_listens_for_streams_on_a_port_of_no_pod,
         A_NODE,
         Need::Rrun
     ),
@@ -162,6 +172,112 @@ fn host_ports_work_after_the_server_is_killed_or_the_rules_are_flushed() -> Resu
         node.hang_up_server();
         node_fetches(url)
     })
+}
+
+fn the_servers_own_listeners_take_precedence_over_host_ports() -> Result {
+    let _uplink = Uplink::new()?;
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let port = |host_port: i32| json!({ "host_port": host_port, "container_port": 5000 });
+        let ports = json!([port(8090), port(9464)]);
+        let (_, web) = web(node, &mapped(node, "web", ports))?;
+        ensure!(
+            fetched(&format!("http://{METRICS}/metrics"))?.contains("rrun_"),
+            "the node's metrics at {METRICS} are not reachable while a pod has the same host port"
+        );
+        node_fetches(&format!("http://{}:9464/", Uplink::V4))?;
+        refuses(node, "127.0.0.1", 9464, "metrics_listen")?;
+
+        node_fetches("http://127.0.0.1:8090/")?;
+        listen_for_streams(node, "127.0.0.1:8090")?;
+        serves_streams(node, &web, "127.0.0.1:8090")?;
+        node_fetches(&format!("http://{}:8090/", Uplink::V4))?;
+        node_fetches(&format!("http://[{}]:8090/", Uplink::V6))?;
+        command("nft", ["flush", "ruleset"]).ok()?;
+        node_fetches(&format!("http://{}:8090/", Uplink::V4))?;
+        serves_streams(node, &web, "127.0.0.1:8090")?;
+
+        listen_for_streams(node, "0.0.0.0:8090")?;
+        for address in ["127.0.0.1:8090", &format!("{}:8090", Uplink::V4)] {
+            serves_streams(node, &web, address)?;
+        }
+        node_fetches(&format!("http://[{}]:8090/", Uplink::V6))?;
+        refuses(node, "", 8090, "stream_listen")?;
+        refuses(node, Uplink::V4, 8090, "stream_listen")?;
+
+        listen_for_streams(node, "[::]:8090")?;
+        for address in [Uplink::V4, &format!("[{}]", Uplink::V6)] {
+            serves_streams(node, &web, &format!("{address}:8090"))?;
+        }
+        refuses(node, Uplink::V6, 8090, "stream_listen")
+    })
+}
+
+fn the_server_listens_for_streams_on_a_port_of_no_pod() -> Result {
+    on_a_node(|node| {
+        node.pull(WEB)?;
+        let ports: Vec<i32> = (40_000..40_030).collect();
+        let mapped_ports = ports
+            .iter()
+            .map(|port| json!({ "host_port": port, "container_port": 5000 }));
+        let (_, web) = web(node, &mapped(node, "web", mapped_ports.collect()))?;
+        let range = "/proc/sys/net/ipv4/ip_local_port_range";
+        let before = std::fs::read_to_string(range)?;
+        std::fs::write(range, "40000 40031")?;
+        let restarted = node.terminate_server().and_then(|()| node.start_server());
+        std::fs::write(range, before)?;
+        restarted?;
+        for port in ports {
+            node_fetches(&format!("http://127.0.0.1:{port}/"))?;
+        }
+        ensure_eq!(
+            node.asks(&["exec", &web, "echo", "streamed"])?.trim(),
+            "streamed",
+            "the output of a command that `crictl exec` runs"
+        );
+        Ok(())
+    })
+}
+
+/// Restarts the server, which then listens for streams on `address`.
+fn listen_for_streams(node: &mut Node, address: &str) -> Result {
+    let file = node.join("config.d/streams.toml");
+    std::fs::write(file, format!("stream_listen = {address:?}\n"))?;
+    node.terminate_server()?;
+    node.start_server()
+}
+
+/// Checks that the streaming server receives the connections to `address`.
+fn serves_streams(node: &Node, container: &str, address: &str) -> Result {
+    let answer = fetched(&format!("http://{address}/"))?;
+    ensure!(
+        answer.contains("this URL is invalid or has expired"),
+        "the streaming server does not answer at {address}; the answer: {answer}"
+    );
+    ensure_eq!(
+        node.asks(&["exec", container, "echo", "streamed"])?.trim(),
+        "streamed",
+        "the output of a command that `crictl exec` runs"
+    );
+    Ok(())
+}
+
+fn refuses(node: &Node, host_ip: &str, host_port: i32, key: &str) -> Result {
+    let ports = json!([{ "host_port": host_port, "container_port": 5000, "host_ip": host_ip }]);
+    let output = node.try_runp(&mapped(node, "refused", ports))?;
+    let stderr = output.told();
+    ensure!(
+        output.code != 0
+            && stderr.contains(&format!("TCP port {host_port}"))
+            && stderr.contains(key),
+        "the error of runp does not contain the host port and {key}: {stderr}"
+    );
+    Ok(())
+}
+
+fn fetched(url: &str) -> Result<String> {
+    let got = command("curl", ["-gsS", "--max-time", "5", url]).end()?;
+    Ok(got.text().to_owned())
 }
 
 fn pods_have_an_ipv4_and_an_ipv6_address() -> Result {

@@ -42,6 +42,7 @@ use tokio::time::Instant;
 pub use settings::CniSettings;
 pub use teardown::{DetachOutcome, RetryBy};
 
+use crate::host_ports::Listener;
 use crate::namespace::{self, Namespaces};
 use attachment::{AttachedPod, AttachmentRecord, NetworkRecord};
 use configuration::{ConfigurationList, Fingerprint};
@@ -174,6 +175,15 @@ impl Cni {
         }
     }
 
+    /// Returns the numbers of all TCP host ports.
+    pub(crate) fn tcp_ports(&self) -> Result<Vec<u16>> {
+        let records = self.inner.store.load(Table::ATTACHMENTS)?.into_iter();
+        let ports = records.flat_map(|(_, record): (String, AttachmentRecord)| {
+            runtime_config::tcp_ports(&record.capabilities)
+        });
+        Ok(ports.collect())
+    }
+
     /// Returns whether plugins have connected the pod or are going to connect it.
     pub(crate) fn has(&self, pod: &str) -> bool {
         lock(&self.inner.attachments).contains_key(pod)
@@ -187,8 +197,13 @@ impl Cni {
     }
 
     /// Writes the parameters of the pod's ADD to the store. The caller must call this function
-    /// before [`Cni::attach`].
-    pub(crate) async fn reserve(&self, pod: &str, config: &PodSandboxConfig) -> Result<()> {
+    /// before [`Cni::attach`]. `listeners` are the sockets on which the server itself listens.
+    pub(crate) async fn reserve(
+        &self,
+        pod: &str,
+        config: &PodSandboxConfig,
+        listeners: &[Listener],
+    ) -> Result<()> {
         let lists = self.read_lists().await.map_err(Error::internal)?;
         if lists.is_empty() {
             return Err(Error::internal(self.inner.no_configuration()));
@@ -199,9 +214,9 @@ impl Cni {
         self.inner.check_binaries(&lists).map_err(Error::internal)?;
         let ranges = lock(&self.inner.ranges).clone();
         let capabilities = runtime_config::capabilities(config, &ranges)?;
-        if capabilities.contains_key("portMappings")
-            && !lists.iter().any(|list| list.requests("portMappings"))
-        {
+        if lists.iter().any(|list| list.requests("portMappings")) {
+            runtime_config::check_listeners(config, listeners)?;
+        } else if capabilities.contains_key("portMappings") {
             log::warn!(
                 "pod {pod} maps host ports (port_mappings), but no CNI plugin has the capability \
                  portMappings: the ports will not be open"

@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 use rrun_proto::v1::{PodSandboxConfig, PortMapping, Protocol};
 use serde_json::{Map, Value, json};
 
+use crate::error::NetworkError;
+use crate::host_ports::{self, Listener};
 use rrun_calls::error::{Error, Result};
 
 /// The annotations for the bandwidth limits of a pod, in bits per second.
@@ -101,6 +103,32 @@ pub(super) fn capabilities(
         all.insert("ipRanges".to_owned(), sets.into());
     }
     Ok(all)
+}
+
+/// Returns an error if the server itself listens at an address of a host port. The plugins would
+/// forward the connections of the server's clients to the pod.
+pub(super) fn check_listeners(config: &PodSandboxConfig, listeners: &[Listener]) -> Result<()> {
+    for port in config
+        .port_mappings
+        .iter()
+        .filter_map(host_ports::for_plugins)
+    {
+        if let Some(listener) = listeners.iter().find(|listener| listener.shares(&port)) {
+            return Err(NetworkError::of_listener(port, listener).into());
+        }
+    }
+    Ok(())
+}
+
+/// Returns the numbers of the TCP host ports in the capability arguments of a pod.
+pub(super) fn tcp_ports(capabilities: &Map<String, Value>) -> Vec<u16> {
+    let ports = capabilities.get("portMappings").and_then(Value::as_array);
+    let tcp = ports
+        .into_iter()
+        .flatten()
+        .filter(|port| port["protocol"] == "tcp");
+    tcp.filter_map(|port| port["hostPort"].as_u64()?.try_into().ok())
+        .collect()
 }
 
 fn port(mapping: &PortMapping) -> Option<Value> {
@@ -292,6 +320,45 @@ mod tests {
                 "ipRanges": [[{"subnet": "10.1.0.0/24"}]],
             })
         );
+        Ok(())
+    }
+
+    #[test]
+    fn a_host_port_of_the_servers_own_listener_is_refused() -> Result<()> {
+        let own = Listener {
+            key: "stream_listen",
+            address: ([127, 0, 0, 1], 9000).into(),
+        };
+        for (protocol, host_port, host_ip, expected) in [
+            (0, 9000, "", true),
+            (0, 9000, "127.0.0.1", true),
+            (0, 9000, "localhost", true),
+            (7, 9000, "", true),
+            (0, 9000, "192.0.2.1", false),
+            (0, 9001, "", false),
+            (1, 9000, "", false),
+        ] {
+            let config = PodSandboxConfig {
+                port_mappings: vec![PortMapping {
+                    protocol,
+                    container_port: 80,
+                    host_port,
+                    host_ip: host_ip.into(),
+                }],
+                ..Default::default()
+            };
+            let refused = check_listeners(&config, &[own]);
+            assert_eq!(
+                refused.is_err_and(|error| error.sentence().contains("stream_listen")),
+                expected,
+                "{protocol} {host_port} {host_ip}"
+            );
+            let known = tcp_ports(&capabilities(&config, &[])?);
+            assert_eq!(
+                known.first() == Some(&9000),
+                protocol != 1 && host_port == 9000
+            );
+        }
         Ok(())
     }
 

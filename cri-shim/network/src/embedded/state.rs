@@ -240,11 +240,38 @@ impl EmbeddedState {
         {
             return Err(NetworkError::no_family(*port));
         }
+        if mapped {
+            self.check_listeners(&reservation)?;
+        }
         let taken = lock(&self.ports).take(pod, reservation, mapped);
         taken.map_err(|conflict| NetworkError::PortTaken {
             port: conflict.port,
             by: conflict.owner,
         })
+    }
+
+    /// Refuses host ports of which the server itself receives all connections. If the server
+    /// receives only the connections to some addresses of a host port, this is only logged.
+    fn check_listeners(&self, reservation: &PortReservation) -> Result<(), NetworkError> {
+        for listener in self.bridge.listeners() {
+            let mut ports = reservation.ports.iter();
+            let Some(port) = ports.find(|port| listener.shares(port)) else {
+                continue;
+            };
+            if listener.covers(port) {
+                return Err(NetworkError::of_listener(*port, listener));
+            }
+            log::warn!(
+                "pod {}: connections to its host port, {port}, do not reach the pod if they are for {listener}",
+                reservation.name
+            );
+        }
+        Ok(())
+    }
+
+    /// Returns the numbers of all TCP host ports.
+    pub(super) fn tcp_ports(&self) -> HashSet<u16> {
+        lock(&self.ports).tcp_ports().collect()
     }
 
     /// Frees the pod's addresses in memory. Other pods can then get these addresses.

@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use super::sets::Set;
 use crate::address::Range;
+use crate::host_ports::Protocol;
 use crate::netlink::Body;
 
 const NFPROTO_IPV4: u8 = 2;
@@ -224,6 +225,9 @@ pub(super) fn value(body: &mut Body, kind: u16, bytes: &[u8]) {
     body.nest(kind, |inside| inside.bytes(NFTA_DATA_VALUE, bytes));
 }
 
+/// The destination port, which is at the same offset in the headers of TCP, UDP and SCTP.
+const DESTINATION_PORT: Payload = Payload::transport(2, 2);
+
 type Expression = Box<dyn Fn(&mut Body)>;
 
 /// A rule, as a list of its expressions in the order of their execution.
@@ -301,6 +305,19 @@ impl Rule {
         Rule::default()
             .family(IpFamily::V6)
             .destination(NFT_CMP_EQ, one.into(), mask.into())
+            .verdict(NFT_RETURN, None)
+    }
+
+    /// Creates a rule that ends the chain for packets to the TCP port `port` at `address`. The
+    /// unspecified address means every address of its address family.
+    pub(super) fn not_for_listener(address: IpAddr, port: u16) -> Rule {
+        let family = IpFamily::of(address);
+        let mut rule = Rule::default().family(family);
+        if !address.is_unspecified() {
+            rule = rule.field(family.destination_field(), &octets(address));
+        }
+        rule.l4_protocol(Protocol::Tcp.number())
+            .field(DESTINATION_PORT, &port.to_be_bytes())
             .verdict(NFT_RETURN, None)
     }
 
@@ -403,8 +420,7 @@ impl Rule {
         } else {
             rule.payload(family.destination_field(), NFT_REG32_00 + 1)
         };
-        // The destination port is at the same offset in the headers of TCP, UDP and SCTP.
-        rule.payload(Payload::transport(2, 2), port)
+        rule.payload(DESTINATION_PORT, port)
             .look_up(Set::HostPorts(family), Some(LOOKUP_RESULT))
     }
 

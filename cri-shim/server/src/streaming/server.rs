@@ -28,6 +28,7 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::lock::lock;
 use rrun_kernel::descriptor_limit;
 use rrun_kernel::errno::describe;
+use rrun_network::Listener;
 use rrun_streams::upgrade::{negotiate, refuse};
 use rrun_streams::{Transport, set_buffer_limit};
 
@@ -36,6 +37,9 @@ const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The size limit of a request's head, in bytes.
 const MAX_HEAD_BYTES: usize = 16 << 10;
+
+/// The number of ports that the server leaves to pods before it uses the next port.
+const MAX_TAKEN_PORTS: usize = 1000;
 
 /// The limit on connections without a valid request.
 const MAX_WAITING: usize = 1024;
@@ -55,9 +59,8 @@ impl Server {
         let (cert, key) = (&config.stream_tls_cert, &config.stream_tls_key);
         let tls = tls::acceptor(cert.as_ref(), key.as_ref())
             .map_err(|(key, reason)| Error::invalid(format!("{key}: {reason}")))?;
-        let what = || format!("listen for streams on {}", config.stream_listen);
-        let listener = TcpListener::bind(config.stream_listen).await.during(what)?;
-        let mut address = listener.local_addr().during(what)?;
+        let listener = bind(node).await?;
+        let mut address = listening(&listener)?.address;
         if address.ip().is_unspecified() {
             // Clients can't connect to an unspecified address such as 0.0.0.0. The URLs contain the
             // loopback address instead. This address is sufficient, because kubelet runs on this
@@ -70,6 +73,11 @@ impl Server {
         let scheme = if tls.is_some() { "https" } else { "http" };
         let _ = node.streams.base.set(format!("{scheme}://{address}"));
         Ok(Server { listener, tls })
+    }
+
+    /// Returns the address on which the server listens.
+    pub(crate) fn listener(&self) -> Result<Listener> {
+        listening(&self.listener)
     }
 
     /// Serves clients until the shutdown begins. At the shutdown, the open sessions end, and each
@@ -114,6 +122,44 @@ impl Server {
             tokio::task::yield_now().await;
         }
     }
+}
+
+/// Binds the socket. If the kernel chooses the port, and a pod has the same host port, the kernel
+/// chooses another port. Processes of the node could otherwise not reach the pod's host port, or
+/// CNI plugins could forward connections to this server to the pod.
+async fn bind(node: &Node) -> Result<TcpListener> {
+    let address = node.config.stream_listen;
+    let what = || format!("listen for streams on {address}");
+    let host_ports = node.network.tcp_host_ports()?;
+    let mut listener = TcpListener::bind(address).await.during(what)?;
+    // These sockets remain bound, so that the kernel chooses a different port each time.
+    let mut taken = Vec::new();
+    loop {
+        let port = listening(&listener)?.address.port();
+        if address.port() != 0 || !host_ports.contains(&port) {
+            return Ok(listener);
+        }
+        match TcpListener::bind(address).await {
+            Ok(next) if taken.len() < MAX_TAKEN_PORTS => {
+                taken.push(std::mem::replace(&mut listener, next));
+            }
+            _ => {
+                log::warn!(
+                    "pods have so many host ports that the server listens for streams on a pod's \
+                     host port, {port}; set stream_listen to an address with another port"
+                );
+                return Ok(listener);
+            }
+        }
+    }
+}
+
+fn listening(listener: &TcpListener) -> Result<Listener> {
+    let address = listener.local_addr();
+    Ok(Listener {
+        key: "stream_listen",
+        address: address.during(|| "read the address of the streaming server".to_owned())?,
+    })
 }
 
 /// Serves a connection until the response to the upgrade request is sent.
