@@ -176,9 +176,21 @@ async fn reconcile_pod(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             lost(node, sandbox, &error).await
         }
     };
-    if let Err(error) = result {
+    let unmounted = unmount_stopped(node, sandbox).await;
+    for error in [result, unmounted].into_iter().filter_map(Result::err) {
         log::error!("{}: {error}", sandbox.name());
     }
+}
+
+/// Unmounts the file systems of a stopped pod. An earlier version of the server kept these mounts
+/// until the pod's removal. The server may also have been killed while it stopped the pod.
+async fn unmount_stopped(node: &Node, sandbox: &Sandbox) -> Result<()> {
+    let containers = node.containers_of(&sandbox.id);
+    let live = containers.iter().any(|one| one.state().in_runtime);
+    if sandbox.state().ready || live {
+        return Ok(());
+    }
+    stop::unmount(node, sandbox, &containers).await
 }
 
 /// Removes containers that the server recorded but the runtime did not create. These containers

@@ -6,8 +6,9 @@ use std::os::unix::fs::MetadataExt;
 
 use serde_json::{Value, json};
 
+use crate::support::leak_check::mounts_below;
 use crate::support::machine::{Result, command, wait_for};
-use crate::support::needs::Test;
+use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
@@ -19,6 +20,12 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(pods_and_the_node_can_connect_to_each_other, A_NODE),
     test!(inspectp_shows_the_namespaces_of_a_pod, A_NODE),
+    test!(a_stopped_pod_has_no_mounts, A_NODE, Need::RrunCri),
+    test!(
+        a_restarted_server_unmounts_the_file_systems_of_a_stopped_pod,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 fn a_pod_can_use_the_network_of_the_node() -> Result {
@@ -265,6 +272,93 @@ fn pods_and_the_node_can_connect_to_each_other() -> Result {
         ensure!(
             routes.contains("default via"),
             "the pod has no default route: {routes}"
+        );
+        Ok(())
+    })
+}
+
+/// Runs a pod with a container that has exited and a container that runs, and stops the pod. The
+/// exited container has written to /dev/shm, to /etc/hosts, to its writable layer and to its log.
+/// Returns the id of the pod and of the exited container.
+fn stopped_pod(node: &Node) -> Result<(String, String)> {
+    node.pull(BUSYBOX)?;
+    let pod = node.pod("stopped");
+    let pod_id = node.runp(&pod)?;
+    let script = "head -c 20000000 /dev/zero >/dev/shm/file && echo >>/etc/hosts && \
+                  head -c 20000000 /dev/zero >/file && echo written && exit 7";
+    let ended = node.container("ended", &["sh", "-c", script]);
+    let ended = node.run(&pod_id, &pod, &ended)?;
+    node.exited(&ended)?;
+    node.run(&pod_id, &pod, &node.container("runs", &["sleep", "600"]))?;
+    node.asks(&["stopp", &pod_id])?;
+    Ok((pod_id, ended))
+}
+
+fn has_no_mounts(node: &Node, when: &str) -> Result {
+    let mounts = mounts_below(&node.join("state/pods"));
+    ensure!(mounts.is_empty(), "the pod has mounts {when}: {mounts:?}");
+    Ok(())
+}
+
+/// Kubelet keeps a stopped pod until the pod's object is deleted, for example the pods of completed
+/// jobs. The files in /dev/shm used the node's memory meanwhile.
+fn a_stopped_pod_has_no_mounts() -> Result {
+    on_a_node(|node| {
+        let (pod_id, ended) = stopped_pod(node)?;
+        has_no_mounts(node, "after its stop")?;
+        node.asks(&["stopp", &pod_id])?;
+        node.kill_server()?;
+        node.start_server()?;
+        node.asks(&["stopp", &pod_id])?;
+
+        let status = node.status(&ended)?;
+        ensure_eq!(
+            (&status["state"], &status["exitCode"]),
+            (&json!("CONTAINER_EXITED"), &json!(7)),
+            "state and exit code of the container after the pod's stop"
+        );
+        let log = node.asks(&["logs", &ended])?;
+        ensure_eq!(log.trim(), "written", "the container's log");
+        let written = node.join("root/containers").join(&ended).join("upper/file");
+        ensure_eq!(
+            fs::metadata(written)?.len(),
+            20_000_000,
+            "size of the file in the container's writable layer"
+        );
+        node.asks(&["rm", &ended])?;
+        node.asks(&["rmp", &pod_id])?;
+        let left = fs::read_dir(node.join("state/pods"))?.count();
+        ensure_eq!(left, 0, "number of directories of pods after the removal");
+        Ok(())
+    })
+}
+
+/// An earlier version of the server kept the mounts of stopped pods.
+fn a_restarted_server_unmounts_the_file_systems_of_a_stopped_pod() -> Result {
+    on_a_node(|node| {
+        let (pod_id, ended) = stopped_pod(node)?;
+        let ready = node.pod("ready");
+        let ready_id = node.runp(&ready)?;
+        let runs = node.container("runs", &["sleep", "600"]);
+        let runs = node.run(&ready_id, &ready, &runs)?;
+        node.asks(&["exec", "-s", &runs, "touch", "/dev/shm/file"])?;
+        node.kill_server()?;
+        let dir = node.join("state/pods").join(&pod_id);
+        let rootfs = dir.join("containers").join(&ended).join("rootfs");
+        for point in [dir.join("shm"), dir.join("etc"), rootfs] {
+            let flags = nix::mount::MsFlags::empty();
+            nix::mount::mount(Some("old"), &point, Some("tmpfs"), flags, None::<&str>)?;
+        }
+        node.start_server()?;
+        let mounts = mounts_below(&dir);
+        ensure!(mounts.is_empty(), "the stopped pod has mounts: {mounts:?}");
+        node.asks(&["exec", "-s", &runs, "ls", "/dev/shm/file"])?;
+        let later = node.container("later", &["ls", "/dev/shm/file"]);
+        let later = node.run(&ready_id, &ready, &later)?;
+        ensure_eq!(
+            node.exited(&later)?["exitCode"],
+            0,
+            "exit code of a container that reads the ready pod's /dev/shm"
         );
         Ok(())
     })

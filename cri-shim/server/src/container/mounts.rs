@@ -10,7 +10,7 @@ use oci_spec::runtime as oci;
 use rrun_proto::v1::{IdMapping, Mount, MountPropagation};
 
 use crate::handlers::Features;
-use crate::sandbox::files::POD_FILES;
+use crate::sandbox::files::{POD_FILES, SHM};
 use rrun_calls::error::{During, Error, Result};
 
 /// The inputs of [`mounts`] apart from the requested mounts.
@@ -106,7 +106,7 @@ fn pod_files(inputs: &MountInputs<'_>) -> Vec<oci::Mount> {
         entry(destination, "bind", source, &["rbind", "rprivate", access])
     };
     let shm = if inputs.own_ipc {
-        inputs.pod.join("shm")
+        inputs.pod.join(SHM)
     } else {
         "/dev/shm".into()
     };

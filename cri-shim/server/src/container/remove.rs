@@ -1,6 +1,7 @@
 //! RemoveContainer, and the cleanup of containers whose monitor has died. Callers can repeat both
 //! operations: a step that an earlier call has already completed succeeds again.
 
+use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,12 +65,17 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     let writable = node.writable_layer(&container.id);
     let (trash, id) = (Arc::clone(&node.trash), container.id.clone());
     blocking(format!("{name}: remove the container's files"), move || {
-        unmount(&bundle.join("rootfs"))?;
-        image_volume::unmount(&bundle)?;
+        unmount_bundle(&bundle)?;
         remove_tree(&bundle)?;
         trash.put(&writable, &id)
     })
     .await
+}
+
+/// Unmounts the container's root file system and its image volumes. This call blocks.
+pub(crate) fn unmount_bundle(bundle: &Path) -> Result<()> {
+    unmount(&bundle.join("rootfs"))?;
+    image_volume::unmount(bundle)
 }
 
 /// Deletes the container from the monitor and the runtime, and kills its remaining processes.

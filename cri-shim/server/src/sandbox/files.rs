@@ -84,6 +84,9 @@ pub(crate) const POD_FILES: [&str; 3] = ["hostname", "hosts", "resolv.conf"];
 /// The name of the directory that contains the files in `POD_FILES`. It is in the pod's directory.
 pub(crate) const ETC: &str = "etc";
 
+/// The name of the mount point of the pod's /dev/shm. It is in the pod's directory.
+pub(crate) const SHM: &str = "shm";
+
 /// Returns the directory of the pod's files in `POD_FILES`. `pod` is the pod's directory, which
 /// contains the files itself if an older version of the server created the pod.
 pub(crate) fn etc(pod: &Path) -> Result<PathBuf> {
@@ -96,7 +99,8 @@ pub(crate) fn etc(pod: &Path) -> Result<PathBuf> {
 /// Mounts the file system for the pod's files in `POD_FILES`, and returns its directory.
 pub(crate) fn mount_etc(pod: &Path) -> Result<PathBuf> {
     let dir = pod.join(ETC);
-    mount_tmpfs(&dir, "etc", &format!("mode=755,size={ETC_SIZE}"))?;
+    let data = format!("mode=755,size={ETC_SIZE}");
+    mount_tmpfs(&dir, "etc", &data)?;
     Ok(dir)
 }
 
@@ -152,17 +156,19 @@ pub(crate) fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> 
 
 /// Mounts the /dev/shm that the pod's containers share. `root` contains the uid and the gid of the
 /// owner of /dev/shm, and `label` is the SELinux label of /dev/shm.
-pub(crate) fn mount_shm(
-    path: &Path,
-    root: Option<(u32, u32)>,
-    label: Option<&Label>,
-) -> Result<()> {
+pub(crate) fn mount_shm(pod: &Path, root: Option<(u32, u32)>, label: Option<&Label>) -> Result<()> {
     let (uid, gid) = root.unwrap_or_default();
     let mut data = format!("mode=1777,size={SHM_SIZE},uid={uid},gid={gid}");
     if let Some(label) = label {
         data += &label.as_mount_option();
     }
-    mount_tmpfs(path, "shm", &data)
+    mount_tmpfs(&pod.join(SHM), "shm", &data)
+}
+
+/// Unmounts the pod's /dev/shm and the file system of the files in `POD_FILES`.
+pub(crate) fn unmount_pod(pod: &Path) -> Result<()> {
+    unmount(&pod.join(SHM))?;
+    unmount(&pod.join(ETC))
 }
 
 /// Creates a directory and mounts a tmpfs on it. `source` is the name of the mount in

@@ -338,7 +338,7 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
     }
     if sharing.own_ipc {
         let label = record.selinux.as_ref().map(|labels| &labels.files);
-        files::mount_shm(&dir.join("shm"), root, label)?;
+        files::mount_shm(&dir, root, label)?;
     }
     if sharing.own_network && !sharing.own_users {
         netns::create(&node.netns(&record.id))?;

@@ -95,7 +95,7 @@ fn first_error(results: Vec<Result<()>>) -> Result<()> {
 }
 
 /// Releases resources that a stopped pod does not need: the runtime's state of the pod's
-/// containers, the pod's monitor, and the pod's network.
+/// containers, the pod's monitor, the mounts of the pod and its containers, and the pod's network.
 async fn release(
     node: &Node,
     sandbox: &Sandbox,
@@ -117,6 +117,7 @@ async fn release(
     )
     .await?;
     pause::remove(sandbox).await?;
+    unmount(node, sandbox, containers).await?;
     if namespaces::sharing(&sandbox.config).is_ok_and(|sharing| !sharing.own_network) {
         if sandbox.config.port_mappings.is_empty() {
             return Ok(());
@@ -138,6 +139,29 @@ async fn release(
     )
     .await
     .map_err(Error::from)
+}
+
+/// Unmounts the file systems of the stopped pod and of its containers. Kubelet keeps stopped pods
+/// for a long time, and their files in /dev/shm would use the node's memory meanwhile. The writable
+/// layers and the logs of the containers remain.
+pub(crate) async fn unmount(
+    node: &Node,
+    sandbox: &Sandbox,
+    containers: &[Arc<Container>],
+) -> Result<()> {
+    let dir = node.sandbox_dir(&sandbox.id);
+    let bundles: Vec<_> = containers
+        .iter()
+        .map(|container| node.bundle(&sandbox.id, &container.id))
+        .collect();
+    let what = format!("{}: unmount the pod's file systems", sandbox.name());
+    blocking(what, move || {
+        files::unmount_pod(&dir)?;
+        bundles
+            .iter()
+            .try_for_each(|bundle| container::remove::unmount_bundle(bundle))
+    })
+    .await
 }
 
 /// Kills the pause process of a pod with a container that could not be stopped or deleted. The
@@ -269,8 +293,6 @@ pub(crate) async fn roll_back(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let dir = node.sandbox_dir(&sandbox.id);
     blocking(format!("{name}: remove the pod's files"), move || {
         cgroup::remove_dirs(&made);
-        files::unmount(&dir.join("shm"))?;
-        files::unmount(&dir.join(files::ETC))?;
         files::remove_tree(&dir)
     })
     .await
