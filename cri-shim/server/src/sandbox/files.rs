@@ -16,10 +16,19 @@ use rrun_calls::error::{During, Error, Result};
 /// The size of /dev/shm (64 MiB), the same as with Docker and containerd.
 const SHM_SIZE: &str = "64m";
 
+/// The maximum number of inodes in /dev/shm. The kernel also subtracts 1 KiB of extended attributes
+/// as one inode. Without this limit, extended attributes could use half of the node's memory,
+/// because `SHM_SIZE` does not limit them. Files with content reach `SHM_SIZE` first.
+const SHM_INODES: u32 = 1 << 16;
+
 /// The size of the file system that contains the files in `POD_FILES`. Containers can write to
 /// these files. Without this limit, a container could fill the file system of the server's state,
 /// which all pods share. CVE-2020-8557 was a missing limit of a pod's /etc/hosts.
 const ETC_SIZE: &str = "4m";
+
+/// The maximum number of inodes in the same file system. It contains its root directory and the
+/// files in `POD_FILES`. The other inodes are for extended attributes, see `SHM_INODES`.
+const ETC_INODES: u32 = 16;
 
 /// The maximum number of bytes that are copied from a file in the node's /etc.
 const MAX_COPY_BYTES: u64 = 1 << 20;
@@ -99,7 +108,7 @@ pub(crate) fn etc(pod: &Path) -> Result<PathBuf> {
 /// Mounts the file system for the pod's files in `POD_FILES`, and returns its directory.
 pub(crate) fn mount_etc(pod: &Path) -> Result<PathBuf> {
     let dir = pod.join(ETC);
-    let data = format!("mode=755,size={ETC_SIZE}");
+    let data = format!("mode=755,size={ETC_SIZE},nr_inodes={ETC_INODES}");
     mount_tmpfs(&dir, "etc", &data)?;
     Ok(dir)
 }
@@ -158,7 +167,7 @@ pub(crate) fn let_through(all: &[&Path], own: &[&Path], gid: u32) -> Result<()> 
 /// owner of /dev/shm, and `label` is the SELinux label of /dev/shm.
 pub(crate) fn mount_shm(pod: &Path, root: Option<(u32, u32)>, label: Option<&Label>) -> Result<()> {
     let (uid, gid) = root.unwrap_or_default();
-    let mut data = format!("mode=1777,size={SHM_SIZE},uid={uid},gid={gid}");
+    let mut data = format!("mode=1777,size={SHM_SIZE},nr_inodes={SHM_INODES},uid={uid},gid={gid}");
     if let Some(label) = label {
         data += &label.as_mount_option();
     }
@@ -298,5 +307,57 @@ mod tests {
         ];
         assert!(hosts("web", &addresses).ends_with("10.88.0.5\tweb\nfd00::5\tweb\n"));
         assert!(!hosts("", &addresses).contains("10.88"));
+    }
+
+    /// The kernel supports extended attributes of users on a tmpfs since Linux 6.6. The function
+    /// returns without a check on an older kernel.
+    fn fill_with_attributes(file: &Path, most: usize) -> io::Result<()> {
+        for number in 0..most {
+            let (name, value) = (format!("user.{number}"), [1; 60_000]);
+            match rustix::fs::setxattr(file, name, &value, rustix::fs::XattrFlags::CREATE) {
+                Ok(()) => {}
+                Err(rustix::io::Errno::NOSPC | rustix::io::Errno::OPNOTSUPP) => return Ok(()),
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        let bytes = most * 60_000;
+        Err(io::Error::other(format!(
+            "{} accepted {bytes} bytes of extended attributes",
+            file.display()
+        )))
+    }
+
+    #[test]
+    fn extended_attributes_do_not_fill_the_memory_of_the_node()
+    -> std::result::Result<(), Box<dyn std::error::Error>> {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: mounting needs root");
+            return Ok(());
+        }
+        let pod = std::env::temp_dir().join(format!("rrun-pod-files-{}", std::process::id()));
+        let fill = || -> std::result::Result<(), Box<dyn std::error::Error>> {
+            let etc = mount_etc(&pod).map_err(|error| error.to_string())?;
+            for name in POD_FILES {
+                std::fs::write(etc.join(name), name)?;
+            }
+            fill_with_attributes(&etc.join("hosts"), 1)?;
+            mount_shm(&pod, None, None).map_err(|error| error.to_string())?;
+            // As many files as SHM_SIZE has pages can have content.
+            let pages = (64 << 20) / rustix::param::page_size();
+            for number in 0..pages.min(1 << 14) {
+                std::fs::File::create(pod.join(SHM).join(number.to_string()))?;
+            }
+            fill_with_attributes(&pod.join(SHM).join("0"), 2000)?;
+            Ok(())
+        };
+        let filled = fill();
+        unmount_pod(&pod).map_err(|error| error.to_string())?;
+        let left = [SHM, ETC].map(|name| std::fs::read_dir(pod.join(name)).map(Iterator::count));
+        std::fs::remove_dir_all(&pod)?;
+        filled?;
+        for left in left {
+            assert_eq!(left?, 0);
+        }
+        Ok(())
     }
 }
