@@ -7,7 +7,7 @@
 //! directories with the crate `pathrs`, which follows the same rules for each directory.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
@@ -22,6 +22,13 @@ const DEV: &str = "/dev";
 
 /// The maximum number of symbolic links that rrun follows in a path. The kernel has the same limit.
 const MAX_LINKS: usize = 40;
+
+/// The maximum number of path components that rrun looks up to follow the links in a path. A path
+/// without `..` never needs so many lookups, because `MAX_LINKS` and `PATH_MAX` limit it.
+const MAX_LOOKUPS: usize = 1 << 17;
+
+/// The maximum length of a path that the kernel accepts, with the zero byte at its end.
+const PATH_MAX: usize = 4096;
 
 /// The maximum number of times that rrun repeats a path lookup. A rename during a lookup makes the
 /// repetition necessary.
@@ -351,7 +358,11 @@ impl Rootfs {
 
     /// Opens the lowest directory that exists on the path to which `path` leads.
     pub(crate) fn nearest_directory(&self, path: &Path) -> Result<OwnedFd> {
-        let mut place = self.follow(path)?;
+        let walk = self.walk(path)?;
+        let mut place = walk.reached;
+        for _ in 0..walk.missing {
+            place.pop();
+        }
         loop {
             match self.open(&place, OFlags::PATH | OFlags::DIRECTORY) {
                 Err(Errno::NOENT) if place.pop() => {}
@@ -411,42 +422,124 @@ impl Rootfs {
     /// path only to create files and directories, and the lookups for these operations also stay
     /// inside the root.
     fn follow(&self, path: &Path) -> Result<PathBuf> {
+        Ok(self.walk(path)?.reached)
+    }
+
+    fn walk(&self, path: &Path) -> Result<Walk<'_>> {
         let mut ahead: Vec<OsString> = components_backwards(path);
-        let mut reached = PathBuf::from("/");
+        let mut walk = Walk::new(self);
         let mut links = 0;
         while let Some(name) = ahead.pop() {
-            if name.as_bytes() == b".." {
-                reached.pop();
-                continue;
+            if walk.lookups > MAX_LOOKUPS {
+                refuse!(
+                    "{} in the container leads through more than {MAX_LOOKUPS} directories",
+                    path.display()
+                );
             }
-            let next = reached.join(&name);
-            let link = self
-                .open(&next, OFlags::PATH | OFlags::NOFOLLOW)
-                .and_then(|fd| rustix::fs::readlinkat(fd, "", Vec::new()));
-            match link {
-                Ok(link) => {
-                    links += 1;
-                    if links > MAX_LINKS {
-                        refuse!(
-                            "{} in the container: too many symbolic links",
-                            path.display()
-                        );
-                    }
-                    let link = Path::new(std::ffi::OsStr::from_bytes(link.as_bytes()));
-                    if link.is_absolute() {
-                        reached = PathBuf::from("/");
-                    }
-                    ahead.extend(components_backwards(link));
-                }
-                // The file `next` is not a symbolic link, or does not exist yet.
-                Err(Errno::INVAL | Errno::NOENT) => reached = next,
-                Err(errno) => {
-                    return Err(errno)
-                        .doing(|| format!("open {} in the container", next.display()));
-                }
+            let next = if name.as_bytes() == b".." {
+                walk.leave().map(|()| None)
+            } else {
+                walk.enter(&name)
+            };
+            let link =
+                next.doing(|| format!("open {} in the container", walk.reached.display()))?;
+            let Some(link) = link else { continue };
+            links += 1;
+            if links > MAX_LINKS {
+                refuse!(
+                    "{} in the container: too many symbolic links",
+                    path.display()
+                );
             }
+            if link.is_absolute() {
+                walk.return_to_root();
+            }
+            ahead.extend(components_backwards(&link));
         }
-        Ok(reached)
+        Ok(walk)
+    }
+}
+
+/// A path lookup that follows symbolic links itself. It opens each component relative to the
+/// descriptor of its parent directory. A lookup of the whole path for each component would need
+/// seconds for a long path.
+struct Walk<'a> {
+    rootfs: &'a Rootfs,
+    /// The path so far. It contains no link.
+    reached: PathBuf,
+    /// The lowest existing file on the path `reached`, or `None` for the root directory.
+    nearest: Option<OwnedFd>,
+    /// The number of components at the end of `reached` that do not exist.
+    missing: usize,
+    /// The number of components that were looked up.
+    lookups: usize,
+}
+
+impl Walk<'_> {
+    fn new(rootfs: &Rootfs) -> Walk<'_> {
+        Walk {
+            rootfs,
+            reached: PathBuf::from("/"),
+            nearest: None,
+            missing: 0,
+            lookups: 0,
+        }
+    }
+
+    fn return_to_root(&mut self) {
+        self.reached = PathBuf::from("/");
+        self.nearest = None;
+        self.missing = 0;
+    }
+
+    /// Appends `name` to the path. If this component is a symbolic link, the path remains unchanged
+    /// and the link's target is returned.
+    fn enter(&mut self, name: &OsStr) -> std::result::Result<Option<PathBuf>, Errno> {
+        self.lookups += 1;
+        self.reached.push(name);
+        if self.reached.as_os_str().len() >= PATH_MAX {
+            return Err(Errno::NAMETOOLONG);
+        }
+        if self.missing > 0 {
+            self.missing += 1;
+            return Ok(None);
+        }
+        // `name` is a single component, and O_NOFOLLOW opens a link itself. So this call cannot
+        // open a file outside of the directory.
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let directory = self.nearest.as_ref().unwrap_or(&self.rootfs.fd);
+        let found = match rustix::fs::openat(directory, name, flags, Mode::empty()) {
+            Err(Errno::NOENT) => {
+                self.missing = 1;
+                return Ok(None);
+            }
+            found => found?,
+        };
+        match rustix::fs::readlinkat(&found, "", Vec::new()) {
+            Ok(link) => {
+                self.reached.pop();
+                Ok(Some(OsStr::from_bytes(link.as_bytes()).into()))
+            }
+            // The file is not a symbolic link.
+            Err(Errno::INVAL | Errno::NOENT) => {
+                self.nearest = Some(found);
+                Ok(None)
+            }
+            Err(errno) => Err(errno),
+        }
+    }
+
+    /// Removes the last component of the path. This function opens the parent directory from the
+    /// root, because a rename can have moved the last directory out of the root.
+    fn leave(&mut self) -> std::result::Result<(), Errno> {
+        self.reached.pop();
+        if self.missing > 0 {
+            self.missing -= 1;
+            return Ok(());
+        }
+        self.lookups += self.reached.components().count();
+        self.nearest = Some(self.rootfs.open(&self.reached, OFlags::PATH)?);
+        Ok(())
     }
 }
 
@@ -512,5 +605,68 @@ mod tests {
         assert!(rootfs.plain_directory(Path::new("/proc")).is_ok());
         assert!(!base.join("run").exists() && !Path::new("/outside").exists());
         std::fs::remove_dir_all(&base).unwrap();
+    }
+
+    /// Creates an empty root directory, and passes the directory and its `Rootfs` to `test`.
+    fn in_a_root(name: &str, test: impl FnOnce(&Path, &Rootfs)) {
+        let root = std::env::temp_dir().join(format!("rrun-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&root).unwrap();
+        let flags = OFlags::PATH | OFlags::DIRECTORY;
+        let rootfs = Rootfs::new(rustix::fs::open(&root, flags, Mode::empty()).unwrap());
+        test(&root, &rootfs);
+        std::fs::remove_dir_all(&root).unwrap();
+    }
+
+    #[test]
+    fn a_walk_looks_up_each_component_only_once() {
+        in_a_root("walk", |root, rootfs| {
+            let deep = "a/".repeat(1500);
+            rootfs.make_directory(Path::new(&deep)).unwrap();
+            std::os::unix::fs::symlink("b/../../c/d", root.join(&deep).join("link")).unwrap();
+            std::os::unix::fs::symlink(format!("/{deep}link"), root.join("start")).unwrap();
+            let walk = rootfs.walk(Path::new("/start/e")).unwrap();
+            let parent = format!("/{}", "a/".repeat(1499));
+            assert_eq!(walk.reached, Path::new(&parent).join("c/d/e"));
+            assert_eq!(walk.missing, 3);
+            assert!(walk.lookups < 2 * 1520, "{} lookups", walk.lookups);
+            let nearest = rootfs.nearest_directory(Path::new("/start/e")).unwrap();
+            let expected = rootfs.open(Path::new(&parent), OFlags::PATH).unwrap();
+            let id = |fd| FileId::of(&rustix::fs::fstat(fd).unwrap());
+            assert!(id(&nearest) == id(&expected));
+
+            // The walk opens the parent of a deep directory from the root each time.
+            let many = format!("{deep}{}", "../a/".repeat(200));
+            let refused = rootfs.walk(Path::new(&many)).map(drop).unwrap_err();
+            let sentence = refused.to_string();
+            assert!(
+                sentence.contains("more than 131072 directories"),
+                "{sentence}"
+            );
+            let long = format!("/start/{}", "x".repeat(200)).repeat(20);
+            assert!(rootfs.walk(Path::new(&(deep + &long))).is_err());
+        });
+    }
+
+    #[test]
+    fn a_walk_leaves_missing_directories_and_stays_in_the_root() {
+        in_a_root("walk-missing", |root, rootfs| {
+            std::fs::create_dir_all(root.join("a/b")).unwrap();
+            std::fs::write(root.join("a/file"), "").unwrap();
+            std::os::unix::fs::symlink("../../../../a", root.join("a/b/up")).unwrap();
+            for (path, reached, missing) in [
+                ("/a/b/up/new", "/a/new", 1),
+                ("/new/x/../../a/b/../y", "/a/y", 1),
+                ("/../..", "/", 0),
+                ("/a/new/../../b/up/b/up/file", "/b/up/b/up/file", 5),
+                ("/a/new/../b/up/b/up/file", "/a/file", 0),
+            ] {
+                let walk = rootfs.walk(Path::new(path)).unwrap();
+                assert_eq!(
+                    (walk.reached.as_path(), walk.missing),
+                    (Path::new(reached), missing)
+                );
+            }
+            assert!(rootfs.walk(Path::new("/a/file/x")).is_err());
+        });
     }
 }
