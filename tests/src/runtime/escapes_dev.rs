@@ -567,11 +567,15 @@ fn the_runtime_does_not_change_the_hosts_dev() -> Result {
     Ok(())
 }
 
+/// Returns the time of the last change of the host's /dev/null, in seconds and nanoseconds.
+fn null_change_time() -> std::io::Result<(i64, i64)> {
+    fs::metadata("/dev/null").map(|file| (file.ctime(), file.ctime_nsec()))
+}
+
 /// The caller's standard input is the host's /dev/null. In a container without a user namespace, the
 /// program is the owner of this file, and could change its mode with fchmod(2).
 fn a_standard_stream_is_not_the_hosts_null_device() -> Result {
-    let changed = || fs::metadata("/dev/null").map(|file| (file.ctime(), file.ctime_nsec()));
-    let before = changed()?;
+    let before = null_change_time()?;
     let change = ["call", &libc::SYS_fchmod.to_string(), "0", "438"];
     let mut bundle = Bundle::new(&change)?;
     ensure_eq!(
@@ -594,7 +598,7 @@ fn a_standard_stream_is_not_the_hosts_null_device() -> Result {
     ensure_eq!(read.stdout, "", "the data in the standard input");
     bundle.end()?;
     ensure_eq!(
-        changed()?,
+        null_change_time()?,
         before,
         "the time of the last change of the host's /dev/null"
     );
@@ -604,8 +608,7 @@ fn a_standard_stream_is_not_the_hosts_null_device() -> Result {
 /// A process of the container can replace /dev with a link to `/proc/PID/root/dev`, where the process
 /// PID is in the host's root.
 fn a_link_at_dev_does_not_lead_exec_to_the_hosts_null_device() -> Result {
-    let changed = || fs::metadata("/dev/null").map(|file| (file.ctime(), file.ctime_nsec()));
-    let before = changed()?;
+    let before = null_change_time()?;
     let mut bundle = Bundle::new(&["sleep", "1000"])?;
     remove_dev_mounts(&mut bundle);
     bundle.without_namespace("pid").start()?;
@@ -620,7 +623,7 @@ fn a_link_at_dev_does_not_lead_exec_to_the_hosts_null_device() -> Result {
     );
     bundle.end()?;
     ensure_eq!(
-        changed()?,
+        null_change_time()?,
         before,
         "the time of the last change of the host's /dev/null"
     );

@@ -25,6 +25,15 @@ pub(crate) const TESTS: &[Test] = &[
     test!(poststop_hooks_run_although_the_joined_pid_namespace_has_ended),
 ];
 
+/// The kinds of hooks that run in the host's root, in their order.
+const HOST_KINDS: [&str; 5] = [
+    "prestart",
+    "createRuntime",
+    "createContainer",
+    "poststart",
+    "poststop",
+];
+
 /// Returns a hook that runs the shell command `line` on the host.
 fn shell(line: &str) -> Value {
     json!([{ "path": "/bin/sh", "args": ["sh", "-c", line] }])
@@ -33,14 +42,7 @@ fn shell(line: &str) -> Value {
 fn hooks_run_in_the_order_of_the_specification() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
     let log = bundle.join("hooks.log");
-    let kinds = [
-        "prestart",
-        "createRuntime",
-        "createContainer",
-        "poststart",
-        "poststop",
-    ];
-    for kind in kinds {
+    for kind in HOST_KINDS {
         let line = format!("echo {kind} >> {}", log.display());
         bundle.set(&format!("/hooks/{kind}"), shell(&line));
     }
@@ -112,21 +114,14 @@ fn hooks_receive_the_containers_state() -> Result {
 /// blocked signals, only SIGKILL could terminate a hook.
 fn hooks_on_the_host_have_the_umask_of_the_runtimes_caller_and_no_blocked_signals() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
-    let kinds = [
-        "prestart",
-        "createRuntime",
-        "createContainer",
-        "poststart",
-        "poststop",
-    ];
     // A shell that creates a process unblocks signals, so the shell executes grep itself.
     let line = "umask; exec grep SigBlk /proc/self/status";
-    for kind in kinds {
+    for kind in HOST_KINDS {
         let line = format!("exec > {}; {line}", bundle.join(kind).display());
         bundle.set(&format!("/hooks/{kind}"), shell(&line));
     }
     bundle.run()?;
-    for kind in kinds {
+    for kind in HOST_KINDS {
         ensure_eq!(
             fs::read_to_string(bundle.join(kind))?,
             command("sh", ["-c", line]).ok()?.stdout,
