@@ -47,11 +47,13 @@ pub(crate) fn directory(cgroup: &str) -> PathBuf {
     Path::new(MOUNT_POINT).join(cgroup.trim_start_matches('/'))
 }
 
-/// Returns the directory of the pause process's cgroup in a pod. The kernel refuses processes in the
-/// pod's cgroup itself, because controllers are enabled for its children (cgroup-v2.rst, "No
-/// Internal Process Constraint").
-pub(crate) fn of_pause(pod: &str) -> PathBuf {
-    directory(pod).join("rrun-pause")
+/// Returns the directory of the cgroup of a pod's pause process, in the pod's cgroup `cgroup`. The
+/// kernel refuses processes in the pod's cgroup itself, because controllers are enabled for its
+/// children (cgroup-v2.rst, "No Internal Process Constraint"). The directory's name contains the
+/// pod's id, because pods can have the same cgroup: kubelet creates a pod again in the cgroup of the
+/// stopped pod, which it removes later.
+pub(crate) fn of_pause(cgroup: &str, pod: &str) -> PathBuf {
+    directory(cgroup).join(format!("rrun-pause-{pod}"))
 }
 
 /// Returns the cgroup path that the cgroup parent in a pod's request specifies. The parent must

@@ -30,6 +30,12 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Absent(SYSTEMD)
     ),
     test!(
+        the_removal_of_a_pod_does_not_kill_the_pause_process_of_another_pod_in_the_same_cgroup,
+        A_NODE,
+        Need::RrunCri,
+        Need::Absent(SYSTEMD)
+    ),
+    test!(
         the_kernel_prefers_every_container_to_the_pause_process_when_memory_runs_out,
         A_NODE,
         Need::RrunCri,
@@ -171,7 +177,9 @@ fn the_pause_process_is_in_the_pods_cgroup_until_the_pod_is_stopped() -> Result 
             let parent = parent.map_or_else(|| format!("rrun/{pod_id}"), str::to_owned);
             ensure_eq!(
                 cgroup,
-                Path::new("/sys/fs/cgroup").join(parent).join("rrun-pause"),
+                Path::new("/sys/fs/cgroup")
+                    .join(parent)
+                    .join(format!("rrun-pause-{pod_id}")),
                 "cgroup of the pause process"
             );
             node.asks(&["stopp", &pod_id])?;
@@ -183,6 +191,35 @@ fn the_pause_process_is_in_the_pods_cgroup_until_the_pod_is_stopped() -> Result 
             node.asks(&["rmp", &pod_id])?;
         }
         Ok(())
+    })
+}
+
+fn the_removal_of_a_pod_does_not_kill_the_pause_process_of_another_pod_in_the_same_cgroup() -> Result
+{
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        // Kubelet creates and removes the pod's cgroup itself.
+        let cgroup = Path::new("/sys/fs/cgroup").join(CGROUP);
+        fs::create_dir(&cgroup)?;
+        let in_cgroup = |name| {
+            let mut pod = shared(node, name);
+            pod["linux"]["cgroup_parent"] = json!(format!("/{CGROUP}"));
+            pod
+        };
+        let stopped = node.runp(&in_cgroup("stopped"))?;
+        node.asks(&["stopp", &stopped])?;
+        // Kubelet creates a pod again before it removes the stopped pod.
+        let pod = in_cgroup("again");
+        let again = node.runp(&pod)?;
+        node.asks(&["rmp", &stopped])?;
+        let other = node.runp(&in_cgroup("other"))?;
+        node.asks(&["rmp", "--force", &other])?;
+        // CreateContainer fails if the pod's pause process has exited.
+        let mut container = node.container("again", &["sleep", "600"]);
+        container["linux"]["security_context"]["namespace_options"]["pid"] = json!(0);
+        node.run(&again, &pod, &container)?;
+        node.asks(&["rmp", "--force", &again])?;
+        Ok(fs::remove_dir(&cgroup)?)
     })
 }
 

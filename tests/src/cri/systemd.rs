@@ -216,7 +216,9 @@ fn the_pause_process_is_in_the_pods_slice() -> Result {
                 requested => requested.to_owned(),
             };
             let pause = node.pause_process(&pod_id)?.to_string();
-            let cgroup = Path::new("/sys/fs/cgroup").join(slice).join("rrun-pause");
+            let cgroup = Path::new("/sys/fs/cgroup")
+                .join(slice)
+                .join(format!("rrun-pause-{pod_id}"));
             let is_inside = || -> Result {
                 ensure_eq!(cgroup_of(&pause)?, cgroup, "cgroup of the pause process");
                 Ok(())

@@ -30,7 +30,7 @@ pub(super) async fn prepare(node: &Node, sandbox: &Sandbox) -> Result<Option<Pau
         )
         .await?;
     }
-    let dir = cgroup::of_pause(&sandbox.cgroup);
+    let dir = cgroup::of_pause(&sandbox.cgroup, &sandbox.id);
     let pause = Pause {
         cgroup: dir.clone(),
         oom_score_adj: resources::oom_score_adj(OOM_SCORE_ADJ, node.config.restrict_oom_score_adj)?,
@@ -49,7 +49,7 @@ pub(super) async fn remove(sandbox: &Sandbox) -> Result<()> {
     if !namespaces::sharing(&sandbox.config)?.has_pause_process() {
         return Ok(());
     }
-    let dir = cgroup::of_pause(&sandbox.cgroup);
+    let dir = cgroup::of_pause(&sandbox.cgroup, &sandbox.id);
     let removed = cgroup::destroy(&dir);
     slow(
         format!("{}: remove the cgroup of the pause process", sandbox.name()),
