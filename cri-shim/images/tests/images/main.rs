@@ -1,9 +1,9 @@
 //! Tests of pulls from a real registry and from test servers that send wrong data.
 
-mod archives;
 mod build;
 mod credentials;
 mod directory_layers;
+mod layers;
 mod lies;
 mod node;
 mod pulls;
@@ -55,17 +55,17 @@ fn main() {
     let no_openssl = no_registry.or(no_openssl.as_deref());
     let no_tar = node::no_gnu_tar();
     let no_tar = not_root.or(no_tar.as_deref());
-    let archives = archives::trials()
+    let without_programs = layers::trials()
         .into_iter()
         .chain(lies::trials())
         .chain(directory_layers::trials())
         .chain(credentials::trials());
     let pulls = pulls::trials().into_iter();
-    let trials = archives
+    let trials = without_programs
         .map(|trial| unless(not_root, trial))
         .chain(pulls.map(|trial| unless(no_registry, trial)))
         .chain(
-            archives::trials_of_gnu_tar()
+            layers::trials_of_gnu_tar()
                 .into_iter()
                 .map(|trial| unless(no_tar, trial)),
         )
