@@ -4,8 +4,8 @@ use libtest_mimic::Trial;
 use rrun_images::{Auth, ImageSettings, Kind};
 
 use crate::build::Failure;
-use crate::lies::{failure, simple};
 use crate::node::Node;
+use crate::registry::{failure, simple};
 use crate::server::{Answer, Request, Server};
 use crate::trial;
 

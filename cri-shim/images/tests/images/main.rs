@@ -4,9 +4,9 @@ mod build;
 mod credentials;
 mod directory_layers;
 mod layers;
-mod lies;
 mod node;
 mod pulls;
+mod registry;
 mod server;
 
 use std::future::Future;
@@ -44,7 +44,7 @@ fn unless(missing: Option<&str>, trial: Trial) -> Trial {
 }
 
 fn main() {
-    lies::be_the_child();
+    registry::be_the_child();
     let arguments = Arguments::from_args();
     let root = rustix::process::geteuid().is_root();
     let not_root = (!root)
@@ -57,7 +57,7 @@ fn main() {
     let no_tar = not_root.or(no_tar.as_deref());
     let without_programs = layers::trials()
         .into_iter()
-        .chain(lies::trials())
+        .chain(registry::trials())
         .chain(directory_layers::trials())
         .chain(credentials::trials());
     let pulls = pulls::trials().into_iter();

@@ -4,9 +4,12 @@ use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::Path;
 
 use libtest_mimic::Trial;
+use serde_json::json;
 
 use super::unpacked;
-use crate::build::{Archive, Failure, ITEM, Item};
+use crate::build::{Archive, Compression, Failure, ITEM, Item, image};
+use crate::node::Node;
+use crate::server::Server;
 use crate::trial;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -16,6 +19,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             attributes,
         ),
         trial("devices_and_fifos_are_created", devices),
+        trial(
+            "an_unlisted_directory_has_the_metadata_of_the_layer_below",
+            implied,
+        ),
     ]
 }
 
@@ -140,5 +147,31 @@ async fn devices() -> Result<(), Failure> {
             .is_block_device()
     );
     assert!(std::fs::metadata(fs.join("pipe"))?.file_type().is_fifo());
+    Ok(())
+}
+
+async fn implied() -> Result<(), Failure> {
+    let gzip = |archive: Archive| (archive.end(), Compression::Gzip);
+    let base = Archive::new().item(&Item {
+        path: b"tmp/",
+        kind: b'5',
+        mode: 0o1777,
+        uid: 3,
+        gid: 4,
+        mtime: 77,
+        ..ITEM
+    });
+    let above = Archive::new().file("tmp/file", "");
+    let built = image(&[gzip(base), gzip(above)], json!({}));
+    let server = Server::start(&[("app", &built)], |_| None)?;
+    let node = Node::new()?;
+    let image = node
+        .images
+        .pull(&format!("{}/app:1", server.host()), None)
+        .await?;
+    let lowers = node.images.lease("c", &image.id).await?;
+    let tmp = std::fs::metadata(lowers[0].join("tmp"))?;
+    assert_eq!((tmp.mode() & 0o7777, tmp.uid(), tmp.gid()), (0o1777, 3, 4));
+    assert_eq!(tmp.mtime(), 77);
     Ok(())
 }

@@ -2,14 +2,21 @@
 
 use libtest_mimic::Trial;
 use rrun_images::layer::{self, Bounds, LayerError};
+use rrun_images::{ImageSettings, Kind};
+use serde_json::json;
 
 use super::descriptor;
-use crate::build::{Archive, Compression, Failure, ITEM, Item};
-use crate::node::Dir;
+use crate::build::{Archive, Compression, Failure, ITEM, Item, image};
+use crate::node::{Dir, Node};
+use crate::registry::failure;
+use crate::server::Server;
 use crate::trial;
 
 pub(crate) fn trials() -> Vec<Trial> {
-    vec![trial("a_too_large_layer_is_refused", bounds)]
+    vec![
+        trial("a_too_large_layer_is_refused", bounds),
+        trial("a_decompression_bomb_is_stopped_at_the_limit", bomb),
+    ]
 }
 
 /// Adds `count` items with different names.
@@ -134,5 +141,22 @@ async fn bounds() -> Result<(), Failure> {
         &|| Ok(()),
     );
     assert!(result.is_ok_and(|unpacked| unpacked.inodes == 41));
+    Ok(())
+}
+
+async fn bomb() -> Result<(), Failure> {
+    let archive = Archive::new().item(&Item {
+        path: b"zeros",
+        content: &vec![0; 16 << 20],
+        ..ITEM
+    });
+    let built = image(&[(archive.end(), Compression::Gzip)], json!({}));
+    let server = Server::start(&[("app", &built)], |_| None)?;
+    let node = Node::with(ImageSettings {
+        layer_bytes: 1 << 20,
+        ..ImageSettings::default()
+    })?;
+    let error = failure(&node, &format!("{}/app:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::ResourceExhausted, "{error}");
     Ok(())
 }
