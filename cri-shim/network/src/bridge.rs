@@ -20,7 +20,7 @@ use crate::conntrack::{self, Stale};
 use crate::error::NetworkError;
 use crate::forwarding;
 use crate::host_ports::{Listener, Mapping};
-use crate::link::{self, POD_INTERFACE};
+use crate::link::{self, POD_INTERFACE, neighbour};
 use crate::namespace;
 use crate::netlink::{Batch, Socket};
 use crate::nftables::{self, Elements, Generation, PodPort, TableFamily, Tables, Watch};
@@ -391,7 +391,7 @@ impl Bridge {
         if let Ok(index) = bridge {
             let mut batch = Batch::default();
             for address in addresses {
-                link::delete_neighbour(&mut batch, index, *address);
+                neighbour::delete(&mut batch, index, *address);
             }
             // A pod from an earlier version of rrun has no permanent entries. An entry that remains
             // does no harm, because the next pod with the address replaces it.
@@ -443,7 +443,7 @@ impl Bridge {
                 let (mac, neighbours) = pod.neighbours();
                 let mut batch = Batch::default();
                 for address in neighbours {
-                    link::add_neighbour(&mut batch, bridge, *address, mac);
+                    neighbour::add(&mut batch, bridge, *address, mac);
                 }
                 socket.execute(&batch).map(drop)
             });

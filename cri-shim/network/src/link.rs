@@ -1,6 +1,8 @@
 //! The rtnetlink messages for links, addresses and routes. See rtnetlink(7) and the kernel's
 //! `linux/if_link.h`.
 
+pub(crate) mod neighbour;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
@@ -8,10 +10,9 @@ use std::path::Path;
 use libc::{
     IFA_ADDRESS, IFA_BROADCAST, IFA_LOCAL, IFLA_ADDRESS, IFLA_AF_SPEC, IFLA_GROUP, IFLA_IFALIAS,
     IFLA_IFNAME, IFLA_INFO_DATA, IFLA_INFO_KIND, IFLA_INFO_SLAVE_DATA, IFLA_INFO_SLAVE_KIND,
-    IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, NDA_DST, NDA_LLADDR, NUD_PERMANENT,
-    RTA_DST, RTA_GATEWAY, RTA_OIF, RTA_PRIORITY, RTM_DELADDR, RTM_DELLINK, RTM_DELNEIGH,
-    RTM_DELROUTE, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE, RTM_NEWADDR, RTM_NEWLINK, RTM_NEWNEIGH,
-    RTM_NEWROUTE,
+    IFLA_LINKINFO, IFLA_MASTER, IFLA_MTU, IFLA_NET_NS_FD, RTA_DST, RTA_GATEWAY, RTA_OIF,
+    RTA_PRIORITY, RTM_DELADDR, RTM_DELLINK, RTM_DELROUTE, RTM_GETADDR, RTM_GETLINK, RTM_GETROUTE,
+    RTM_NEWADDR, RTM_NEWLINK, RTM_NEWROUTE,
 };
 use nix::errno::Errno;
 
@@ -53,7 +54,6 @@ const RTPROT_RA: u8 = 9;
 const LINK_HEADER_BYTES: usize = 16;
 const ADDRESS_HEADER_BYTES: usize = 8;
 const ROUTE_HEADER_BYTES: usize = 12;
-const NEIGHBOUR_HEADER_BYTES: usize = 12;
 
 const AF_UNSPEC: u8 = libc::AF_UNSPEC as u8;
 const AF_INET: u8 = libc::AF_INET as u8;
@@ -366,39 +366,8 @@ fn port_message(batch: &mut Batch, port: BridgePort) {
         });
     });
     for address in port.neighbours {
-        add_neighbour(batch, port.bridge, *address, port.mac);
+        neighbour::add(batch, port.bridge, *address, port.mac);
     }
-}
-
-/// Adds a permanent entry to the neighbour cache. The link `index` then needs no ARP packet or
-/// neighbour solicitation for the address.
-///
-/// All network namespaces of the node share the kernel's limit on neighbour entries
-/// (net.ipv4.neigh.default.gc_thresh3). A pod that sends packets to many unassigned addresses
-/// reaches this limit. The kernel then creates no entries, except permanent ones.
-pub(crate) fn add_neighbour(batch: &mut Batch, index: u32, address: IpAddr, mac: Mac) {
-    let action = format!("add a neighbour entry for {address} to interface {index}");
-    let flags = NLM_F_ACK | NLM_F_CREATE | NLM_F_REPLACE;
-    batch.message(action, RTM_NEWNEIGH, flags, |body| {
-        body.header(&neighbour_header(index, address));
-        body_address(body, NDA_DST, address);
-        body.bytes(NDA_LLADDR, &mac);
-    });
-}
-
-/// Deletes an entry of the neighbour cache.
-pub(crate) fn delete_neighbour(batch: &mut Batch, index: u32, address: IpAddr) {
-    let action = format!("delete the neighbour entry for {address} from interface {index}");
-    batch.message(action, RTM_DELNEIGH, NLM_F_ACK, |body| {
-        body.header(&neighbour_header(index, address));
-        body_address(body, NDA_DST, address);
-    });
-}
-
-fn neighbour_header(index: u32, address: IpAddr) -> [u8; NEIGHBOUR_HEADER_BYTES] {
-    let [i0, i1, i2, i3] = index.to_ne_bytes();
-    let [s0, s1] = NUD_PERMANENT.to_ne_bytes();
-    [family(address), 0, 0, 0, i0, i1, i2, i3, s0, s1, 0, 0]
 }
 
 /// Sets which frames a bridge port forwards, see [`FORWARDED_GROUPS`].

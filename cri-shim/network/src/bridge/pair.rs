@@ -11,7 +11,7 @@ use sha2::{Digest, Sha256};
 use super::DesiredPod;
 use crate::address::Range;
 use crate::error::NetworkError;
-use crate::link::{self, BridgePort, HOST_PREFIX, POD_INTERFACE, VethPair};
+use crate::link::{self, BridgePort, HOST_PREFIX, POD_INTERFACE, VethPair, neighbour};
 use crate::netlink::{Batch, Socket};
 use crate::{forwarding, namespace};
 
@@ -192,7 +192,7 @@ pub(super) fn configure(
             );
             link::add_default_route(&mut batch, index, range.gateway());
             if let Some(gateway) = namespace.gateway {
-                link::add_neighbour(&mut batch, index, range.gateway(), gateway);
+                neighbour::add(&mut batch, index, range.gateway(), gateway);
             }
         }
         socket.execute(&batch).map(drop)
