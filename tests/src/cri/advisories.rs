@@ -10,8 +10,9 @@ use rrun_proto::v1::{CreateContainerRequest, KeyValue, Mount, PodSandboxConfig};
 use serde_json::{Value, json};
 
 use crate::support::calls::{self, Calls};
-use crate::support::images::build::{Archive, Compression, Image, digest, image};
+use crate::support::images::build::{Archive, Image, digest};
 use crate::support::images::server::{Answer, Server};
+use crate::support::images::{pull_built, with_one_layer};
 use crate::support::machine::{Result, note};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
@@ -89,19 +90,6 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-fn built(archive: Archive, config: Value) -> Image {
-    image(&[(archive.end(), Compression::Gzip)], config)
-}
-
-/// Starts a registry with the image, pulls the image from this registry, and returns the image's
-/// reference.
-fn pulled(node: &Node, name: &str, image: &Image) -> Result<String> {
-    let server = Server::start(&[(name, image)], |_| None).map_err(|error| error.to_string())?;
-    let reference = format!("{}/{name}:1", server.host());
-    node.pull(&reference)?;
-    Ok(reference)
-}
-
 /// In CVE-2024-5154 (CRI-O), CVE-2026-55686 (Podman) and CVE-2022-23648 (containerd), a server
 /// followed links of an image on the node. With these links, it created files on the node, or
 /// copied files of the node into the container.
@@ -127,8 +115,8 @@ fn cve_2024_5154_links_in_an_image_change_nothing_on_the_node() -> Result {
             ] {
                 let attack = format!("the link {link} -> {target} and the configuration {config}");
                 let archive = Archive::new().symlink(link, &target);
-                let built = built(archive, config);
-                let reference = pulled(node, &format!("links{number}"), &built)?;
+                let built = with_one_layer(archive, config);
+                let reference = pull_built(node, &format!("links{number}"), &built)?;
                 let command = ["/inside", "cat", "/volume/file", "/etc/file", "/work/file"];
                 let mut container = node.container("links", &command);
                 container["image"]["image"] = json!(reference);
@@ -188,8 +176,8 @@ fn cve_2026_53488_labels_and_annotations_of_an_image_have_no_effect() -> Result 
             .file("spec.dump", &spec)
             .file("config.dump", "{}");
         let config = json!({ "Labels": settings, "Cmd": ["/inside", "report"] });
-        let image = with_annotations(built(archive, config), &settings)?;
-        let reference = pulled(node, "annotated", &image)?;
+        let image = with_annotations(with_one_layer(archive, config), &settings)?;
+        let reference = pull_built(node, "annotated", &image)?;
         let pod = node.pod("annotated");
         let pod_id = node.runp(&pod)?;
         let mut container = node.container("annotated", &[]);
@@ -366,7 +354,7 @@ fn cve_2026_95838_whiteouts_count_as_files_of_a_layer() -> Result {
             let archive = (0..200).fold(Archive::new().dir("directory/", 0o755), |archive, _| {
                 archive.file(whiteout, "")
             });
-            let built = built(archive, json!({}));
+            let built = with_one_layer(archive, json!({}));
             let server = Server::start(&[("whiteouts", &built)], |_| None)
                 .map_err(|error| error.to_string())?;
             let reference = format!("{}/whiteouts:1", server.host());
@@ -447,7 +435,11 @@ fn cve_2023_25173_the_primary_group_is_a_supplementary_group() -> Result {
         let archive = Archive::new()
             .file("etc/passwd", "root:x:0:0::/:/\napp:x:1000:1001::/:/\n")
             .file("etc/group", "app:x:1001:\nother:x:1002:app\n");
-        let reference = pulled(node, "groups", &built(archive, json!({ "User": "app" })))?;
+        let reference = pull_built(
+            node,
+            "groups",
+            &with_one_layer(archive, json!({ "User": "app" })),
+        )?;
         for (name, context, expected) in [
             ("image", json!({}), json!([1001, 1002])),
             (
@@ -522,7 +514,7 @@ fn cve_2021_20188_a_user_in_a_privileged_container_has_no_capabilities() -> Resu
 fn cve_2021_21334_containers_share_no_environment_variables() -> Result {
     on_a_node(|node| {
         let config = json!({ "Env": ["SHARED=image"] });
-        let reference = pulled(node, "shared", &built(Archive::new(), config))?;
+        let reference = pull_built(node, "shared", &with_one_layer(Archive::new(), config))?;
         let inside = std::env::temp_dir().join("rrun-e2e-inside");
         let inside = inside.display().to_string();
         let pod = node.pod("shared");
@@ -593,13 +585,13 @@ fn cve_2026_57231_a_container_gets_no_variable_of_the_server() -> Result {
         let pod = node.pod("named");
         let pod_id = node.runp(&pod)?;
         let config = json!({ "Env": [VARIABLE], "Cmd": ["/inside", "report"] });
-        let reference = pulled(node, "named", &built(Archive::new(), config))?;
+        let reference = pull_built(node, "named", &with_one_layer(Archive::new(), config))?;
         let mut container = node.container("named", &[]);
         container["image"]["image"] = json!(reference);
         let output = node.try_create(&pod_id, &pod, &container)?;
         output.fails_with("has no = sign")?;
         let config = json!({ "Env": ["A=b"], "Cmd": ["/inside", "report"] });
-        let reference = pulled(node, "plain", &built(Archive::new(), config))?;
+        let reference = pull_built(node, "plain", &with_one_layer(Archive::new(), config))?;
         let mut container = node.container("plain", &[]);
         container["image"]["image"] = json!(reference);
         let report = node.report(&pod_id, &pod, &container)?;
@@ -624,7 +616,7 @@ fn cve_2022_4318_the_variable_home_adds_no_user() -> Result {
     const PASSWD: &str = "root:x:0:0::/:/bin/sh\n";
     on_a_node(|node| {
         let archive = Archive::new().file("etc/passwd", PASSWD);
-        let reference = pulled(node, "home", &built(archive, json!({})))?;
+        let reference = pull_built(node, "home", &with_one_layer(archive, json!({})))?;
         let pod = node.pod("home");
         let pod_id = node.runp(&pod)?;
         let mut container = node.container("home", &["/inside", "cat", "/etc/passwd"]);

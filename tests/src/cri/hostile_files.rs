@@ -9,8 +9,8 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, SFlag, mknod};
 use serde_json::{Value, json};
 
-use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
-use crate::support::images::server::Server;
+use crate::support::images::build::{Archive, ITEM, Image, Item};
+use crate::support::images::{pull_built, with_one_layer};
 use crate::support::machine::{Result, command, only_looked_up, strace_opens, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
@@ -78,18 +78,13 @@ fn special(archive: Archive, path: &str, kind: u8, device: (u32, u32)) -> Archiv
 }
 
 fn built(archive: Archive, user: &str) -> Image {
-    image(
-        &[(archive.end(), Compression::Gzip)],
-        json!({ "User": user, "Cmd": ["/inside"] }),
-    )
+    with_one_layer(archive, json!({ "User": user, "Cmd": ["/inside"] }))
 }
 
 /// Starts a registry with the image and pulls the image from the registry. Returns the
 /// configuration of a container with this image.
 fn container_of(node: &Node, name: &str, image: &Image) -> Result<Value> {
-    let server = Server::start(&[(name, image)], |_| None).map_err(|error| error.to_string())?;
-    let reference = format!("{}/{name}:1", server.host());
-    node.pull(&reference)?;
+    let reference = pull_built(node, name, image)?;
     let mut container = node.container(name, &["/inside", "exit", "0"]);
     container["image"]["image"] = json!(reference);
     Ok(container)

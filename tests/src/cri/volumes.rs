@@ -7,9 +7,8 @@ use std::path::Path;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use crate::support::images::build::{Archive, Compression, ITEM, Image, Item, image};
-use crate::support::images::push_with;
-use crate::support::images::server::Server;
+use crate::support::images::build::{Archive, ITEM, Item};
+use crate::support::images::{pull_built, push_with, with_one_layer};
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, WEB, is_rrun, on_a_node};
@@ -291,10 +290,7 @@ fn container_of(node: &Node, name: &str, archive: Archive, volumes: &[String]) -
         .map(|volume| (volume.clone(), json!({})))
         .collect();
     let config = json!({ "Cmd": ["/inside"], "Volumes": volumes });
-    let image: Image = image(&[(archive.end(), Compression::Gzip)], config);
-    let server = Server::start(&[(name, &image)], |_| None).map_err(|error| error.to_string())?;
-    let reference = format!("{}/{name}:1", server.host());
-    node.pull(&reference)?;
+    let reference = pull_built(node, name, &with_one_layer(archive, config))?;
     let mut container = node.container(name, &["/inside", "exit", "0"]);
     container["image"]["image"] = json!(reference);
     Ok(container)

@@ -7,7 +7,8 @@ use rrun_proto::v1::{AuthConfig, ImageSpec, PullImageRequest};
 use serde_json::{Value, json};
 
 use crate::support::calls::Calls;
-
+use crate::support::images::build::{Archive, Compression, Image, image};
+use crate::support::images::server::Server;
 use crate::support::machine::{Result, command};
 use crate::support::node::{Node, PORT};
 
@@ -24,6 +25,20 @@ pub(crate) mod build;
 )]
 #[path = "../../../cri-shim/images/tests/images/server.rs"]
 pub(crate) mod server;
+
+/// Returns an image with the configuration `config` and one layer.
+pub(crate) fn with_one_layer(archive: Archive, config: Value) -> Image {
+    image(&[(archive.end(), Compression::Gzip)], config)
+}
+
+/// Starts a registry with the image, pulls the image from this registry, and returns the image's
+/// reference.
+pub(crate) fn pull_built(node: &Node, name: &str, image: &Image) -> Result<String> {
+    let server = Server::start(&[(name, image)], |_| None).map_err(|error| error.to_string())?;
+    let reference = format!("{}/{name}:1", server.host());
+    node.pull(&reference)?;
+    Ok(reference)
+}
 
 /// Sends a PullImage request, as kubelet does. Returns the image's reference, or the error that the
 /// server returned.
