@@ -5,6 +5,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
+use crate::namespace_limits::fork_beyond_limit;
+
 /// The flag `CLONE_INTO_CGROUP` from linux/sched.h. The libc crate declares this flag with a type
 /// that is too small for the flag's value.
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
@@ -40,6 +42,9 @@ pub enum Cloned {
 /// `cgroup` is not `None`, the new process is in `cgroup`. With `CLONE_PARENT` in `flags`, the new
 /// process is a sibling of the caller instead of its child.
 ///
+/// If the flags contain CLONE_NEWUSER, the new process may have a random effective user id until it
+/// becomes root of its user namespace (see [`crate::namespace_limits`]).
+///
 /// # Errors
 /// Returns the errno of clone3(2). Flags that would share the caller's memory with the new process
 /// are refused with EINVAL.
@@ -68,24 +73,30 @@ pub unsafe fn clone3(flags: u64, cgroup: Option<BorrowedFd<'_>>) -> Result<Clone
         args.flags |= CLONE_INTO_CGROUP;
         args.cgroup = fd.as_raw_fd() as u64;
     }
-    // SAFETY: `args` is a valid clone_args of the given length and outlives the call. The new
-    // process shares no memory with the calling process. The caller guarantees that the new process
-    // calls only async-signal-safe functions.
-    let pid = unsafe {
-        libc::syscall(
-            libc::SYS_clone3,
-            &raw mut args,
-            std::mem::size_of::<CloneArgs>(),
-        )
-    };
-    match pid {
+    // SAFETY: `args` is valid and shares no memory. The caller guarantees that the new process calls
+    // only async-signal-safe functions, and fork_beyond_limit calls no other functions in it.
+    let forked = fork_beyond_limit(flags, || unsafe { fork(&mut args) })?;
+    match forked {
         0 => Ok(Cloned::Child),
-        1.. => Ok(Cloned::Parent {
-            pid: pid as i32,
+        pid => Ok(Cloned::Parent {
+            pid,
             // SAFETY: on success the kernel has stored a new descriptor in `pidfd`, and this
             // descriptor has no other owner.
             pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) },
         }),
+    }
+}
+
+/// Calls clone3(2). Returns 0 in the new process, and the new process's id in the calling process.
+///
+/// # Safety
+/// The pointers in `args` must be valid, `args.flags` must share no memory, and the new process
+/// must call only async-signal-safe functions.
+unsafe fn fork(args: &mut CloneArgs) -> Result<i32, Errno> {
+    let (args, size) = (&raw mut *args, std::mem::size_of::<CloneArgs>());
+    // SAFETY: `args` is a valid clone_args of the given length and outlives the call.
+    match unsafe { libc::syscall(libc::SYS_clone3, args, size) } {
+        pid @ 0.. => Ok(pid as i32),
         _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
     }
 }

@@ -12,6 +12,7 @@ pub mod errno;
 pub mod heap;
 pub mod id;
 pub mod mount_setattr;
+pub mod namespace_limits;
 pub mod own_cgroup;
 pub mod process_stat;
 pub mod procfs;

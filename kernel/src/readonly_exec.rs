@@ -25,33 +25,38 @@
 //! refuses the open without incrementing the number of writers.
 
 use std::ffi::{CStr, OsStr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, OpenTreeFlags};
 
 use crate::mount_setattr::{MountAttr, mount_setattr};
+use crate::namespace_limits::beyond_limit;
 
 /// Opens the file `name` with O_PATH in a read-only overlay, whose lower layer is `directory`.
 pub fn open_in_overlay(directory: impl AsFd, name: &OsStr) -> Result<OwnedFd, Errno> {
+    let mount = beyond_limit(|| mount_overlay(directory.as_fd()))?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    rustix::fs::openat(&mount, name, flags, Mode::empty())
+}
+
+fn mount_overlay(directory: BorrowedFd<'_>) -> Result<OwnedFd, Errno> {
     let overlay = rustix::mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC)?;
     // An overlay without a writable layer needs two lower layers, so /dev is the second one. The
     // first layer is passed as the number of a descriptor, because some characters in a path would
     // need escaping.
-    let layers = format!("/proc/self/fd/{}:/dev", directory.as_fd().as_raw_fd());
+    let layers = format!("/proc/self/fd/{}:/dev", directory.as_raw_fd());
     rustix::mount::fsconfig_set_string(&overlay, "lowerdir", layers)?;
     rustix::mount::fsconfig_create(&overlay)?;
     let flags = FsMountFlags::FSMOUNT_CLOEXEC;
-    let mount = rustix::mount::fsmount(&overlay, flags, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    rustix::fs::openat(&mount, name, flags, Mode::empty())
+    rustix::mount::fsmount(&overlay, flags, MountAttrFlags::MOUNT_ATTR_RDONLY)
 }
 
 /// Opens the file at `path` with O_PATH on a read-only copy of the mount that contains the file.
 pub fn open_on_readonly_mount(path: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let mount = rustix::mount::open_tree(CWD, path, flags)?;
+    let mount = beyond_limit(|| rustix::mount::open_tree(CWD, path, flags))?;
     mount_setattr(mount.as_fd(), false, &MountAttr::READ_ONLY)?;
     Ok(mount)
 }

@@ -7,16 +7,17 @@ use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use nix::sched::CloneFlags;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::io::Errno;
-use rustix::thread::UnshareFlags;
 
 use super::descriptors::close_from;
 use super::own_log;
 use super::pause;
 use super::serve::{Monitor, PodContext};
 use rrun_kernel::errno::describe;
+use rrun_kernel::namespace_limits::unshare;
 use rrun_protocol::{CONFIGURATION_NAME, LISTEN_FD, Pod, SOCKET_NAME};
 
 /// The maximum size of the configuration in bytes. A configuration usually has a few hundred bytes.
@@ -213,18 +214,15 @@ fn take_signals() -> nix::Result<SignalFd> {
 }
 
 fn enter_namespaces(pod: &Pod) -> Result<(), StartError> {
-    let mut flags = UnshareFlags::empty();
+    let mut flags = CloneFlags::empty();
     if pod.new_ipc {
-        flags |= UnshareFlags::NEWIPC;
+        flags |= CloneFlags::CLONE_NEWIPC;
     }
     if pod.hostname.is_some() {
-        flags |= UnshareFlags::NEWUTS;
+        flags |= CloneFlags::CLONE_NEWUTS;
     }
     if !flags.is_empty() {
-        // SAFETY: CLONE_NEWIPC and CLONE_NEWUTS do not change how this process shares memory or
-        // descriptors.
-        unsafe { rustix::thread::unshare_unsafe(flags) }
-            .map_err(StartError::io("create the pod's IPC and UTS namespaces"))?;
+        unshare(flags).map_err(StartError::io("create the pod's IPC and UTS namespaces"))?;
     }
     if let Some(name) = &pod.hostname {
         rustix::system::sethostname(name.as_bytes())

@@ -8,13 +8,14 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
-use nix::sched::{CloneFlags, setns, unshare};
+use nix::sched::{CloneFlags, setns};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use sha2::{Digest, Sha256};
 
 use crate::error::NetworkError;
 use crate::link;
 use crate::netlink::{Batch, Socket};
+use rrun_kernel::namespace_limits::unshare;
 
 /// The stack size of the threads that enter a network namespace. These threads make only a few
 /// system calls and read a netlink reply. The kernel maps and unmaps this stack faster than the

@@ -16,6 +16,7 @@ use crate::error::{Context, Error, Reason as _, Result};
 use crate::mounts::options::{self, Parameter, joined, needs_mount_call};
 use crate::namespaces::in_initial_user_namespace;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::namespace_limits::as_other_user;
 
 /// The temporary mount point for a mount that only mount(2) can create. The directory /proc always
 /// exists. The host does not see a mount on /proc, because this process is in the container's mount
@@ -35,7 +36,12 @@ impl Mount {
         let made = if needs_mount_call(&self.options.data) {
             self.with_mount_call()
         } else {
-            self.with_fsopen()
+            match self.with_fsopen() {
+                Err(refused) if refused.errno == Errno::NOSPC => {
+                    as_other_user(|| self.with_fsopen()).unwrap_or(Err(refused))
+                }
+                made => made,
+            }
         };
         let refused = match made {
             Ok(mount) => return Ok(mount),

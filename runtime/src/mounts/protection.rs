@@ -14,6 +14,7 @@ use crate::mounts::rootfs::{Protected, Rootfs};
 use crate::process::null_device::is_null_device;
 use crate::sys::path::cleaned;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::namespace_limits::beyond_limit;
 
 /// Hides the paths of `linux.maskedPaths`. A directory is covered with an empty directory, and any
 /// other file with /dev/null. A path that does not exist is skipped.
@@ -39,7 +40,7 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
         // rrun attaches the mount to the first path, and attaches copies to the other paths.
         let cover = match attached {
             Some(attached) => clone_descriptor(attached, false).doing(doing)?,
-            None if is_directory => empty_tmpfs(label).doing(doing)?,
+            None if is_directory => beyond_limit(|| empty_tmpfs(label)).doing(doing)?,
             None => null_device(doing)?,
         };
         move_mount(&cover, &target).doing(doing)?;

@@ -11,6 +11,7 @@ use crate::error::{Context, Result};
 use crate::mounts::options;
 use crate::mounts::rootfs::Rootfs;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::namespace_limits::beyond_limit;
 
 /// Returns a detached copy of the mount at a path of the host. If `recursive` is true, the copy
 /// includes the mounts below the path.
@@ -19,7 +20,7 @@ pub(crate) fn clone_tree(path: &Path, recursive: bool) -> std::result::Result<Ow
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    rustix::mount::open_tree(CWD, path, flags)
+    beyond_limit(|| rustix::mount::open_tree(CWD, path, flags))
 }
 
 /// Returns a detached copy of the mount that a descriptor refers to. If `recursive` is true, the
@@ -34,7 +35,7 @@ pub(crate) fn clone_descriptor(
     if recursive {
         flags |= OpenTreeFlags::AT_RECURSIVE;
     }
-    rustix::mount::open_tree(fd, "", flags)
+    beyond_limit(|| rustix::mount::open_tree(&fd, "", flags))
 }
 
 /// Attaches a mount to the file or directory that `target` refers to.

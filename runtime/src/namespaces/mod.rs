@@ -10,12 +10,14 @@ use std::fs::File;
 use std::os::fd::AsFd as _;
 use std::path::{Path, PathBuf};
 
+use nix::sched::CloneFlags;
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType as Type};
 use rustix::fs::{Gid, OFlags, Stat, Uid};
 use rustix::io::Errno;
-use rustix::thread::{LinkNameSpaceType, UnshareFlags};
+use rustix::thread::LinkNameSpaceType;
 
 use crate::error::{Context, Result, refuse};
+use rrun_kernel::namespace_limits::unshare;
 use rrun_kernel::procfs::Procfs;
 use rrun_kernel::regular_file;
 
@@ -234,13 +236,7 @@ pub(crate) fn in_initial_user_namespace() -> bool {
 
 /// Creates a cgroup namespace and enters it.
 pub(crate) fn unshare_cgroup() -> std::result::Result<(), Errno> {
-    unshare(UnshareFlags::NEWCGROUP)
-}
-
-fn unshare(flags: UnshareFlags) -> std::result::Result<(), Errno> {
-    // SAFETY: the callers pass only NEWCGROUP and NEWTIME, which do not affect the descriptor
-    // table, and the process is single-threaded.
-    unsafe { rustix::thread::unshare_unsafe(flags) }
+    unshare(CloneFlags::CLONE_NEWCGROUP)
 }
 
 /// Changes the ids of this process to user 0 and group 0. A process in a new user namespace does
@@ -256,7 +252,9 @@ pub(crate) fn become_root_of_user_namespace() -> Result<()> {
 /// Creates a time namespace for later children, and sets the offsets of its clocks. The kernel
 /// accepts offsets only before the first process is in the namespace. See time_namespaces(7).
 pub(crate) fn unshare_time(offsets: &str) -> Result<()> {
-    unshare(UnshareFlags::NEWTIME).doing(|| "create a time namespace")?;
+    // The nix crate does not have this flag.
+    unshare(CloneFlags::from_bits_retain(libc::CLONE_NEWTIME))
+        .doing(|| "create a time namespace")?;
     Procfs::open()?
         .write("self/timens_offsets", offsets)
         .doing(|| "set linux.timeOffsets")

@@ -13,6 +13,7 @@ use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, 
 use rustix::stdio::{dup2_stderr, dup2_stdin, dup2_stdout, stderr, stdin, stdout};
 
 use crate::error::{Context, Result};
+use rrun_kernel::namespace_limits::beyond_limit;
 
 type Duplicate = fn(&OwnedFd) -> std::result::Result<(), Errno>;
 
@@ -42,7 +43,7 @@ fn replace(other: impl Fn(BorrowedFd<'_>, &Stat)) -> std::result::Result<(), Err
         }
         let null = match &mut null {
             Some(null) => null,
-            none => match open().and_then(|found| found.map_or_else(create, Ok)) {
+            none => match open().and_then(|found| found.map_or_else(|| beyond_limit(create), Ok)) {
                 Ok(opened) => none.insert(opened),
                 // Either the container's devices do not include the null device, or the process is
                 // in a user namespace, whose root does not own the host's /dev/null.

@@ -25,6 +25,15 @@ pub(crate) const TESTS: &[Test] = &[
         a_container_starts_although_roots_quota_of_keys_is_used_up,
         Need::Rrun
     ),
+    test!(
+        a_container_starts_although_the_limits_on_roots_namespaces_are_used_up,
+        Need::Rrun,
+        Need::Program("unshare")
+    ),
+    test!(
+        a_container_is_the_same_if_the_kernel_refuses_each_first_namespace,
+        Need::Rrun
+    ),
 ];
 
 /// The ids that only these tests use. Otherwise, the tests would disturb other processes on this
@@ -155,6 +164,76 @@ fn a_container_starts_although_roots_quota_of_keys_is_used_up() -> Result {
         .ok()?
         .json()?;
     has_own_keyring(&bundle, &report)
+}
+
+/// The limits apply to a separate user namespace, because other programs on the node also need
+/// namespaces. In this user namespace, a container without its own user namespace could not get its
+/// devices.
+fn a_container_starts_although_the_limits_on_roots_namespaces_are_used_up() -> Result {
+    let limit = r#"
+        for type in uts ipc net mnt cgroup; do
+            echo 20 >/proc/sys/user/max_"$type"_namespaces
+        done
+        exec sh -c "$0" "$0" 20 "$@""#;
+    // Each level of this recursive script keeps a namespace of each type.
+    let hold = r#"
+        level=$1
+        shift
+        if [ "$level" -gt 0 ]; then
+            unshare --uts --ipc --net --mount --cgroup sh -c "$0" "$0" $((level - 1)) "$@"
+            exit
+        fi
+        unshare --mount true 2>&1 | grep -q "No space left" || exit 1
+        exec "$@""#;
+    let mut bundle = Bundle::new(&["report"])?;
+    add_user_namespace(&mut bundle, KEYS_USER);
+    // Only root of the initial user namespace can restrict devices.
+    let all = json!([{ "allow": true, "access": "rwm" }]);
+    bundle.set("/linux/resources/devices", all).write_config()?;
+    let report = command("unshare", ["--user", "--setuid=0", "--setgid=0"])
+        .args(["--map-users=0,0,4294967295", "--map-groups=0,0,4294967295"])
+        .args(["sh", "-c", limit, hold, &runtime_program(), "--root"])
+        .arg(bundle.root())
+        .args(["run", bundle.id()])
+        .dir(bundle.path())
+        .ok()?
+        .json()?;
+    ensure_eq!(report["uid"], 0, "the user id of the container's program");
+    Ok(())
+}
+
+/// The test does not use up the limits, because other programs on the node need namespaces.
+/// strace(1) makes the first call of each process fail instead.
+fn a_container_is_the_same_if_the_kernel_refuses_each_first_namespace() -> Result {
+    let mut bundle = Bundle::new(&["report"])?;
+    bundle.set("/process/user", json!({ "uid": 0, "gid": 0 }));
+    let whole = bundle.report()?;
+    for call in ["clone3", "unshare", "open_tree", "fsmount"] {
+        let inject = format!("--inject={call}:error=ENOSPC:when=1");
+        let report = command("strace", ["--follow-forks", "--output=/dev/null", &inject])
+            .arg(runtime_program())
+            .arg("--root")
+            .arg(bundle.root())
+            .args(["run", bundle.id()])
+            .dir(bundle.path())
+            .ok()?
+            .json()?;
+        for part in ["uid", "gid", "groups", "devices", "files", "fds", "limits"] {
+            ensure_eq!(
+                report[part],
+                whole[part],
+                "the {part} of a container for which {call} failed at first"
+            );
+        }
+        for part in ["Uid", "Gid", "CapEff", "CapPrm", "CapBnd", "NoNewPrivs"] {
+            ensure_eq!(
+                report["status"][part],
+                whole["status"][part],
+                "the {part} of a container for which {call} failed at first"
+            );
+        }
+    }
+    Ok(())
 }
 
 fn has_own_keyring(bundle: &Bundle, report: &Value) -> Result {

@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
-use nix::sched::{CloneFlags, unshare};
+use nix::sched::CloneFlags;
 use rustix::fs::{CWD, Mode, OFlags};
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags};
 
@@ -18,6 +18,7 @@ use crate::selinux::label::Label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_kernel::clone3::{Cloned, clone3};
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::namespace_limits::{beyond_limit, unshare};
 
 /// Returns a detached overlay mount. `lower` lists the layers, uppermost first. `writable` is the
 /// directory of `upper` and `work`. If `writable` is `None`, the overlay is read-only and needs at
@@ -88,16 +89,14 @@ fn assemble(
         check_writable()?;
     }
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    rustix::mount::open_tree(CWD, "overlay", flags)
+    beyond_limit(|| rustix::mount::open_tree(CWD, "overlay", flags))
         .during(|| "clone the overlay's mount".to_owned())
 }
 
 /// Moves this thread into a new mount namespace, and mounts a tmpfs on `scratch` there. The tmpfs
 /// becomes the working directory.
 fn enter_scratch(scratch: &Path) -> Result<()> {
-    unshare(CloneFlags::CLONE_NEWNS)
-        .map_err(io::Error::from)
-        .during(|| "create a mount namespace".to_owned())?;
+    unshare(CloneFlags::CLONE_NEWNS).during(|| "create a mount namespace".to_owned())?;
     let private = MountPropagationFlags::REC | MountPropagationFlags::PRIVATE;
     rustix::mount::mount_change("/", private)
         .during(|| "make all mounts of the new mount namespace private".to_owned())?;
@@ -147,7 +146,7 @@ fn mapped(dir: &Path, name: &str, users: Option<&Users>) -> Result<()> {
     };
     std::fs::create_dir(name).during(what)?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
-    let tree = rustix::mount::open_tree(CWD, dir, flags).during(what)?;
+    let tree = beyond_limit(|| rustix::mount::open_tree(CWD, dir, flags)).during(what)?;
     if let Some(users) = users {
         let mapped = MountAttr::default().with_ids_of(users.namespace.as_fd());
         mount_setattr(tree.as_fd(), false, &mapped).during(what)?;

@@ -20,6 +20,7 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
 use rrun_kernel::errno::describe;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::namespace_limits::beyond_limit;
 
 /// The directory in the bundle in which image volumes are mounted.
 const DIR: &str = "images";
@@ -239,7 +240,8 @@ fn clone(dir: &impl AsFd) -> Result<OwnedFd> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE
         | OpenTreeFlags::OPEN_TREE_CLOEXEC
         | OpenTreeFlags::AT_EMPTY_PATH;
-    rustix::mount::open_tree(dir, "", flags).during(|| "clone the image's mount".to_owned())
+    beyond_limit(|| rustix::mount::open_tree(dir, "", flags))
+        .during(|| "clone the image's mount".to_owned())
 }
 
 /// Makes the mount read-only, and disables devices, set-user-ID and execution on it. Kubernetes

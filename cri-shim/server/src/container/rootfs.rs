@@ -1,7 +1,7 @@
 //! A container's root filesystem: an overlay of the image's layers and a writable layer.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -144,7 +144,8 @@ impl Overlay<'_> {
     }
 
     /// Mounts the overlay with fsopen(2), and adds each layer with a separate option `lowerdir+`.
-    /// Returns false if this kernel lacks fsopen(2) or the option. Linux 6.8 introduced the option.
+    /// Returns false if this kernel lacks fsopen(2) or the option, or if it creates no detached
+    /// mount. Linux 6.8 introduced the option.
     fn by_descriptor(&self, upper: &Path, work: &Path) -> Result<bool> {
         let context = match fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
             Ok(context) => context,
@@ -183,12 +184,9 @@ impl Overlay<'_> {
         }
         fsconfig_create(context)
             .map_err(|errno| overlay_error(context, errno, "create the overlay"))?;
-        let mounted = fsmount(
-            context,
-            FsMountFlags::FSMOUNT_CLOEXEC,
-            MountAttrFlags::empty(),
-        )
-        .map_err(|errno| overlay_error(context, errno, "fsmount"))?;
+        let Some(mounted) = detached(context, work)? else {
+            return Ok(false);
+        };
         move_mount(
             mounted,
             "",
@@ -246,6 +244,24 @@ impl Overlay<'_> {
                 .join()
                 .unwrap_or_else(|_| Err(Error::internal("the mounting thread panicked")))
         })
+    }
+}
+
+/// Returns the detached mount of an overlay. A detached mount counts as a mount namespace. If root's
+/// limit is used up ([`rrun_kernel::namespace_limits`]), returns `None`, and prepares `work` for
+/// mount(2), which creates no detached mount.
+fn detached(context: BorrowedFd<'_>, work: &Path) -> Result<Option<OwnedFd>> {
+    let (flags, attributes) = (FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty());
+    match fsmount(context, flags, attributes) {
+        Ok(mount) => Ok(Some(mount)),
+        Err(rustix::io::Errno::NOSPC) => {
+            // Because of the option `volatile`, overlayfs has marked the directory as used, and
+            // would not use it again.
+            std::fs::remove_dir_all(work.join("work/incompat/volatile"))
+                .during(|| "prepare the writable layer for another mount".to_owned())?;
+            Ok(None)
+        }
+        Err(errno) => Err(overlay_error(context, errno, "fsmount")),
     }
 }
 
