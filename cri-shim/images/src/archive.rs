@@ -510,7 +510,7 @@ mod tests {
         let descriptor = |bytes: &[u8]| json!({ "digest": digest_of(bytes), "size": bytes.len() });
         let manifest = json!({ "config": descriptor(&configuration), "layers": [] });
         let manifest = manifest.to_string().into_bytes();
-        let index = json!({ "manifests": vec![descriptor(&manifest); 30_000] });
+        let index = json!({ "manifests": vec![descriptor(&manifest); 10_000] });
         let layout = [
             ("oci-layout".to_owned(), Vec::new()),
             ("index.json".to_owned(), index.to_string().into_bytes()),

@@ -23,6 +23,7 @@ mod image_store;
 mod images;
 mod install;
 pub mod layer;
+mod limited;
 mod limits;
 mod manifest;
 mod pace;

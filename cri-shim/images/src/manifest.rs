@@ -1,14 +1,12 @@
 //! Parses manifests, indexes and configurations in the formats of OCI and of Docker's schema 2,
 //! which have the same structure.
 
-use std::collections::BTreeMap;
-
 use serde::Deserialize;
-use serde::de::IgnoredAny;
 
 use crate::error::{ImageError, Kind};
 use crate::failure::{clean, unreadable_json};
 use crate::layer::LayerDescriptor;
+use crate::limited::{LimitedKeys, LimitedList};
 use crate::record::ImageConfig;
 use crate::reference::is_digest;
 
@@ -25,6 +23,9 @@ pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
 /// of these directories are reserved: a directory with the mount points at the bottom, and the
 /// directory layer at the top.
 pub(crate) const MAX_LAYERS: usize = 498;
+
+/// The maximum number of entries of an index.
+const MAX_MANIFESTS: usize = 1 << 14;
 
 /// The maximum number of arguments, environment variables and volumes in an image's
 /// configuration together. The server keeps them in memory as long as the image is on the node.
@@ -44,7 +45,16 @@ pub(crate) struct Descriptor {
     media_type: String,
     platform: Option<Platform>,
     #[serde(default)]
-    annotations: Option<BTreeMap<String, String>>,
+    annotations: Option<NameAnnotations>,
+}
+
+/// The annotations that contain the name of an image.
+#[derive(Debug, Deserialize)]
+struct NameAnnotations {
+    #[serde(rename = "io.containerd.image.name")]
+    containerd: Option<String>,
+    #[serde(rename = "org.opencontainers.image.ref.name")]
+    specified: Option<String>,
 }
 
 impl Descriptor {
@@ -53,13 +63,8 @@ impl Descriptor {
     /// the reference name (OCI image-spec, annotations.md).
     pub(crate) fn name(&self) -> Option<&str> {
         let annotations = self.annotations.as_ref()?;
-        [
-            "io.containerd.image.name",
-            "org.opencontainers.image.ref.name",
-        ]
-        .iter()
-        .find_map(|key| annotations.get(*key))
-        .map(String::as_str)
+        let name = annotations.containerd.as_ref();
+        name.or(annotations.specified.as_ref()).map(String::as_str)
     }
 
     /// Returns false if the image's platform names another operating system or architecture. An
@@ -108,8 +113,8 @@ pub(crate) enum Document {
 struct RawManifest {
     schema_version: Option<u32>,
     config: Option<Descriptor>,
-    layers: Option<Vec<Descriptor>>,
-    manifests: Option<Vec<Descriptor>>,
+    layers: Option<LimitedList<Descriptor, MAX_LAYERS>>,
+    manifests: Option<LimitedList<Descriptor, MAX_MANIFESTS>>,
 }
 
 fn broken(what: impl Into<String>) -> ImageError {
@@ -147,16 +152,16 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
             layers: Some(layers),
             ..
         } => {
+            let (layers, count) = (layers.entries, layers.count);
             if layers.iter().any(Descriptor::is_foreign) {
                 return Err(ImageError::new(
                     Kind::Unimplemented,
                     "the image has a foreign layer, which is not stored in the image's registry; only Windows images have foreign layers, and rrun runs Linux images",
                 ));
             }
-            if layers.len() > MAX_LAYERS {
+            if count > MAX_LAYERS {
                 return Err(broken(format!(
-                    "the image has {} layers, and the limit is {MAX_LAYERS} layers",
-                    layers.len()
+                    "the image has {count} layers, and the limit is {MAX_LAYERS} layers"
                 )));
             }
             for descriptor in layers.iter().chain([&config]) {
@@ -167,11 +172,24 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
         RawManifest {
             manifests: Some(manifests),
             ..
-        } => choose(&manifests, &Machine::this()).map(Document::Index),
+        } => choose(&entries(manifests)?, &Machine::this()).map(Document::Index),
         _ => Err(broken(
             "the manifest lists neither a configuration with layers nor other manifests",
         )),
     }
+}
+
+/// Returns the entries of an index. Refuses an index with too many entries.
+fn entries(
+    manifests: LimitedList<Descriptor, MAX_MANIFESTS>,
+) -> Result<Vec<Descriptor>, ImageError> {
+    if manifests.count > MAX_MANIFESTS {
+        return Err(broken(format!(
+            "the index lists {} manifests, and the limit is {MAX_MANIFESTS} manifests",
+            manifests.count
+        )));
+    }
+    Ok(manifests.entries)
 }
 
 fn check_digest(digest: &str) -> Result<(), ImageError> {
@@ -288,7 +306,7 @@ pub(crate) fn parse_layout(bytes: &[u8]) -> Result<Vec<Descriptor>, ImageError> 
             unreadable_json(&error)
         ))
     })?;
-    let manifests = raw.manifests.unwrap_or_default();
+    let manifests = entries(raw.manifests.unwrap_or_default())?;
     for descriptor in &manifests {
         check_digest(&descriptor.digest)?;
     }
@@ -311,18 +329,20 @@ struct RawConfiguration {
 
 #[derive(Deserialize)]
 struct RawRootfs {
-    diff_ids: Option<Vec<String>>,
+    diff_ids: Option<LimitedList<String, MAX_LAYERS>>,
 }
+
+type Strings = LimitedList<String, MAX_STRINGS>;
 
 #[derive(Default, Deserialize)]
 #[serde(rename_all = "PascalCase", default)]
 struct RawConfig {
-    entrypoint: Option<Vec<String>>,
-    cmd: Option<Vec<String>>,
-    env: Option<Vec<String>>,
+    entrypoint: Option<Strings>,
+    cmd: Option<Strings>,
+    env: Option<Strings>,
     user: Option<String>,
     working_dir: Option<String>,
-    volumes: Option<BTreeMap<String, IgnoredAny>>,
+    volumes: Option<LimitedKeys<MAX_STRINGS>>,
     stop_signal: Option<String>,
 }
 
@@ -330,8 +350,8 @@ impl RawConfig {
     /// Returns the number of arguments, environment variables and volumes.
     fn strings(&self) -> usize {
         let lists = [&self.entrypoint, &self.cmd, &self.env];
-        let listed: usize = lists.into_iter().flatten().map(Vec::len).sum();
-        listed + self.volumes.as_ref().map_or(0, BTreeMap::len)
+        let listed: usize = lists.into_iter().flatten().map(|list| list.count).sum();
+        listed + self.volumes.as_ref().map_or(0, |volumes| volumes.count)
     }
 }
 
@@ -366,17 +386,26 @@ pub(crate) fn parse_configuration(bytes: &[u8]) -> Result<Configuration, ImageEr
         .rootfs
         .and_then(|rootfs| rootfs.diff_ids)
         .unwrap_or_default();
+    if diff_ids.count > MAX_LAYERS {
+        return Err(broken(format!(
+            "the image's configuration has {} layers, and the limit is {MAX_LAYERS} layers",
+            diff_ids.count
+        )));
+    }
+    let diff_ids = diff_ids.entries;
     for diff_id in &diff_ids {
         check_digest(diff_id)?;
     }
+    let strings = |list: Option<Strings>| list.unwrap_or_default().entries;
+    let volumes = config.volumes.map(|volumes| volumes.keys);
     Ok(Configuration {
         config: ImageConfig {
-            entrypoint: config.entrypoint.unwrap_or_default(),
-            cmd: config.cmd.unwrap_or_default(),
-            env: config.env.unwrap_or_default(),
+            entrypoint: strings(config.entrypoint),
+            cmd: strings(config.cmd),
+            env: strings(config.env),
             user,
             working_dir: config.working_dir.unwrap_or_default(),
-            volumes: config.volumes.unwrap_or_default().into_keys().collect(),
+            volumes: volumes.unwrap_or_default().into_iter().collect(),
             stop_signal: config.stop_signal.filter(|signal| !signal.is_empty()),
         },
         diff_ids,
@@ -409,6 +438,8 @@ pub(crate) fn layer_descriptors(
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
     use serde_json::{Value, json};
 
     use super::*;
@@ -518,6 +549,21 @@ mod tests {
         assert!(of(20_000).is_ok());
         let error = of(30_000);
         assert!(error.is_err_and(|e| e.to_string().contains("70000 arguments, variables")));
+    }
+
+    #[test]
+    fn a_document_with_too_many_entries_is_refused() {
+        let descriptor = json!({ "digest": digest("a"), "size": 1 });
+        let index = |count| json!({ "manifests": vec![&descriptor; count] });
+        let why = refusal(&index(MAX_MANIFESTS + 1));
+        assert!(why.is_some_and(|why| why.contains("lists 16385 manifests")));
+        let why = refusal(&index(MAX_MANIFESTS));
+        assert!(why.is_some_and(|why| why.contains("not built for")));
+        let manifest = json!({ "config": &descriptor, "layers": vec![&descriptor; 1000] });
+        assert!(refusal(&manifest).is_some_and(|why| why.contains("has 1000 layers")));
+        let layers = json!({ "rootfs": { "diff_ids": vec![digest("a"); 1000] } });
+        let error = parse_configuration(layers.to_string().as_bytes());
+        assert!(error.is_err_and(|e| e.to_string().contains("has 1000 layers")));
     }
 
     #[test]
