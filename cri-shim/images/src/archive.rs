@@ -12,10 +12,11 @@ use bytes::Bytes;
 use rustix::fs::{CWD, Mode, OFlags};
 use serde::Deserialize;
 
+use crate::documents::DOCUMENT_BYTES;
 use crate::error::{ImageError, Kind};
 use crate::failure::{clean, unreadable_json};
 use crate::layer::{self, LayerDescriptor, archive as tar, digest_of};
-use crate::manifest::{self, DOCUMENT_BYTES, Document, MAX_LAYERS};
+use crate::manifest::{self, Configuration, Document, MAX_LAYERS};
 use crate::reference::Name;
 use crate::resolved::ResolvedImage;
 use rrun_kernel::regular_file;
@@ -164,7 +165,11 @@ impl ImageArchive {
                 Ok(ArchivedImage {
                     names: names.into_iter().collect(),
                     digest: Some(descriptor.digest.clone()),
-                    image: ResolvedImage::of_manifest(&document, size as u64, configuration)?,
+                    image: ResolvedImage::of_manifest(
+                        &document,
+                        size as u64,
+                        configuration.into(),
+                    )?,
                 })
             })
             .collect()
@@ -183,7 +188,8 @@ impl ImageArchive {
             .map(|image| {
                 let configuration = self.document(&image.config)?;
                 let id = digest_of(&configuration);
-                let diff_ids = manifest::parse_configuration(&configuration)?.diff_ids;
+                let Configuration { config, diff_ids } =
+                    manifest::parse_configuration(&configuration)?;
                 let layers = image.layers.unwrap_or_default();
                 if layers.len() > MAX_LAYERS {
                     return Err(damaged(format!(
@@ -217,7 +223,7 @@ impl ImageArchive {
                 Ok(ArchivedImage {
                     names,
                     digest: None,
-                    image: ResolvedImage::new(id, descriptors, 0, configuration)?,
+                    image: ResolvedImage::new(id, descriptors, 0, configuration.into(), config),
                 })
             })
             .collect()

@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use crate::catalog::{Catalog, directory};
+use crate::documents::DocumentBudget;
 use crate::error::ImageError;
 use crate::fetch::Queues;
 use crate::hosts::Registries;
@@ -28,6 +29,8 @@ pub(crate) struct ImageStore {
     pub fetches: Mutex<HashMap<FetchKey, WeakFetch>>,
     /// The queues in which fetches of layers wait, and the directories of new layers.
     pub queues: Arc<Queues>,
+    /// The memory for the documents of all pulls.
+    pub documents: Arc<DocumentBudget>,
     pub next_pull: AtomicU64,
     /// The lock for the import of archives.
     pub preloading: tokio::sync::Mutex<()>,

@@ -13,6 +13,7 @@ use tokio::runtime::Handle;
 
 use crate::auth::Auth;
 use crate::catalog::{Catalog, EMPTY_LAYER, Lease, empty_layer};
+use crate::documents::DocumentBudget;
 use crate::error::{ImageError, Kind};
 use crate::fetch::Queues;
 use crate::hosts::Registries;
@@ -87,6 +88,7 @@ impl Images {
                 records: store,
                 registries,
                 queues: Arc::new(Queues::new(&settings, directories)),
+                documents: DocumentBudget::new(settings.document_bytes),
                 settings,
                 catalog: Mutex::new(catalog),
                 pulls: Mutex::default(),
@@ -111,8 +113,9 @@ impl Images {
     }
 
     /// Fetches the image that `reference` names. If a pull of this image is already in progress,
-    /// the call joins this pull. If all callers of a pull disconnect, the pull continues for the
-    /// time `image.abandoned_seconds`. A retry within this time joins the pull.
+    /// the call joins this pull. If all callers of a pull disconnect before its layers are
+    /// known, the pull ends. Later, it continues for the time `image.abandoned_seconds`, and a retry
+    /// within this time joins the pull.
     pub async fn pull(
         &self,
         reference: &str,

@@ -11,6 +11,7 @@ use serde_json::value::RawValue;
 use tokio::sync::{Semaphore, watch};
 
 use crate::catalog::{Catalog, directory_layer_key, key_of};
+use crate::documents::DocumentText;
 use crate::error::{ImageError, Kind};
 use crate::fetch::{self, LayerRequest, Origin};
 use crate::image_store::ImageStore;
@@ -113,7 +114,10 @@ pub(crate) async fn install(
                 // image is recorded. `_caller` counts as a caller of the pull, and a pull with a
                 // caller can't be abandoned.
                 let _caller = callers.map(Caller::new);
-                publish(store, image, names, digest, &configuration).await
+                match configuration.finish() {
+                    Ok(()) => publish(store, image, names, digest, configuration).await,
+                    Err(error) => Err(error),
+                }
             }
             Err(error) => Err(error),
         }
@@ -445,14 +449,18 @@ async fn publish(
     mut image: Image,
     names: &[Name],
     digest: Option<&str>,
-    configuration: &[u8],
+    configuration: DocumentText,
 ) -> PullResult {
     // The complete configuration answers CRI requests that inspect the image, and contains the
     // strings of a large configuration for new containers. It is stored as text: a
     // `serde_json::Value` can need forty times as much memory.
     image.drop_large_config();
-    let whole: Option<&RawValue> = serde_json::from_slice(configuration).ok();
-    let whole = Change::put(Table::CONFIGURATIONS, &image.id, &whole)?;
+    let id = image.id.clone();
+    let whole = configuration.read(move |configuration| {
+        let whole: Option<&RawValue> = serde_json::from_slice(&configuration).ok();
+        Change::put(Table::CONFIGURATIONS, &id, &whole)
+    });
+    let whole = whole.await?;
     let (image, before, written) = {
         let mut catalog = lock(&store.catalog);
         let before = catalog.image(&image.id).cloned();
@@ -473,6 +481,7 @@ async fn publish(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::documents::DocumentBudget;
     use crate::hosts::Registries;
     use crate::images::Images;
     use crate::limits::RegistryLimits;
@@ -491,11 +500,13 @@ mod tests {
         let limits = RegistryLimits {
             silence: settings.silence_timeout(),
             min_rate: settings.min_rate(),
+            document: settings.document_timeout(),
             permissions: settings.permissions(),
         };
         // Nothing is sent to the registry before the first `await` of the test.
         let name = Name::parse("registry.invalid/app:1")?;
-        let source = Source::open(&registries, &name, None, limits)?;
+        let share = DocumentBudget::new(settings.document_bytes).share("registry.invalid");
+        let source = Source::open(&registries, &name, None, limits, &share)?;
         let images = Images::open(&root, store, registries, settings)?;
         let layer = |number: u64| LayerDescriptor {
             digest: format!("sha256:{number:064x}"),

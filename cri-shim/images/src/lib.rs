@@ -12,6 +12,7 @@ mod blob_reader;
 mod catalog;
 mod challenge;
 mod client;
+mod documents;
 mod error;
 mod failure;
 mod fetch;

@@ -16,6 +16,8 @@ pub(crate) struct RegistryLimits {
     /// The time without a received byte after which a request fails.
     pub silence: Duration,
     pub min_rate: MinRate,
+    /// The time within which a document must arrive.
+    pub document: Duration,
     pub permissions: Permissions,
 }
 

@@ -16,9 +16,6 @@ pub(crate) const ACCEPT: &str = "application/vnd.oci.image.index.v1+json, \
     application/vnd.oci.image.manifest.v1+json, \
     application/vnd.docker.distribution.manifest.v2+json";
 
-/// The maximum number of bytes of each manifest, index or configuration.
-pub(crate) const DOCUMENT_BYTES: u64 = 8 << 20;
-
 /// The maximum number of layers in an image. An overlay mount supports 500 lower directories. Two
 /// of these directories are reserved: a directory with the mount points at the bottom, and the
 /// directory layer at the top.

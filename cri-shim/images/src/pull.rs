@@ -1,13 +1,13 @@
 //! Performs one pull, from the request for the manifest to the image's record in the store.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use futures_util::FutureExt;
 use tokio::sync::watch;
 
 use crate::auth::Auth;
+use crate::documents::{DocumentShare, DocumentText};
 use crate::error::{ImageError, Kind};
 use crate::fetch::Origin;
 use crate::image_store::{ImageStore, PullEnd};
@@ -60,14 +60,7 @@ async fn run(
     let reference = key.0.canonical();
     let begun = Instant::now();
     log::info!("pull {reference}: started");
-    let pulled = tokio::select! {
-        pulled = pull(&store, &key, &callers) => Some(pulled),
-        () = abandoned(&store, &key, &callers) => None,
-    };
-    let result = match pulled {
-        Some(pulled) => pulled,
-        None => Err(clear(&store).await),
-    };
+    let result = pull(&store, &key, &callers).await;
     let result = result.map_err(|error| error.context(format_args!("pull {reference}")));
     match &result {
         Ok(image) => {
@@ -100,10 +93,14 @@ async fn run(
     result
 }
 
-/// Waits until the pull has no caller for the time `image.abandoned_seconds`. Then removes the pull
-/// from the table of pulls. A later caller starts a new pull.
-async fn abandoned(store: &ImageStore, key: &PullKey, callers: &watch::Sender<usize>) {
-    let timeout = store.settings.abandoned_timeout();
+/// Waits until the pull has no caller for the time `timeout`. Then removes the pull from the table of
+/// pulls. A later caller starts a new pull.
+async fn abandoned(
+    store: &ImageStore,
+    key: &PullKey,
+    callers: &watch::Sender<usize>,
+    timeout: Duration,
+) {
     let mut count = callers.subscribe();
     // `wait_for` fails only if the sender is dropped. The sender can't be dropped here, because
     // this function borrows it.
@@ -122,28 +119,54 @@ async fn abandoned(store: &ImageStore, key: &PullKey, callers: &watch::Sender<us
     }
 }
 
-/// Removes the layers of an abandoned pull, and returns the error with which the pull fails.
-async fn clear(store: &Arc<ImageStore>) -> ImageError {
-    let why = ImageError::new(
-        Kind::Unavailable,
-        format!(
-            "no caller has waited for this pull for {} s (image.abandoned_seconds), so it was stopped; a new pull within the next hour resumes the download of its large layers",
-            store.settings.abandoned_timeout().as_secs()
-        ),
-    );
-    store.release_fetches().await.err().unwrap_or(why)
+/// The reason why a pull is stopped.
+enum Stop {
+    Abandoned,
+    /// The documents of other pulls need the memory.
+    Memory(ImageError),
+}
+
+/// Performs `work` until it ends or the pull is stopped. The pull is stopped if it has no caller for
+/// the time `timeout`, or if its documents must give up their memory.
+async fn unless_stopped<T>(
+    work: impl Future<Output = T>,
+    (store, key, callers): (&ImageStore, &PullKey, &watch::Sender<usize>),
+    timeout: Duration,
+    documents: &DocumentShare,
+) -> Result<T, Stop> {
+    tokio::select! {
+        done = work => Ok(done),
+        () = abandoned(store, key, callers, timeout) => Err(Stop::Abandoned),
+        error = documents.stopped() => Err(Stop::Memory(error)),
+    }
 }
 
 async fn pull(
     store: &Arc<ImageStore>,
-    (name, auth): &PullKey,
+    key: &PullKey,
     callers: &Arc<watch::Sender<usize>>,
 ) -> PullResult {
+    let (name, auth) = key;
     let reference = name.canonical();
-    let source = open_source(store, name, auth).await?;
-    let (digest, image) = resolve(&source, name, &reference).await?;
+    let documents = store.documents.share(&name.registry);
+    let of_pull = (&**store, key, &**callers);
+    let resolving = async {
+        let source = open_source(store, name, auth, &documents).await?;
+        let (digest, image) = resolve(&source, name, &reference).await?;
+        Ok::<_, ImageError>((source, digest, image))
+    };
+    // Until the image's layers are known, the pull has nothing that a retry must not fetch again.
+    // Without a caller, it therefore ends immediately.
+    let resolved = unless_stopped(resolving, of_pull, Duration::ZERO, &documents).await;
+    let (source, digest, image) = resolved.map_err(|stop| match stop {
+        Stop::Abandoned => ImageError::new(
+            Kind::Unavailable,
+            "no caller waits for this pull, and the image's manifest and configuration have not arrived, so it was stopped",
+        ),
+        Stop::Memory(error) => error,
+    })??;
     let origin = Arc::new(Origin::Registry(source));
-    let published = install(
+    let installing = install(
         store,
         &origin,
         image,
@@ -152,22 +175,44 @@ async fn pull(
         &reference,
         Some(callers),
     );
-    published.await
+    let timeout = store.settings.abandoned_timeout();
+    match unless_stopped(installing, of_pull, timeout, &documents).await {
+        Ok(published) => published,
+        Err(stop) => Err(clear(store, stop).await),
+    }
+}
+
+/// Removes the layers of a stopped pull, and returns the error with which the pull fails.
+async fn clear(store: &Arc<ImageStore>, stop: Stop) -> ImageError {
+    let why = match stop {
+        Stop::Abandoned => ImageError::new(
+            Kind::Unavailable,
+            format!(
+                "no caller has waited for this pull for {} s (image.abandoned_seconds), so it was stopped; a new pull within the next hour resumes the download of its large layers",
+                store.settings.abandoned_timeout().as_secs()
+            ),
+        ),
+        Stop::Memory(error) => error,
+    };
+    store.release_fetches().await.err().unwrap_or(why)
 }
 
 async fn open_source(
     store: &ImageStore,
     name: &Name,
     auth: &Option<Auth>,
+    documents: &Arc<DocumentShare>,
 ) -> Result<Source, ImageError> {
     let (registries, name, auth) = (store.registries.clone(), name.clone(), auth.clone());
     let limits = RegistryLimits {
         silence: store.settings.silence_timeout(),
         min_rate: store.settings.min_rate(),
+        document: store.settings.document_timeout(),
         permissions: store.settings.permissions(),
     };
+    let documents = Arc::clone(documents);
     let opened = tokio::task::spawn_blocking(move || {
-        Source::open(&registries, &name, auth.as_ref(), limits)
+        Source::open(&registries, &name, auth.as_ref(), limits, &documents)
     });
     opened.await.map_err(|error| {
         ImageError::new(
@@ -185,9 +230,10 @@ async fn resolve(
     reference: &str,
 ) -> Result<(String, ResolvedImage), ImageError> {
     let (top, digest) = manifest_of(source, &name.target, reference).await?;
-    let (document, manifest_size) = match manifest::parse(&top)? {
-        Document::Image(manifest) => (manifest, top.len()),
-        Document::Index(chosen) => {
+    // The text of a document is dropped when the document is parsed.
+    let (document, manifest_size) = match top.read(parse).await? {
+        (Document::Image(manifest), size) => (manifest, size),
+        (Document::Index(chosen), _) => {
             chosen_manifest(source, Target::Digest(chosen), reference).await?
         }
     };
@@ -198,15 +244,22 @@ async fn resolve(
         bytes,
     )
     .await?;
-    let image = ResolvedImage::of_manifest(&document, manifest_size as u64, configuration)?;
-    Ok((digest, image))
+    let image = configuration.read(move |configuration| {
+        ResolvedImage::of_manifest(&document, manifest_size, configuration)
+    });
+    Ok((digest, image.await?))
+}
+
+/// Parses a manifest or an index. Also returns its size in bytes.
+fn parse(text: DocumentText) -> Result<(Document, u64), ImageError> {
+    Ok((manifest::parse(&text)?, text.len() as u64))
 }
 
 async fn manifest_of(
     source: &Source,
     target: &Target,
     reference: &str,
-) -> Result<(Bytes, String), ImageError> {
+) -> Result<(DocumentText, String), ImageError> {
     let what = format!("pull {reference}: fetch the image's manifest");
     slow(what, source.manifest(target)).await
 }
@@ -217,11 +270,11 @@ async fn chosen_manifest(
     source: &Source,
     chosen: Target,
     reference: &str,
-) -> Result<(Manifest, usize), ImageError> {
+) -> Result<(Manifest, u64), ImageError> {
     let (bytes, _) = manifest_of(source, &chosen, reference).await?;
-    match manifest::parse(&bytes)? {
-        Document::Image(manifest) => Ok((manifest, bytes.len())),
-        Document::Index(_) => Err(ImageError::new(
+    match bytes.read(parse).await? {
+        (Document::Image(manifest), size) => Ok((manifest, size)),
+        (Document::Index(_), _) => Err(ImageError::new(
             Kind::DataLoss,
             "the index refers to another index",
         )),

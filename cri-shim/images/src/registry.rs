@@ -20,6 +20,7 @@ use serde::Deserialize;
 use crate::auth::Credential;
 use crate::challenge::{self, Challenge};
 use crate::client::Clients;
+use crate::documents::{DocumentShare, DocumentText, SMALL_BYTES};
 use crate::error::{ImageError, Kind};
 use crate::failure::{RequestFailure, cause, clean};
 use crate::hosts::Endpoint;
@@ -61,6 +62,9 @@ pub(crate) struct Registry {
     plain_token_servers: bool,
     timeouts: Timeouts,
     min_rate: MinRate,
+    document_timeout: Duration,
+    /// The memory for the documents of the pull.
+    documents: Arc<DocumentShare>,
     /// The error of a request whose answer was too slow. If `slowness` is set, the pull does not
     /// use the endpoint again.
     slowness: Mutex<Option<ImageError>>,
@@ -110,6 +114,7 @@ impl Registry {
         repository: &str,
         credential: Option<Credential>,
         limits: RegistryLimits,
+        documents: Arc<DocumentShare>,
     ) -> Result<Self, ImageError> {
         let silence = limits.silence;
         // `install_default` fails if a default cryptography provider is already installed. The
@@ -139,6 +144,8 @@ impl Registry {
                 silence,
             },
             min_rate: limits.min_rate,
+            document_timeout: limits.document,
+            documents,
             slowness: Mutex::default(),
             sends_to: Mutex::default(),
             namespace: endpoint.mirror.then(|| registry.to_owned()),
@@ -155,11 +162,15 @@ impl Registry {
     }
 
     /// Fetches a manifest by tag or digest.
-    pub(crate) async fn manifest(&self, target: &str, most: u64) -> Result<Bytes, RequestFailure> {
+    pub(crate) async fn manifest(
+        &self,
+        target: &str,
+        most: u64,
+    ) -> Result<DocumentText, RequestFailure> {
         let url = self.url("manifests", target)?;
         let watch = self.watch();
         let response = self.get(url, Some(manifest::ACCEPT), 0, &watch).await?;
-        bounded(response, most, "the manifest", self.timeouts, &watch)
+        self.receive(response, most, "the manifest", &watch)
             .await
             .map_err(|failure| self.named(failure))
     }
@@ -224,12 +235,40 @@ impl Registry {
     }
 
     /// Fetches a small blob into memory.
-    pub(crate) async fn document(&self, digest: &str, most: u64) -> Result<Bytes, RequestFailure> {
+    pub(crate) async fn document(
+        &self,
+        digest: &str,
+        most: u64,
+    ) -> Result<DocumentText, RequestFailure> {
         let blob = self.blob(digest, 0, self.watch()).await?;
         let what = "the image's configuration";
-        bounded(blob.response, most, what, self.timeouts, &blob.watch)
+        self.receive(blob.response, most, what, &blob.watch)
             .await
             .map_err(|failure| self.named(failure))
+    }
+
+    /// Receives a document of at most `most` bytes.
+    async fn receive(
+        &self,
+        response: Response,
+        most: u64,
+        what: &str,
+        watch: &RateWatch,
+    ) -> Result<DocumentText, RequestFailure> {
+        let body = bounded(response, most, what, self.timeouts, watch, &self.documents);
+        let late = || RequestFailure {
+            slow: true,
+            ..ImageError::new(
+                Kind::Unavailable,
+                format!(
+                    "{what} did not arrive within {} s (image.document_seconds)",
+                    self.document_timeout.as_secs()
+                ),
+            )
+            .into()
+        };
+        let body = tokio::time::timeout(self.document_timeout, body).await;
+        body.unwrap_or_else(|_| Err(late()))
     }
 
     fn url(&self, kind: &str, what: &str) -> Result<Url, RequestFailure> {
@@ -291,7 +330,7 @@ impl Registry {
         // If the registry redirected the request to another server, this server must not get the
         // credentials. The challenge of the other server is therefore not answered.
         if response.status() != StatusCode::UNAUTHORIZED || !at_home {
-            return accepted(response, self.min_rate, at_home).await;
+            return self.accepted(response, at_home).await;
         }
         let challenge = challenge::choose(
             response
@@ -301,12 +340,12 @@ impl Registry {
                 .filter_map(|value| value.to_str().ok()),
         );
         let Some(authorization) = self.answer_challenge(challenge, watch).await? else {
-            return accepted(response, self.min_rate, true).await;
+            return self.accepted(response, true).await;
         };
         *lock(&self.authorization) = Some(authorization.clone());
         private.insert(AUTHORIZATION, authorization);
         let (response, at_home) = self.follow(&url, &public, &private, watch).await?;
-        accepted(response, self.min_rate, at_home).await
+        self.accepted(response, at_home).await
     }
 
     /// Sends a request and follows redirections. The `private` headers are sent only to this
@@ -421,13 +460,70 @@ impl Registry {
             .map_err(named)?
             .map_err(|error| named(transport(error, self.timeouts)))?;
         let quoted = self.is_at_home(response.url());
-        let response = accepted(response, self.min_rate, quoted)
-            .await
-            .map_err(named)?;
-        let body = bounded(response, TOKEN_BYTES, "the token", self.timeouts, watch)
-            .await
-            .map_err(named)?;
+        let response = self.accepted(response, quoted).await.map_err(named)?;
+        let body = self.receive(response, TOKEN_BYTES, "the token", watch);
+        let body = body.await.map_err(named)?;
         token_of(&body)
+    }
+
+    /// Returns `response` unchanged if its status reports success. Otherwise returns an error. The
+    /// error contains the explanation in the answer only if `quoted` is true. If the registry has
+    /// chosen another host, `quoted` must be false: the error must not show the answers of hosts
+    /// that only this node can reach.
+    async fn accepted(&self, response: Response, quoted: bool) -> Result<Response, RequestFailure> {
+        let status = response.status();
+        if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
+            return Ok(response);
+        }
+        let kind = match status.as_u16() {
+            401 => Kind::Unauthenticated,
+            403 => Kind::PermissionDenied,
+            404 => Kind::NotFound,
+            408 | 429 | 500.. => Kind::Unavailable,
+            416 => Kind::DataLoss,
+            _ => Kind::Internal,
+        };
+        let wait = response
+            .headers()
+            .get(RETRY_AFTER)
+            .and_then(|value| value.to_str().ok()?.trim().parse().ok())
+            .map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
+        let watch = RateWatch::new(self.min_rate, None);
+        let body = bounded(
+            response,
+            EXPLANATION_BYTES,
+            "the body of the error response",
+            Timeouts {
+                connect: EXPLANATION_TIMEOUT,
+                silence: EXPLANATION_TIMEOUT,
+            },
+            &watch,
+            &self.documents,
+        );
+        // Only the HTTP status determines the error kind. If the body does not arrive in time, the
+        // error is reported without the explanation from the body.
+        let text = if quoted {
+            let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
+            body.ok()
+                .and_then(Result::ok)
+                .map_or_else(String::new, |body| explanation(&body))
+        } else {
+            String::new()
+        };
+        let reason = status.canonical_reason().unwrap_or("(unknown status)");
+        let colon = if text.is_empty() { "" } else { ": " };
+        Err(RequestFailure {
+            error: ImageError::new(
+                kind,
+                format!(
+                    "the server answered {} {reason}{colon}{text}",
+                    status.as_u16()
+                ),
+            ),
+            retry: kind == Kind::Unavailable,
+            wait,
+            slow: false,
+        })
     }
 
     /// Parses the address of the token server, and checks that a request to it does not expose the
@@ -602,68 +698,6 @@ fn redirection_error(why: &str) -> RequestFailure {
     ImageError::new(Kind::Unavailable, why).into()
 }
 
-/// Returns `response` unchanged if its status reports success. Otherwise returns an error. The error
-/// contains the explanation in the answer only if `quoted` is true. If the registry has chosen
-/// another host, `quoted` must be false: the error must not show the answers of hosts that only
-/// this node can reach.
-async fn accepted(
-    response: Response,
-    min_rate: MinRate,
-    quoted: bool,
-) -> Result<Response, RequestFailure> {
-    let status = response.status();
-    if matches!(status, StatusCode::OK | StatusCode::PARTIAL_CONTENT) {
-        return Ok(response);
-    }
-    let kind = match status.as_u16() {
-        401 => Kind::Unauthenticated,
-        403 => Kind::PermissionDenied,
-        404 => Kind::NotFound,
-        408 | 429 | 500.. => Kind::Unavailable,
-        416 => Kind::DataLoss,
-        _ => Kind::Internal,
-    };
-    let wait = response
-        .headers()
-        .get(RETRY_AFTER)
-        .and_then(|value| value.to_str().ok()?.trim().parse().ok())
-        .map(|seconds| Duration::from_secs(seconds).min(MAX_RETRY_AFTER));
-    let watch = RateWatch::new(min_rate, None);
-    let body = bounded(
-        response,
-        EXPLANATION_BYTES,
-        "the body of the error response",
-        Timeouts {
-            connect: EXPLANATION_TIMEOUT,
-            silence: EXPLANATION_TIMEOUT,
-        },
-        &watch,
-    );
-    // Only the HTTP status determines the error kind. If the body does not arrive in time, the
-    // error is reported without the explanation from the body.
-    let text = if quoted {
-        let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
-        let body = body.ok().and_then(Result::ok).unwrap_or_default();
-        explanation(&body)
-    } else {
-        String::new()
-    };
-    let reason = status.canonical_reason().unwrap_or("(unknown status)");
-    let colon = if text.is_empty() { "" } else { ": " };
-    Err(RequestFailure {
-        error: ImageError::new(
-            kind,
-            format!(
-                "the server answered {} {reason}{colon}{text}",
-                status.as_u16()
-            ),
-        ),
-        retry: kind == Kind::Unavailable,
-        wait,
-        slow: false,
-    })
-}
-
 /// Extracts the first error message from the body of an answer with an error status (distribution
 /// specification, "Error Codes").
 pub(crate) fn explanation(body: &[u8]) -> String {
@@ -695,19 +729,28 @@ async fn bounded(
     what: &str,
     timeouts: Timeouts,
     watch: &RateWatch,
-) -> Result<Bytes, RequestFailure> {
+    documents: &Arc<DocumentShare>,
+) -> Result<DocumentText, RequestFailure> {
+    // The code below does not read the headers, which can occupy 400 KiB.
+    drop(std::mem::take(response.headers_mut()));
     let mut body = Vec::new();
+    let mut room = documents.room();
     while let Some(chunk) = next(&mut response, timeouts, watch).await? {
-        if body.len() as u64 + chunk.len() as u64 > most {
+        let length = body.len() + chunk.len();
+        if length as u64 > most {
             return Err(ImageError::new(
                 Kind::DataLoss,
                 format!("{what} is longer than the limit of {most} bytes"),
             )
             .into());
         }
+        let room = room.grow(length).await?;
+        if length > SMALL_BYTES && length > body.capacity() {
+            body.reserve_exact(room - body.len());
+        }
         body.extend_from_slice(&chunk);
     }
-    Ok(body.into())
+    Ok(DocumentText::new(body.into(), room))
 }
 
 /// Describes a failure of the connection or of the transfer. The message omits the URL, because the

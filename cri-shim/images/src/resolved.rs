@@ -1,17 +1,16 @@
 //! An image whose manifest and configuration have been read.
 
-use bytes::Bytes;
-
+use crate::documents::DocumentText;
 use crate::error::ImageError;
 use crate::layer::LayerDescriptor;
 use crate::manifest::{self, Manifest};
-use crate::record::{Image, LayerName};
+use crate::record::{Image, ImageConfig, LayerName};
 
 /// An image with a complete record, before its layers are fetched.
 pub(crate) struct ResolvedImage {
     pub image: Image,
     pub descriptors: Vec<LayerDescriptor>,
-    pub configuration: Bytes,
+    pub configuration: DocumentText,
 }
 
 impl ResolvedImage {
@@ -20,22 +19,30 @@ impl ResolvedImage {
     pub(crate) fn of_manifest(
         document: &Manifest,
         manifest_size: u64,
-        configuration: Bytes,
+        configuration: DocumentText,
     ) -> Result<Self, ImageError> {
-        let diff_ids = manifest::parse_configuration(&configuration)?.diff_ids;
-        let descriptors = manifest::layer_descriptors(document, &diff_ids)?;
+        let parsed = manifest::parse_configuration(&configuration)?;
+        let descriptors = manifest::layer_descriptors(document, &parsed.diff_ids)?;
         let id = document.config.digest.clone();
-        ResolvedImage::new(id, descriptors, manifest_size, configuration)
+        let parsed = parsed.config;
+        Ok(Self::new(
+            id,
+            descriptors,
+            manifest_size,
+            configuration,
+            parsed,
+        ))
     }
 
-    /// Creates a resolved image. `id` is the digest of `configuration`.
+    /// Creates a resolved image. `id` is the digest of `configuration`, and `config` contains the
+    /// parsed values of `configuration`.
     pub(crate) fn new(
         id: String,
         descriptors: Vec<LayerDescriptor>,
         manifest_size: u64,
-        configuration: Bytes,
-    ) -> Result<Self, ImageError> {
-        let parsed = manifest::parse_configuration(&configuration)?;
+        configuration: DocumentText,
+        config: ImageConfig,
+    ) -> Self {
         let image = Image {
             id,
             repo_tags: Vec::new(),
@@ -44,7 +51,7 @@ impl ResolvedImage {
                 manifest_size.saturating_add(configuration.len() as u64),
                 u64::saturating_add,
             ),
-            config: parsed.config,
+            config,
             large_config: false,
             unpacked: Vec::new(),
             layers: descriptors
@@ -57,10 +64,10 @@ impl ResolvedImage {
                 .collect(),
             pinned: false,
         };
-        Ok(ResolvedImage {
+        ResolvedImage {
             image,
             descriptors,
             configuration,
-        })
+        }
     }
 }

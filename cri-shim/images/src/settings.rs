@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+use crate::documents::DOCUMENT_BYTES;
 use crate::limits::{MinRate, Permissions};
 use crate::manifest::MAX_LAYERS;
 use crate::pin::Pins;
@@ -35,6 +36,11 @@ pub struct ImageSettings {
     /// The maximum number of bytes of all partial blobs, which are kept for the next pull after an
     /// interrupted pull. A fetch without room for more bytes continues, but keeps no more bytes.
     pub partial_bytes: u64,
+    /// The maximum number of bytes of all indexes, manifests and configurations that are being
+    /// received or used. See the module `documents`.
+    pub document_bytes: u64,
+    /// The time, in seconds, within which such a document must arrive.
+    pub document_seconds: u64,
     /// The time without received data, in seconds, after which a registry's answer fails. The whole
     /// response head must also arrive within this time.
     pub silence_seconds: u64,
@@ -46,7 +52,8 @@ pub struct ImageSettings {
     /// blob from the same registry does not wait for a slower fetch, but fetches the blob itself. 0
     /// disables the check.
     pub join_rate: u64,
-    /// The time, in seconds, for which a pull continues after its last caller disconnected.
+    /// The time, in seconds, for which a pull continues after its last caller disconnected. A pull
+    /// whose layers are not known yet ends immediately.
     pub abandoned_seconds: u64,
     /// True if a registry may redirect requests to addresses of this node itself, to link-local
     /// addresses and to metadata services, and may have its token server there. A registry with
@@ -71,6 +78,8 @@ impl Default for ImageSettings {
             volume_bytes: 16 << 30,
             volume_files: 1 << 20,
             partial_bytes: 16 << 30,
+            document_bytes: 64 << 20,
+            document_seconds: 300,
             silence_seconds: 30,
             least_rate: 100,
             least_rate_seconds: 60,
@@ -96,12 +105,19 @@ impl ImageSettings {
             ("image.layer_bytes", self.layer_bytes == 0),
             ("image.layer_files", self.layer_files == 0),
             ("image.configuration_bytes", self.configuration_bytes == 0),
+            ("image.document_seconds", self.document_seconds == 0),
             ("image.silence_seconds", self.silence_seconds == 0),
             ("image.least_rate_seconds", self.least_rate_seconds == 0),
             ("image.abandoned_seconds", self.abandoned_seconds == 0),
         ];
         if let Some((key, _)) = zeros.into_iter().find(|(_, zero)| *zero) {
             return Err((key, "0 would prevent all pulls".to_owned()));
+        }
+        if self.document_bytes < DOCUMENT_BYTES {
+            return Err((
+                "image.document_bytes",
+                format!("one document of an image can need {DOCUMENT_BYTES} bytes"),
+            ));
         }
         let (per_host, all) = (self.layers_per_host(), self.parallel_layers);
         if per_host > self.most_layers_per_host() {
@@ -136,6 +152,10 @@ impl ImageSettings {
 
     pub(crate) fn silence_timeout(&self) -> Duration {
         Duration::from_secs(self.silence_seconds)
+    }
+
+    pub(crate) fn document_timeout(&self) -> Duration {
+        Duration::from_secs(self.document_seconds.min(u32::MAX.into()))
     }
 
     pub(crate) fn min_rate(&self) -> MinRate {

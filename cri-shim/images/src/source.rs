@@ -10,12 +10,12 @@ use futures_util::future::BoxFuture;
 use tokio::sync::mpsc;
 
 use crate::auth::Auth;
+use crate::documents::{DOCUMENT_BYTES, DocumentShare, DocumentText};
 use crate::error::{ImageError, Kind};
 use crate::failure::RequestFailure;
 use crate::hosts::Registries;
 use crate::layer::digest_of;
 use crate::limits::RegistryLimits;
-use crate::manifest::DOCUMENT_BYTES;
 use crate::pace::RateWatch;
 use crate::reference::{Name, Target};
 use crate::registry::{Blob, Registry};
@@ -48,6 +48,7 @@ impl Source {
         name: &Name,
         auth: Option<&Auth>,
         limits: RegistryLimits,
+        documents: &Arc<DocumentShare>,
     ) -> Result<Self, ImageError> {
         let registries = configured
             .endpoints(&name.registry)?
@@ -61,6 +62,7 @@ impl Source {
                     &name.repository,
                     credential,
                     limits,
+                    Arc::clone(documents),
                 )
                 .map(Arc::new)
             })
@@ -84,7 +86,10 @@ impl Source {
 
     /// Fetches the manifest or index that a tag or digest names. Returns the document and its
     /// digest.
-    pub(crate) async fn manifest(&self, target: &Target) -> Result<(Bytes, String), ImageError> {
+    pub(crate) async fn manifest(
+        &self,
+        target: &Target,
+    ) -> Result<(DocumentText, String), ImageError> {
         let (expected, resolve) = match target {
             Target::Tag(tag) => (tag, true),
             Target::Digest(digest) => (digest, false),
@@ -93,7 +98,7 @@ impl Source {
             let expected = expected.clone();
             async move {
                 let body = registry.manifest(&expected, DOCUMENT_BYTES).await?;
-                let digest = digest_of(&body);
+                let (body, digest) = body.read(with_digest).await;
                 if !resolve && digest != expected {
                     return Err(mismatch(&registry, "the manifest", &expected, &digest));
                 }
@@ -105,7 +110,11 @@ impl Source {
     }
 
     /// Fetches a small blob and verifies its digest.
-    pub(crate) async fn document(&self, expected: &str, size: u64) -> Result<Bytes, ImageError> {
+    pub(crate) async fn document(
+        &self,
+        expected: &str,
+        size: u64,
+    ) -> Result<DocumentText, ImageError> {
         if size > DOCUMENT_BYTES {
             return Err(ImageError::new(
                 Kind::DataLoss,
@@ -118,7 +127,7 @@ impl Source {
             let expected = expected.to_owned();
             async move {
                 let body = registry.document(&expected, size).await?;
-                let digest = digest_of(&body);
+                let (body, digest) = body.read(with_digest).await;
                 if digest != expected {
                     return Err(mismatch(
                         &registry,
@@ -301,6 +310,11 @@ impl Source {
             }
         }
     }
+}
+
+fn with_digest(document: DocumentText) -> (DocumentText, String) {
+    let digest = digest_of(&document);
+    (document, digest)
 }
 
 fn mismatch(registry: &Registry, what: &str, expected: &str, actual: &str) -> RequestFailure {

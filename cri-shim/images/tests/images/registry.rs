@@ -3,6 +3,7 @@
 
 mod authentication;
 mod blobs;
+mod documents;
 mod errors;
 mod manifests;
 mod sharing;
@@ -20,6 +21,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     [
         authentication::trials(),
         blobs::trials(),
+        documents::trials(),
         errors::trials(),
         manifests::trials(),
         sharing::trials(),

@@ -55,7 +55,10 @@ async fn abandoned() -> Result<(), Failure> {
     let node = Node::new()?;
     {
         let mut pull = Box::pin(node.images.pull(&reference, None));
-        assert!(futures_util::poll!(&mut pull).is_pending());
+        while server.count(&built.layers[0]) == 0 {
+            assert!(futures_util::poll!(&mut pull).is_pending());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
     }
     while node.images.find(&reference).is_none() {
         tokio::time::sleep(Duration::from_millis(10)).await;
