@@ -33,8 +33,8 @@ use rrun_calls::lock::lock;
 /// The maximum number of redirections for one request.
 const MAX_REDIRECTIONS: usize = 10;
 
-/// The maximum number of bytes of a token server's answer.
-const TOKEN_BYTES: u64 = 1 << 20;
+/// The maximum number of bytes of a token server's answer. A pull keeps its token until it ends.
+const TOKEN_BYTES: u64 = 64 << 10;
 
 /// The maximum number of bytes in the body of an answer with an error status.
 const EXPLANATION_BYTES: u64 = 16 << 10;

@@ -32,6 +32,10 @@ async fn bearer() -> Result<(), Failure> {
     let built = simple();
     let token_server = Server::start(&[], |request| {
         let query = request.path.split('?').nth(1).unwrap_or_default();
+        if query.contains("repository%3Along") {
+            let token = "x".repeat(64 << 10);
+            return Some(Answer::new(200, format!("{{\"token\":\"{token}\"}}")));
+        }
         let token = if query.contains("repository%3Aapp%3Apull") && query.contains("service=here") {
             "good"
         } else {
@@ -43,21 +47,30 @@ async fn bearer() -> Result<(), Failure> {
         ))
     })?;
     let realm = format!("http://{}/token", token_server.host());
-    let server = Server::start(&[("app", &built), ("evil", &built)], move |request| {
-        if request.authorization.as_deref() == Some("Bearer good") {
-            return None;
-        }
-        let challenge = format!("Bearer realm=\"{realm}\",service=\"here\"");
-        Some(Answer::new(401, "").header("WWW-Authenticate", challenge))
-    })?;
+    let server = Server::start(
+        &[("app", &built), ("evil", &built), ("long", &built)],
+        move |request| {
+            if request.authorization.as_deref() == Some("Bearer good") {
+                return None;
+            }
+            let challenge = format!("Bearer realm=\"{realm}\",service=\"here\"");
+            Some(Answer::new(401, "").header("WWW-Authenticate", challenge))
+        },
+    )?;
     let node = Node::new()?;
     // A token that is not a valid header value must cause an error and not a panic.
     let error = failure(&node, &format!("{}/evil:1", server.host())).await?;
     assert!(error.to_string().contains("token"), "{error}");
+    // The pull would keep a long token in memory.
+    let error = failure(&node, &format!("{}/long:1", server.host())).await?;
+    assert!(
+        error.to_string().contains("limit of 65536 bytes"),
+        "{error}"
+    );
     node.images
         .pull(&format!("{}/app:1", server.host()), None)
         .await?;
-    assert_eq!(token_server.seen().len(), 2);
+    assert_eq!(token_server.seen().len(), 3);
     // A bearer token from the caller is sent to the registry unchanged.
     let node = Node::new()?;
     let auth = Some(Auth::bearer("good"));
