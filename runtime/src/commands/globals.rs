@@ -6,7 +6,7 @@ use std::path::Path;
 
 use crate::arguments::{Arguments, Flag, switch, value};
 use crate::error::{Context, Result};
-use crate::lifecycle::container_dir::StateRoot;
+use crate::lifecycle::state_root::StateRoot;
 use crate::process::descriptors::Descriptors;
 use crate::sys::unix_socket;
 

@@ -25,7 +25,7 @@ use std::ffi::{CStr, c_char, c_int};
 
 use crate::arguments::{Arguments, Flag, describe, switch, value};
 use crate::error::{Context, Error, Result, refuse};
-use crate::lifecycle::container_dir::StateRoot;
+use crate::lifecycle::state_root::StateRoot;
 use crate::log;
 use crate::mounts::readonly_exec;
 use crate::process::descriptors;
@@ -220,10 +220,10 @@ fn globals(flags: &Arguments, inherited: Vec<u32>) -> Result<Globals> {
     };
     let root = root.as_str();
     Ok(Globals {
-        root: StateRoot {
-            path: std::path::absolute(root).doing(|| format!("--root {root}"))?,
-            any_owner: flags.is_set("any-owner"),
-        },
+        root: StateRoot::new(
+            std::path::absolute(root).doing(|| format!("--root {root}"))?,
+            flags.is_set("any-owner"),
+        ),
         default_root: flags.value("root").is_none(),
         systemd_cgroup: flags.is_set("systemd-cgroup"),
         inherited,

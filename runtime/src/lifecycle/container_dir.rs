@@ -13,11 +13,12 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
+use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket;
+use crate::lifecycle::state_root::StateRoot;
 
 /// The name of the start socket when the container can be started. See
 /// [`crate::lifecycle::start_socket`].
@@ -39,13 +40,6 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum number of attempts to create and lock a container's directory. An attempt fails if
 /// another process removes the directory before rrun can lock it.
 const CREATE_RETRIES: usize = 100;
-
-/// The --root directory, which contains a directory for each container.
-pub(crate) struct StateRoot {
-    pub(crate) path: PathBuf,
-    /// True if rrun acts on containers of every user (--any-owner).
-    pub(crate) any_owner: bool,
-}
 
 pub(crate) struct ContainerDir {
     directory: PathBuf,
@@ -72,6 +66,7 @@ impl ContainerDir {
     /// container's id.
     pub(crate) fn create(root: &StateRoot, id: &str) -> Result<ContainerDir> {
         let directory = directory(root, id)?;
+        root.check()?;
         for _ in 0..CREATE_RETRIES {
             make_directory(&root.path, &directory, id)?;
             // Between mkdir and flock, another rrun process can remove the new directory. That
@@ -95,13 +90,15 @@ impl ContainerDir {
     /// `meanwhile` before each new attempt to lock the directory.
     ///
     /// # Errors
-    /// Fails if another user can change the files in the directory (see [`check_owner`]).
+    /// Fails if another user can change the files in the directory (see [`check_owner`]) or can
+    /// choose the directory (see [`StateRoot::check`]).
     pub(crate) fn lock(
         root: &StateRoot,
         directory: &Path,
         mut meanwhile: impl FnMut(),
     ) -> Result<Lock> {
         let doing = || format!("lock {}", directory.display());
+        root.check()?;
         let fd = match rustix::fs::open(
             directory,
             OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC,
@@ -248,18 +245,28 @@ pub(crate) fn directory(root: &StateRoot, id: &str) -> Result<PathBuf> {
 }
 
 /// Returns whether only rrun's caller and root can change the files in the open directory `fd`.
-pub(crate) fn is_private(directory: &Path, fd: impl AsFd) -> Result<bool> {
+pub(crate) fn is_private(root: &StateRoot, directory: &Path, fd: impl AsFd) -> Result<bool> {
     let stat = rustix::fs::fstat(fd).doing(|| format!("stat {}", directory.display()))?;
+    Ok(is_callers(&stat) && !root.is_users_mount(directory, &stat)?)
+}
+
+/// Returns whether only rrun's caller and root can change a file with the attributes `stat`.
+pub(crate) fn is_callers(stat: &Stat) -> bool {
     let owner = stat.st_uid == 0 || stat.st_uid == rustix::process::geteuid().as_raw();
     let others = Mode::WGRP | Mode::WOTH;
-    Ok(owner && !Mode::from_raw_mode(stat.st_mode).intersects(others))
+    owner && !Mode::from_raw_mode(stat.st_mode).intersects(others)
 }
 
 /// Checks that no other user can change the files in the open directory `fd` of a container. The
 /// state in these files names hooks, processes and cgroups, on which rrun acts with the rights of
-/// its caller.
+/// its caller. [`StateRoot::check`] must have been called before the directory was opened.
 pub(crate) fn check_owner(root: &StateRoot, directory: &Path, fd: impl AsFd) -> Result<()> {
-    if root.any_owner || is_private(directory, fd)? {
+    if !root.any_owner && !root.is_checked() {
+        let root = root.path.display();
+        return Err(Errno::NOENT)
+            .doing(|| format!("check --root {root}, which another process has just created"));
+    }
+    if root.any_owner || is_private(root, directory, fd)? {
         return Ok(());
     }
     refuse!(
@@ -282,10 +289,7 @@ mod tests {
 
     fn root(name: &str) -> StateRoot {
         let name = format!("rrun-{name}-test-{}", std::process::id());
-        StateRoot {
-            path: std::env::temp_dir().join(name),
-            any_owner: false,
-        }
+        StateRoot::new(std::env::temp_dir().join(name), false)
     }
 
     #[test]

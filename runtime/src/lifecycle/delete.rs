@@ -9,8 +9,9 @@ use rustix::io::{Errno, retry_on_intr};
 
 use crate::config::hooks;
 use crate::error::{Context, Error, Kind, Result, refuse};
-use crate::lifecycle::container_dir::{self, ContainerDir, Lock, StateRoot};
+use crate::lifecycle::container_dir::{self, ContainerDir, Lock};
 use crate::lifecycle::state::{State, Status};
+use crate::lifecycle::state_root::StateRoot;
 use crate::sys::syscalls::pidfd_send_signal;
 use crate::{cgroup, log};
 

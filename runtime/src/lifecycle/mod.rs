@@ -14,3 +14,4 @@ mod relay;
 pub(crate) mod serve_child;
 pub(crate) mod start_socket;
 pub(crate) mod state;
+pub(crate) mod state_root;

@@ -21,7 +21,7 @@ use rustix::net::{
 use crate::error::{Context, Error, Result, refuse};
 use crate::lifecycle::container_dir::{ContainerDir, START_SOCKET, START_SOCKET_PENDING};
 use crate::seccomp::Report;
-use crate::sys::files::exists;
+use crate::sys::files::is_socket;
 use crate::sys::unix_socket::{hand_over, receive_last, receive_pending, take_over};
 use rrun_kernel::unix_socket::at_address;
 
@@ -85,7 +85,8 @@ pub(crate) fn remove(dir: &ContainerDir) -> Result<()> {
 /// Returns whether the first process of the container in `directory` is still being set up. Until
 /// the end of the setup, the first process can be in the host's root.
 pub(crate) fn is_pending(directory: &Path) -> Result<bool> {
-    Ok(exists(&directory.join(START_SOCKET_PENDING))? && is_open(directory, START_SOCKET_PENDING)?)
+    Ok(is_socket(&directory.join(START_SOCKET_PENDING))?
+        && is_open(directory, START_SOCKET_PENDING)?)
 }
 
 /// Returns whether a process waits at the start socket in the container's directory `directory`.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Hooks;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
@@ -20,12 +20,13 @@ use crate::cgroup;
 use crate::config::spec::{MemoryPolicySpec, OciState, PersonalitySpec, ProcessSpec};
 use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::lifecycle::container_dir::{
-    self, ContainerDir, START_SOCKET, STATE_FILE, STATE_FILE_NEW, StateRoot, directory,
+    self, ContainerDir, START_SOCKET, STATE_FILE, STATE_FILE_NEW, directory,
 };
 use crate::lifecycle::start_socket;
+use crate::lifecycle::state_root::StateRoot;
 use crate::namespaces::resctrl::ResctrlGroups;
 use crate::seccomp::Filter;
-use crate::sys::files::{exists, open_own, read_own, write_replacing};
+use crate::sys::files::{is_socket, open_own, read_own, write_replacing};
 use crate::sys::procfs::{process_stat, running_thread, thread_stat};
 use rrun_kernel::regular_file::Unfit;
 
@@ -134,13 +135,20 @@ impl State {
     /// Reads the state of the container `id`, on which rrun will act.
     ///
     /// # Errors
-    /// Fails if another user can change the state (see [`container_dir::check_owner`]), or if the
-    /// state does not contain the path of a cgroup.
+    /// Fails if another user can change the state (see [`container_dir::check_owner`]) or can
+    /// choose it (see [`StateRoot::check`]), or if the state does not contain the path of a cgroup.
     pub(crate) fn load(root: &StateRoot, id: &str) -> Result<State> {
+        root.check()?;
         let (path, directory) = open_directory(root, id)?;
         container_dir::check_owner(root, &path, &directory)?;
-        let careful = root.any_owner && !container_dir::is_private(&path, &directory)?;
-        let state = State::read(&path, &directory, id, careful)?;
+        let careful = root.any_owner && !container_dir::is_private(root, &path, &directory)?;
+        let (state, stat) = State::read(&path, &directory, id, careful)?;
+        if !root.any_owner && !stat.as_ref().is_some_and(container_dir::is_callers) {
+            refuse!(
+                "read {}: another user owns this file or can write to it; use --any-owner if you trust the other user",
+                path.join(STATE_FILE).display()
+            );
+        }
         if !cgroup::is_path_of_cgroup(&state.cgroup) {
             refuse!(
                 "read {}: {} is not the path of a cgroup",
@@ -155,15 +163,20 @@ impl State {
     /// to another user.
     pub(crate) fn load_to_print(root: &StateRoot, id: &str) -> Result<State> {
         let (path, directory) = open_directory(root, id)?;
-        State::read(&path, &directory, id, true)
+        Ok(State::read(&path, &directory, id, true)?.0)
     }
 
     /// Reads the state from the open directory of a container. If another user can change the files
     /// in the directory, `careful` must be true. This function then checks the type of the file
-    /// before it opens the file.
-    fn read(directory: &Path, fd: &OwnedFd, id: &str, careful: bool) -> Result<State> {
+    /// before it opens the file. If `careful` is false, also returns the attributes of the file.
+    fn read(
+        directory: &Path,
+        fd: &OwnedFd,
+        id: &str,
+        careful: bool,
+    ) -> Result<(State, Option<Stat>)> {
         let path = directory.join(STATE_FILE);
-        let file = match open_own(fd, STATE_FILE, careful) {
+        let (file, stat) = match open_own(fd, STATE_FILE, careful) {
             Err(Unfit::Kernel(Errno::NOENT)) if !path.exists() => return Err(no_container(id)),
             Err(Unfit::Kind(_)) => refuse!("read {}: it is not a regular file", path.display()),
             file => file.doing(|| format!("read {}", path.display()))?,
@@ -178,7 +191,7 @@ impl State {
                 state.id
             );
         }
-        Ok(state)
+        Ok((state, stat))
     }
 
     pub(crate) fn save(&self, dir: &ContainerDir) -> Result<()> {
@@ -303,7 +316,7 @@ impl State {
         if cgroup::is_frozen(&self.cgroup)? {
             return Ok(Status::Paused);
         }
-        let has_start_socket = || exists(&directory.join(START_SOCKET));
+        let has_start_socket = || is_socket(&directory.join(START_SOCKET));
         if has_start_socket()? {
             return Ok(Status::Created);
         }

@@ -5,7 +5,7 @@ use std::io::Read as _;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{Access, AtFlags, Mode, OFlags};
+use rustix::fs::{Access, AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::{Errno, retry_on_intr};
 
 use crate::error::{Context, Result, refuse};
@@ -28,22 +28,33 @@ pub(crate) fn exists(path: &Path) -> Result<bool> {
     }
 }
 
+/// Returns whether a socket exists at `path`. A symbolic link to a socket does not count.
+pub(crate) fn is_socket(path: &Path) -> Result<bool> {
+    match rustix::fs::lstat(path) {
+        Ok(stat) => Ok(FileType::from_raw_mode(stat.st_mode) == FileType::Socket),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(false),
+        Err(errno) => Err(errno).doing(|| format!("check whether {} exists", path.display())),
+    }
+}
+
 /// Opens a regular file that rrun wrote to its own directory `directory`. If `careful` is true,
 /// another user can have replaced the file. This function then checks the type of the file before
-/// it opens the file, which needs some more system calls.
+/// it opens the file, which needs some more system calls. If `careful` is false, also
+/// returns the attributes of the file.
 pub(crate) fn open_own(
     directory: impl AsFd,
     name: &str,
     careful: bool,
-) -> std::result::Result<File, Unfit> {
+) -> std::result::Result<(File, Option<Stat>), Unfit> {
     if careful {
-        return regular_file::open_at(directory, name, OFlags::RDONLY, false);
+        let file = regular_file::open_at(directory, name, OFlags::RDONLY, false)?;
+        return Ok((file, None));
     }
     let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let flags = flags | OFlags::NONBLOCK | OFlags::NOCTTY;
     let file = rustix::fs::openat(directory, name, flags, Mode::empty())?;
-    regular_file::check_kind(&file)?;
-    Ok(file.into())
+    let stat = regular_file::check_kind(&file)?;
+    Ok((file.into(), Some(stat)))
 }
 
 /// Reads the file that [`open_own`] has opened at `path`.
