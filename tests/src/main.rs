@@ -70,6 +70,7 @@ suites! {
         limits,
         shared_limits,
         state_owners,
+        left_namespaces,
         effects,
         systemd,
         callers_podman,

@@ -276,6 +276,11 @@ impl<'a> Creation<'a> {
                 }
                 self.state.pid = pid;
                 self.state.start_time = start_time(pid)?;
+                // Without root's rights, rrun cannot look at the namespaces of its undumpable child.
+                // The kernel then also prevents `exec` from entering a further user namespace.
+                if !(self.unprivileged && config.namespaces.is_new(Type::User)) {
+                    self.state.user_namespace = config.namespaces.user_inode(pid)?;
+                }
                 self.state.save(&self.rollback.dir)?;
                 Ok((self, channel))
             }
@@ -467,6 +472,7 @@ fn new_state(request: &CreateRequest<'_>, location: &CgroupLocation) -> Result<S
         unit: location.unit().map(str::to_owned),
         memory_swap: cgroup::memory_swap(&config.resources).unwrap_or(0),
         namespaces: config.namespaces.own_flags(),
+        user_namespace: 0,
         new_pid_namespace: config.namespaces.is_new(Type::Pid),
         process: config.process_spec.clone(),
         personality: config.personality.clone(),

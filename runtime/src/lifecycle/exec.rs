@@ -8,12 +8,12 @@ use std::convert::Infallible;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{AtFlags, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::cgroup;
-use crate::error::{Context, Result};
+use crate::error::{Context, Result, refuse};
 use crate::lifecycle::channel::{self, Channel};
 use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::intermediate::clone_from_intermediate;
@@ -123,6 +123,8 @@ struct HostSide {
     enters_user: bool,
     /// The host's procfs, through which the new process sets its labels.
     procfs: Option<Procfs>,
+    /// The directory /proc of the host, if the new process enters namespaces.
+    proc: Option<OwnedFd>,
 }
 
 impl HostSide {
@@ -139,6 +141,7 @@ impl HostSide {
             joined,
             enters_user: request.state.namespaces & !joined & flag(Type::User) != 0,
             procfs: request.process.labels.open_procfs()?,
+            proc: open_proc(request.state)?,
         })
     }
 }
@@ -227,6 +230,55 @@ fn join(init: &OwnedFd, namespaces: u64) -> Result<()> {
         .doing(|| "enter the namespaces of the container's first process")
 }
 
+/// Opens the host's /proc for [`check_user_namespace`]. Returns `None` if the new process enters no
+/// namespaces, or if an older version of rrun has created the container.
+fn open_proc(state: &State) -> Result<Option<OwnedFd>> {
+    if state.namespaces == 0 || state.user_namespace == 0 {
+        return Ok(None);
+    }
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let opened = rustix::fs::open("/proc", flags, Mode::empty());
+    Ok(Some(opened.doing(|| "open /proc")?))
+}
+
+/// Checks that the container's first process has not left the container's user namespace.
+///
+/// Without any privileges, the first process can create a user namespace together with other
+/// namespaces, for example with a mount namespace in which it chooses all programs. These programs
+/// must not run with the rights that `exec` has in the container's user namespace. A process cannot
+/// return to a user namespace that it has left. So this check suffices after the new process has
+/// entered all namespaces of the first process.
+fn check_user_namespace(state: &State, proc: &OwnedFd) -> Result<()> {
+    // The new process always has the right to look at itself. If it has entered a user namespace, it
+    // possibly has no right to look at the first process.
+    let path = if state.namespaces & flag(Type::User) != 0 {
+        "self/ns/user".to_owned()
+    } else {
+        format!("{}/ns/user", state.pid)
+    };
+    let stat = rustix::fs::statat(proc, &path, AtFlags::empty())
+        .doing(|| format!("check user namespace /proc/{path}"))?;
+    if stat.st_ino != state.user_namespace {
+        refuse!(
+            "cannot exec in container {}: its first process has entered another user namespace, in which it can have replaced the container's files",
+            state.id
+        );
+    }
+    Ok(())
+}
+
+/// Enters the namespaces that the intermediate process has not entered.
+fn join_rest(request: &ExecRequest<'_>, host: &HostSide) -> Result<()> {
+    let left = request.state.namespaces & !flag(Type::Pid) & !host.joined;
+    if left != 0 {
+        join(&request.init, left)?;
+    }
+    match &host.proc {
+        Some(proc) => check_user_namespace(request.state, proc),
+        None => Ok(()),
+    }
+}
+
 fn run_child(request: &mut ExecRequest<'_>, channel: Channel, host: &HostSide) -> ! {
     let _guard = NeverReturn;
     let Err(error) = run_to_execve(request, &channel, host);
@@ -260,10 +312,7 @@ fn run_to_execve(
     // This process sets its labels through files in the host's /proc, because the /proc in the
     // container can be a fake.
     let labels = request.process.labels.open(host.procfs.as_ref())?;
-    let left = state.namespaces & !flag(Type::Pid) & !host.joined;
-    if left != 0 {
-        join(&request.init, left)?;
-    }
+    join_rest(request, host)?;
     if state.namespaces & flag(Type::User) != 0 {
         namespaces::become_root_of_user_namespace()?;
     }

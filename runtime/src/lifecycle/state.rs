@@ -62,6 +62,11 @@ pub(crate) struct State {
     /// The `CLONE_NEW*` flags of the namespaces that the container does not share with the host. A
     /// process that `exec` creates enters these namespaces.
     pub(crate) namespaces: u64,
+    /// The inode number of the container's user namespace, which can be the namespace of rrun's
+    /// caller. This field is 0 in the states that older versions of rrun wrote, and if a user other
+    /// than root created the container with a new user namespace.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) user_namespace: u64,
     /// True if the container has a new PID namespace. With a new PID namespace, the kernel kills
     /// all processes of the container when the first process exits.
     pub(crate) new_pid_namespace: bool,
@@ -88,8 +93,8 @@ pub(crate) struct State {
     pub(crate) seccomp: Option<Filter>,
 }
 
-fn is_zero(number: &i64) -> bool {
-    *number == 0
+fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
+    *number == T::default()
 }
 
 /// Opens the directory of the container `id` in the --root directory. Returns its path and its

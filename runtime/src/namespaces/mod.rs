@@ -27,6 +27,8 @@ pub(crate) struct OpenNamespace {
     typ: Type,
     path: PathBuf,
     file: File,
+    /// The inode number of the namespace.
+    inode: u64,
     /// True if the namespace is a namespace of the host (see [`OpenNamespace::is_hosts`]).
     is_hosts: bool,
 }
@@ -132,6 +134,21 @@ impl Namespaces {
             .fold(self.new, |flags, join| flags | flag(join.typ))
     }
 
+    /// Returns the inode number of the user namespace in which the container's first process `pid`
+    /// executes its program.
+    pub(crate) fn user_inode(&self, pid: i32) -> Result<u64> {
+        if let Some(join) = self.join.iter().find(|join| join.is_user()) {
+            return Ok(join.inode);
+        }
+        let path = if self.is_new(Type::User) {
+            format!("/proc/{pid}/ns/user")
+        } else {
+            "/proc/self/ns/user".to_owned()
+        };
+        let stat = rustix::fs::stat(&path).doing(|| format!("check user namespace {path}"))?;
+        Ok(stat.st_ino)
+    }
+
     /// Returns the path of the existing namespace of this type that the container enters, if there
     /// is one.
     fn joined_path(&self, typ: Type) -> Option<&Path> {
@@ -147,7 +164,8 @@ impl OpenNamespace {
     fn open(index: usize, typ: Type, path: PathBuf) -> Result<OpenNamespace> {
         let doing = || format!("open {} namespace {}", name(typ), path.display());
         let file = regular_file::open(&path, OFlags::RDONLY).doing(doing)?;
-        let is_hosts = Self::is_hosts(typ, &file).doing(doing)?;
+        let stat = rustix::fs::fstat(&file).doing(doing)?;
+        let is_hosts = Self::is_hosts(typ, &stat).doing(doing)?;
         match typ {
             Type::Mount if is_hosts => refuse!(
                 "linux.namespaces[{index}].path: {} is the mount namespace of the host, and rrun would change the root directory of the host's processes",
@@ -163,29 +181,30 @@ impl OpenNamespace {
                 typ,
                 path,
                 file,
+                inode: stat.st_ino,
                 is_hosts,
             }),
         }
     }
 
-    /// Returns whether `file` is the namespace of rrun itself or of the process with the id 1.
+    /// Returns whether `stat` describes the namespace of rrun itself or of the process with the id 1.
     /// Usually both are the same namespace. But a service manager can start rrun's caller in a
     /// separate mount namespace, for example.
-    fn is_hosts(typ: Type, file: &File) -> std::result::Result<bool, Errno> {
+    fn is_hosts(typ: Type, stat: &Stat) -> std::result::Result<bool, Errno> {
         let file_name = match typ {
             Type::Mount => "mnt",
             Type::Network => "net",
             typ => name(typ),
         };
-        let id = |stat: Stat| (stat.st_dev, stat.st_ino);
-        let opened = id(rustix::fs::fstat(file)?);
-        if opened == id(rustix::fs::stat(format!("/proc/self/ns/{file_name}"))?) {
+        let id = |stat: &Stat| (stat.st_dev, stat.st_ino);
+        let opened = id(stat);
+        if opened == id(&rustix::fs::stat(format!("/proc/self/ns/{file_name}"))?) {
             return Ok(true);
         }
         // An unprivileged caller may not read the namespaces of process 1, and may not enter them
         // either.
         let first = rustix::fs::stat(format!("/proc/1/ns/{file_name}"));
-        Ok(first.is_ok_and(|first| opened == id(first)))
+        Ok(first.is_ok_and(|first| opened == id(&first)))
     }
 
     /// Returns whether the creator of the new process must enter this namespace before it creates

@@ -20,6 +20,7 @@ pub(crate) mod observation;
 mod traced;
 mod tracer;
 pub(crate) mod traffic;
+mod unprivileged;
 
 /// The error type of all commands of `inside`.
 pub(crate) type InsideError = Box<dyn std::error::Error>;
@@ -59,6 +60,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
             .map_err(InsideError::from)
             .and_then(in_transit),
         ["headless", mode @ ..] => headless::main(mode),
+        ["leave-user-namespace", source, target] => unprivileged::leave(source, target),
         ["deaf"] => deaf(),
         ["spin", seconds] => seconds.parse().map_err(InsideError::from).map(spin),
         ["allocate", megabytes] => megabytes
