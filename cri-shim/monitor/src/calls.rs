@@ -70,6 +70,11 @@ impl Calls {
         self.0.is_empty()
     }
 
+    /// Returns the pids of the runtime processes.
+    pub(crate) fn pids(&self) -> impl Iterator<Item = i32> {
+        self.0.keys().copied()
+    }
+
     /// Returns the time at which [`Calls::check`] must be called again.
     pub(crate) fn next_check(&self) -> Option<Instant> {
         self.0

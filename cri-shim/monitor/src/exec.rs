@@ -141,6 +141,11 @@ impl Execs {
         self.running.remove(&pid)
     }
 
+    /// Returns the pids of the first processes of the running execs.
+    pub(crate) fn pids(&self) -> impl Iterator<Item = i32> {
+        self.running.keys().copied()
+    }
+
     /// Kills the execs of a client that has disconnected. No other client can read the output of
     /// these execs or stop them. If an exec's runtime call is still in progress, also kills the
     /// runtime. The container can have stopped the runtime's child, and the runtime would then wait

@@ -2,6 +2,8 @@
 //! sources: the listening socket, the clients' sockets, SIGCHLD, the containers' output, the
 //! out-of-memory counters, the threads that write the logs, and the cgroups of exited execs.
 
+mod reaping;
+
 use std::collections::BTreeMap;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
@@ -13,7 +15,6 @@ use nix::sys::signalfd::SignalFd;
 use rustix::event::epoll::{self, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
-use rustix::process::WaitOptions;
 
 use super::calls::{Calls, Purpose};
 use super::clients::{Clients, MAX_SESSIONS};
@@ -33,6 +34,7 @@ use super::poller::{EventSource, EventSpace, Poller};
 use super::readonly_exec;
 use super::runtime::{Call, RuntimeCommand};
 use super::serials::Serials;
+use reaping::Reaping;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{
     ContainerState, Create, Event, Exec, Failure, FailureKind, Hello, Reply, Request,
@@ -82,6 +84,7 @@ pub(crate) struct Monitor {
     execs: Execs,
     calls: Calls,
     early_exits: EarlyExits,
+    reaping: Reaping,
     read_buffer: ReadBuffer,
     /// The eventfd through which the logs' threads wake the event loop.
     log_wake: Arc<OwnedFd>,
@@ -115,6 +118,7 @@ impl Monitor {
             execs: Execs::default(),
             calls: Calls::default(),
             early_exits: EarlyExits::default(),
+            reaping: Reaping::new(),
             read_buffer: ReadBuffer::new(),
             log_wake,
             coalescing: Coalescing::default(),
@@ -538,45 +542,6 @@ impl Monitor {
         }
     }
 
-    // The functions below reap child processes and handle their exits.
-
-    fn reap(&mut self) {
-        while let Ok(Some(_)) = self.signals.read_signal() {}
-        while let Ok(Some((pid, status))) = rustix::process::wait(WaitOptions::NOHANG) {
-            if let Some(code) = exit::code(status) {
-                self.child_ended(pid.as_raw_nonzero().get(), code);
-            }
-        }
-        if self.calls.is_empty() {
-            self.early_exits.clear();
-        }
-    }
-
-    fn child_ended(&mut self, pid: i32, code: i32) {
-        if let Some((call, purpose)) = self.calls.remove(pid) {
-            self.call_ended(&call, purpose, code);
-        } else if let Some(process) = self.execs.take_running(pid) {
-            self.exec_exited(process, code);
-        } else if let Some(container) = self.containers.values().find(|it| it.is_init(pid)) {
-            let serial = container.serial;
-            self.init_exited(serial, code);
-        } else if self.pod.pause() == Some(pid) {
-            self.pause_exited(code);
-        } else if !self.calls.is_empty() {
-            self.early_exits.add(pid, code);
-        }
-    }
-
-    fn pause_exited(&mut self, code: i32) {
-        own_log::write(&format!("the pod's pause process exited with code {code}"));
-        (self.pod.pid1, self.pod.holder) = (None, None);
-        // The clients subscribe again, and the next Hello no longer contains the pause process. Older
-        // clients support this, too. They would not support a new event.
-        for client in self.clients.subscribers() {
-            self.disconnect(client);
-        }
-    }
-
     // The functions below start runtime calls and handle their results.
 
     fn start_call(&mut self, mut command: RuntimeCommand, purpose: Purpose) {
@@ -716,6 +681,7 @@ impl Monitor {
             .chain(self.clients.next_check())
             .chain(self.execs.killed.next_check())
             .chain(self.execs.leftovers.next_examination())
+            .chain(self.reaping.next())
             .min()?;
         let left = next.saturating_duration_since(Instant::now());
         Timespec::try_from(left).ok()
@@ -723,6 +689,7 @@ impl Monitor {
 
     fn check_deadlines(&mut self) {
         let now = Instant::now();
+        self.continue_reaping(now);
         self.clients.end_accept_pause(now, &self.poller);
         self.calls.check(now);
         self.execs.killed.check(now);
