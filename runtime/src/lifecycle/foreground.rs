@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{WaitOptions, WaitStatus};
+use rustix::process::{Pid, WaitOptions, WaitStatus, waitpid};
 
 use crate::error::{Context, Result, refuse};
 use crate::lifecycle::notify_socket::NotifySocket;
@@ -21,6 +21,14 @@ use crate::sys::syscalls::{
 /// Only the tracer can reap the dead process. The kernel sends SIGCHLD when the tracer no longer
 /// traces it.
 pub(super) const TRACER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// The number of other children after which rrun looks for signals before it reaps more of them.
+const MAX_REAPED: u32 = 64;
+
+/// The time after which rrun looks for signals before it reaps more of its other children. If a
+/// process traces thousands of threads, the kernel searches all of them for each exit that it
+/// reports.
+const MAX_REAPING_TIME: Duration = Duration::from_millis(5);
 
 /// The signals with which rrun's caller requests the end of the container's process.
 pub(super) const ENDING_SIGNALS: [i32; 4] =
@@ -170,6 +178,7 @@ impl Foreground {
     /// the process.
     pub(crate) fn wait(mut self, pid: i32, pidfd: &OwnedFd) -> Result<u8> {
         let mut deadline = None;
+        let mut has_more = false;
         if self.has_early_signals() {
             self.forward(pidfd);
         }
@@ -181,9 +190,13 @@ impl Foreground {
             if let Some(notify) = &self.notify {
                 watched.push(PollFd::from_borrowed_fd(notify.descriptor(), PollFlags::IN));
             }
-            let timeout = deadline.map(time_left);
+            let timeout = if has_more {
+                Some(Timespec::default())
+            } else {
+                deadline.map(time_left)
+            };
             match poll(&mut watched, timeout.as_ref()) {
-                Ok(0) => refuse!(
+                Ok(0) if deadline.is_some_and(|it| Instant::now() >= it) => refuse!(
                     "the container's process has exited, but another process traces it and does not read its exit status"
                 ),
                 Ok(_) | Err(Errno::INTR) => {}
@@ -195,8 +208,10 @@ impl Foreground {
             if has_signals && !has_died {
                 self.forward(pidfd);
             }
-            if let Some(status) = status_if_exited(pid)? {
-                return Ok(status);
+            match reap(pid)? {
+                Reaped::Exited(status) => return Ok(status),
+                Reaped::All => has_more = false,
+                Reaped::Some => has_more = true,
             }
             if has_died {
                 deadline = Some(Instant::now() + TRACER_TIMEOUT);
@@ -214,24 +229,43 @@ pub(super) fn time_left(deadline: Instant) -> Timespec {
     }
 }
 
-/// Returns the status of the container's process `pid` (see [`Foreground::wait`]), if the process
-/// has exited. Also reaps all other children of rrun that have exited.
+/// The result of [`reap`].
+pub(super) enum Reaped {
+    /// The container's process has exited with this status (see [`Foreground::wait`]).
+    Exited(u8),
+    /// The container's process has not exited. No other child is left that has exited.
+    All,
+    /// The container's process has not exited. Other children may be left that have exited.
+    Some,
+}
+
+/// Reaps the container's process `pid` if it has exited, and other children of rrun that have
+/// exited.
 ///
 /// A thread of the process can make rrun its tracer (PTRACE_TRACEME of ptrace(2)). The exit of the
 /// process is then complete only after rrun has reaped the thread. The kernel also reports that a
-/// traced thread has stopped, which this function ignores.
-pub(super) fn status_if_exited(pid: i32) -> Result<Option<u8>> {
-    loop {
-        let child = rustix::process::wait(WaitOptions::NOHANG)
-            .doing(|| "read the exit status of the container's process")?;
+/// traced thread has stopped, which this function ignores. A process can create such threads, or
+/// other children of rrun (CLONE_PARENT of clone(2)), as fast as rrun reaps them. For this reason,
+/// one call reaps only a limited number of them.
+pub(super) fn reap(pid: i32) -> Result<Reaped> {
+    let what = || "read the exit status of the container's process";
+    let begun = Instant::now();
+    for _ in 0..MAX_REAPED {
+        let child = rustix::process::wait(WaitOptions::NOHANG).doing(what)?;
         let Some((child, status)) = child else {
-            return Ok(None);
+            return Ok(Reaped::All);
         };
         let code = exit_code(status).filter(|_| child.as_raw_nonzero().get() == pid);
-        if code.is_some() {
-            return Ok(code);
+        if let Some(code) = code {
+            return Ok(Reaped::Exited(code));
+        }
+        if begun.elapsed() >= MAX_REAPING_TIME {
+            break;
         }
     }
+    let child = waitpid(Pid::from_raw(pid), WaitOptions::NOHANG).doing(what)?;
+    let code = child.and_then(|(_, status)| exit_code(status));
+    Ok(code.map_or(Reaped::Some, Reaped::Exited))
 }
 
 fn exit_code(status: WaitStatus) -> Option<u8> {

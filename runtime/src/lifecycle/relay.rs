@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer};
@@ -17,7 +17,7 @@ use rustix::stdio::{stderr, stdin, stdout};
 
 use crate::error::{Context, Result};
 use crate::lifecycle::foreground::{
-    ENDING_SIGNALS, Foreground, TRACER_TIMEOUT, status_if_exited, time_left,
+    ENDING_SIGNALS, Foreground, Reaped, TRACER_TIMEOUT, reap, time_left,
 };
 use crate::sys::syscalls::pidfd_send_signal;
 
@@ -48,6 +48,7 @@ impl Foreground {
             pid,
             pidfd,
             dead_until: None,
+            has_more: false,
             slave: ioctl_tiocgptpeer(&master, flags).ok(),
             master,
             own_terminal: open_own_terminal(),
@@ -136,6 +137,8 @@ struct Relay<'a> {
     pidfd: &'a OwnedFd,
     /// The time until which rrun waits for the exit status, if the container's process is dead.
     dead_until: Option<Instant>,
+    /// True if rrun can have more children that have exited ([`Reaped::Some`]).
+    has_more: bool,
     master: OwnedFd,
     /// The slave side of the terminal, until the container's process has exited. If no process has
     /// the slave side open, reading from the master side fails. But the container's processes can
@@ -193,7 +196,7 @@ impl Relay<'_> {
             if ready.exit {
                 self.dead_until = Some(Instant::now() + TRACER_TIMEOUT);
             }
-            if (ready.exit || ready.signals) && self.exit.is_none() {
+            if (ready.exit || ready.signals || self.has_more) && self.exit.is_none() {
                 self.record_exit()?;
             }
             if ready.read_input {
@@ -250,13 +253,19 @@ impl Relay<'_> {
             Some(_) => None,
             None => self.dead_until,
         };
-        let timeout = deadline.map(time_left);
+        let has_more = self.has_more && self.exit.is_none();
+        let timeout = if has_more {
+            Some(Timespec::default())
+        } else {
+            deadline.map(time_left)
+        };
         let count = match poll(&mut watched, timeout.as_ref()) {
             Err(Errno::INTR) => return Ok(Some(Ready::default())),
             result => result.doing(|| "wait for the container's process")?,
         };
         if count == 0 {
-            return Ok(None);
+            let is_over = deadline.is_some_and(|deadline| Instant::now() >= deadline);
+            return Ok((!is_over).then(Ready::default));
         }
         let mut results = watched.iter();
         let [signals, exit, read_input, write_output, master, _] = all.map(|entry| {
@@ -290,7 +299,9 @@ impl Relay<'_> {
     }
 
     fn record_exit(&mut self) -> Result<()> {
-        let Some(status) = status_if_exited(self.pid)? else {
+        let reaped = reap(self.pid)?;
+        self.has_more = matches!(reaped, Reaped::Some);
+        let Reaped::Exited(status) = reaped else {
             return Ok(());
         };
         self.exit = Some(Exit {
