@@ -4,6 +4,9 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
 use super::connection::ClientId;
 use super::console::Console;
 use super::container_log::ContainerLog;
@@ -43,6 +46,12 @@ pub(crate) struct Container {
     pub(crate) rollback: Option<Rollback>,
     /// The processes whose namespaces the container enters ([`Create::namespaces_of`]).
     pub(crate) joined: Vec<Owner>,
+    /// The descriptor through which the kernel reports the exit of the first process, even if the
+    /// monitor cannot reap the process. `None` after this report.
+    pub(crate) pidfd: Option<OwnedFd>,
+    /// The time at which the monitor checks whether the first process has exited without having
+    /// been reaped. `None` as long as the process is assumed to be alive.
+    pub(crate) zombie_check: Option<Instant>,
 }
 
 pub(crate) enum State {
@@ -119,6 +128,8 @@ impl Container {
             deletion: None,
             rollback: None,
             joined: Vec::new(),
+            pidfd: None,
+            zombie_check: None,
         }
     }
 
@@ -154,7 +165,10 @@ impl Container {
         match (&self.state, &self.deletion) {
             (State::Creating, _) => self.rollback.as_ref().map(|rollback| rollback.deadline),
             (State::Terminating(termination), _) => termination.next_check,
-            (State::Created | State::Running, Some(deletion)) => Some(deletion.deadline),
+            (State::Created | State::Running, deletion) => {
+                let deadline = deletion.as_ref().map(|deletion| deletion.deadline);
+                self.zombie_check.into_iter().chain(deadline).min()
+            }
             _ => None,
         }
     }
@@ -176,7 +190,7 @@ impl Container {
 
     /// Kills all processes of the container. The event loop handles the exit of the first process
     /// later, when it reaps that process.
-    pub(crate) fn kill_all(&self) {
+    pub(crate) fn kill_all(&mut self) {
         if let Err(errno) = cgroup::kill(&self.spec.cgroup) {
             own_log::write(&format!(
                 "kill all processes of container {}: {}",
@@ -186,13 +200,21 @@ impl Container {
         }
         if self.has_init() {
             self.signal_init(libc::SIGKILL);
+            self.expect_exit();
         }
+    }
+
+    /// Opens [`Container::pidfd`], and returns it. The monitor has not reaped the first process yet.
+    pub(crate) fn open_pidfd(&mut self) -> Result<&OwnedFd, Errno> {
+        let pid = Pid::from_raw(self.pid).ok_or(Errno::SRCH)?;
+        let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+        Ok(self.pidfd.insert(pidfd))
     }
 
     /// Sends a signal to the container's first process. The pid still belongs to this process,
     /// because the monitor has not reaped the process yet. Only the monitor reaps this process.
     pub(crate) fn signal_init(&self, signal: i32) -> bool {
-        let pid = rustix::process::Pid::from_raw(self.pid);
+        let pid = Pid::from_raw(self.pid);
         match (pid, kernel_signal::by_number(signal)) {
             (Some(pid), Some(signal)) => rustix::process::kill_process(pid, signal).is_ok(),
             _ => false,

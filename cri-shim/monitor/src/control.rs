@@ -45,7 +45,7 @@ impl Container {
         vec![Effect::fail(client, FailureKind::Monitor, message)]
     }
 
-    pub(crate) fn kill(&self, client: ClientId, signal: i32, all: bool) -> Vec<Effect> {
+    pub(crate) fn kill(&mut self, client: ClientId, signal: i32, all: bool) -> Vec<Effect> {
         let id = self.id();
         if kernel_signal::by_number(signal).is_none() {
             let message = format!("kill container {id}: the signal {signal} does not exist");
@@ -67,6 +67,9 @@ impl Container {
         }
         if self.spec.native && !all {
             self.signal_init(signal);
+            if signal == libc::SIGKILL {
+                self.expect_exit();
+            }
             return done;
         }
         let mut command = self.command("kill");
@@ -132,8 +135,9 @@ impl Container {
 
     /// Handles a deletion whose deadline has passed while the container's first process is still
     /// alive.
-    pub(crate) fn deletion_overdue(&mut self) -> Vec<Effect> {
-        let Some(deletion) = self.deletion.take() else {
+    pub(crate) fn check_deletion(&mut self, now: Instant) -> Vec<Effect> {
+        let is_overdue = |deletion: &mut Deletion| now >= deletion.deadline;
+        let Some(deletion) = self.deletion.take_if(is_overdue) else {
             return Vec::new();
         };
         let (id, pid) = (self.id(), self.pid);

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
@@ -21,6 +22,10 @@ use super::own_log;
 use super::runtime::{Call, RuntimeCommand, Stdio, memory_file, path_of, read_pid};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Exec, FailureKind};
+
+/// The time between the kill of an exec and the check whether its first process has exited without
+/// having been reaped. Also the time between two such checks.
+const ZOMBIE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// All execs of the pod.
 #[derive(Default)]
@@ -46,6 +51,9 @@ pub(crate) struct ExecProcess {
     client: ClientId,
     pid: i32,
     scope: Scope,
+    /// The time at which the monitor checks whether the killed first process has exited without
+    /// having been reaped. `None` until the monitor kills the exec.
+    zombie_check: Option<Instant>,
 }
 
 /// An exec that the runtime has started.
@@ -151,7 +159,7 @@ impl Execs {
     /// runtime. The container can have stopped the runtime's child, and the runtime would then wait
     /// until its deadline.
     pub(crate) fn client_gone(&mut self, client: ClientId, calls: &Calls) {
-        for process in self.running.values() {
+        for process in self.running.values_mut() {
             if process.client == client {
                 process.kill(&mut self.killed);
             }
@@ -175,6 +183,23 @@ impl Execs {
         let running = self.running.values().map(|it| it.client);
         let gone = |client: &ClientId| !clients.contains(*client);
         starting.chain(running).filter(gone).count()
+    }
+
+    /// Returns the time at which [`Execs::due_zombie_checks`] must be called again.
+    pub(crate) fn next_zombie_check(&self) -> Option<Instant> {
+        self.running.values().filter_map(|it| it.zombie_check).min()
+    }
+
+    /// Returns the pids of the killed processes that the monitor must check at this time, and sets
+    /// the time of their next check.
+    pub(crate) fn due_zombie_checks(&mut self, now: Instant) -> Vec<i32> {
+        let running = self.running.values_mut();
+        let due = running.filter(|it| it.zombie_check.is_some_and(|check| now >= check));
+        due.map(|process| {
+            process.zombie_check = Some(now + ZOMBIE_CHECK_INTERVAL);
+            process.pid
+        })
+        .collect()
     }
 }
 
@@ -228,7 +253,12 @@ impl StartingExec {
         match pid {
             Some(pid) if code == 0 => {
                 let terminal = self.console.as_ref().map(Console::receive).transpose();
-                let process = ExecProcess { client, pid, scope };
+                let process = ExecProcess {
+                    client,
+                    pid,
+                    scope,
+                    zombie_check: None,
+                };
                 Ok(StartedExec { process, terminal })
             }
             pid => {
@@ -286,8 +316,10 @@ impl ExecProcess {
 
     /// Kills the exec's first process, and all processes that the first process started. The
     /// monitor must not have reaped the first process yet.
-    pub(crate) fn kill(&self, killed: &mut KilledExecs) {
+    pub(crate) fn kill(&mut self, killed: &mut KilledExecs) {
         self.scope.kill(self.pid, killed);
+        let check = Instant::now() + ZOMBIE_CHECK_INTERVAL;
+        self.zombie_check.get_or_insert(check);
     }
 
     /// Returns the cgroup of an exec whose process has exited.
@@ -352,6 +384,7 @@ mod tests {
             client: 8,
             pid: 9,
             scope: scope(),
+            zombie_check: None,
         });
         assert_eq!(execs.abandoned(&clients), 2);
         execs.take_starting(1);

@@ -23,6 +23,16 @@ pub(crate) fn code(status: WaitStatus) -> Option<i32> {
     status.exit_status().or(killed_by)
 }
 
+/// Returns the exit status like [`code`], for a process that has exited with this status in the form
+/// of wait(2).
+pub(crate) fn code_of_raw(status: i32) -> i32 {
+    if libc::WIFSIGNALED(status) {
+        128 + libc::WTERMSIG(status)
+    } else {
+        libc::WEXITSTATUS(status)
+    }
+}
+
 /// Returns the current time in nanoseconds since the epoch.
 pub(crate) fn now() -> i64 {
     SystemTime::now()

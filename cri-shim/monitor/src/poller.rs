@@ -30,6 +30,8 @@ pub(crate) enum EventSource {
     Logs,
     /// The cgroup of an exec that has exited and left processes behind.
     ExecCgroup(u64),
+    /// The pidfd of a container's first process.
+    Init(u64),
     /// The nested epoll set, which contains all descriptors except the containers' output.
     Control,
 }
@@ -53,6 +55,7 @@ impl EventSource {
             EventSource::Logs => (6, 0),
             EventSource::ExecCgroup(number) => (7, number),
             EventSource::Control => (8, 0),
+            EventSource::Init(number) => (9, number),
         };
         epoll::EventData::new_u64(number << 4 | kind)
     }
@@ -69,6 +72,7 @@ impl EventSource {
             6 => EventSource::Logs,
             7 => EventSource::ExecCgroup(number),
             8 => EventSource::Control,
+            9 => EventSource::Init(number),
             _ => return None,
         })
     }

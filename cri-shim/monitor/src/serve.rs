@@ -186,6 +186,7 @@ impl Monitor {
                 Some(EventSource::Memory(serial)) => self.act_on(serial, Container::check_oom),
                 Some(EventSource::Logs) => self.logs_ready(),
                 Some(EventSource::ExecCgroup(number)) => self.execs.leftovers.changed(number),
+                Some(EventSource::Init(serial)) => self.init_died(serial),
                 Some(EventSource::Control) => pending.control = true,
                 None => {}
             }
@@ -512,7 +513,17 @@ impl Monitor {
         if let Some(called) = container.create_called
             && let Some(code) = self.early_exits.claim(container.pid, called)
         {
-            self.init_exited(serial, code);
+            return self.init_exited(serial, code);
+        }
+        let watched = container.open_pidfd().and_then(|pidfd| {
+            let source = EventSource::Init(serial);
+            self.poller.watch(pidfd, source, EventFlags::IN)
+        });
+        if let Err(errno) = watched {
+            let (id, reason) = (container.id(), describe(&errno.into()));
+            own_log::write(&format!(
+                "watch the first process of container {id}: {reason}"
+            ));
         }
     }
 
@@ -628,7 +639,10 @@ impl Monitor {
 
     /// Handles an exec that the runtime has started. `called` is the time of the runtime call.
     fn exec_started(&mut self, exec: StartedExec, called: Instant) {
-        let StartedExec { process, terminal } = exec;
+        let StartedExec {
+            mut process,
+            terminal,
+        } = exec;
         let (client, pid) = (process.client(), process.pid());
         let exited = self.early_exits.claim(pid, called);
         match terminal {
@@ -679,6 +693,7 @@ impl Monitor {
         let next = containers
             .chain(self.calls.next_check())
             .chain(self.clients.next_check())
+            .chain(self.execs.next_zombie_check())
             .chain(self.execs.killed.next_check())
             .chain(self.execs.leftovers.next_examination())
             .chain(self.reaping.next())
@@ -690,6 +705,7 @@ impl Monitor {
     fn check_deadlines(&mut self) {
         let now = Instant::now();
         self.continue_reaping(now);
+        self.check_killed_execs(now);
         self.clients.end_accept_pause(now, &self.poller);
         self.calls.check(now);
         self.execs.killed.check(now);
@@ -702,17 +718,17 @@ impl Monitor {
         let due = self.containers.values().filter(is_due);
         let due: Vec<u64> = due.map(|container| container.serial).collect();
         for serial in due {
-            self.container_due(serial);
+            self.container_due(serial, now);
         }
     }
 
     /// Continues the operation in progress on a container, after the time [`Container::next_check`]
     /// has passed.
-    fn container_due(&mut self, serial: u64) {
+    fn container_due(&mut self, serial: u64, now: Instant) {
         match self.containers.get(&serial).map(|it| &it.state) {
             Some(State::Creating) => self.act_on(serial, Container::continue_rollback),
             Some(State::Terminating(_)) => self.continue_termination(serial),
-            _ => self.act_on(serial, Container::deletion_overdue),
+            _ => self.init_due(serial, now),
         }
     }
 }

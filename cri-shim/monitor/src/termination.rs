@@ -28,6 +28,11 @@ const KILL_TIMEOUT: Duration = Duration::from_secs(10);
 /// system works again.
 const LOG_FLUSH_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// The time for which the monitor waits until it can reap a container's first process that has
+/// exited or was killed. Until another process that traces the first process ends the trace, the
+/// monitor cannot reap it.
+const TRACER_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// The shortest interval between two checks of a cgroup that is not empty yet.
 const MIN_CGROUP_CHECK_INTERVAL: Duration = Duration::from_millis(1);
 
@@ -79,8 +84,27 @@ impl Termination {
 }
 
 impl Container {
-    /// Handles the exit of the container's first process, which the monitor has reaped.
+    /// Prepares for the exit of the container's first process, which has been killed, or whose exit
+    /// the kernel has reported through [`Container::pidfd`].
+    pub(crate) fn expect_exit(&mut self) {
+        let check = Instant::now() + TRACER_TIMEOUT;
+        self.zombie_check.get_or_insert(check);
+    }
+
+    /// Returns whether the monitor must check at this time whether the first process has exited
+    /// without having been reaped. Sets the time of the next check.
+    pub(crate) fn is_zombie_check_due(&mut self, now: Instant) -> bool {
+        let is_due = self.zombie_check.is_some_and(|check| now >= check);
+        if is_due {
+            self.zombie_check = Some(now + TRACER_TIMEOUT);
+        }
+        is_due
+    }
+
+    /// Handles the exit of the container's first process. The monitor has reaped the process, or
+    /// cannot reap it because another process traces it.
     pub(crate) fn init_exited(&mut self, code: i32) -> Vec<Effect> {
+        self.pidfd = None;
         self.state = State::Terminating(Termination::new(code, exit::now()));
         if self.starting {
             vec![Effect::ShortenStart(self.serial)]

@@ -17,6 +17,7 @@ use super::super::exit;
 use super::super::own_log;
 use super::super::poller::EventSource;
 use super::Monitor;
+use rrun_kernel::process_stat::exit_code_of_zombie;
 
 /// The number of unknown children that the monitor reaps in a [`PERIOD`] before it ignores SIGCHLD.
 const MAX_UNKNOWN: u32 = 64;
@@ -112,11 +113,56 @@ impl Monitor {
     }
 
     /// Reaps the child with this pid if it has exited. The kernel finds the child without a search.
-    pub(super) fn reap_child(&mut self, pid: i32) {
+    fn reap_child(&mut self, pid: i32) {
         if let Some(pid) = Pid::from_raw(pid)
             && let Ok(Some((pid, status))) = waitpid(Some(pid), WaitOptions::NOHANG)
         {
             self.child_changed(pid, status);
+        }
+    }
+
+    /// Handles the kernel's report that a container's first process has exited. Usually, SIGCHLD
+    /// follows. If another process traces the first process, the kernel sends SIGCHLD only when it
+    /// no longer traces it.
+    pub(super) fn init_died(&mut self, serial: u64) {
+        if let Some(container) = self.containers.get_mut(&serial) {
+            container.pidfd = None;
+            container.expect_exit();
+        }
+    }
+
+    /// Handles a container whose first process the monitor has not reaped, after the time
+    /// [`Container::next_check`] has passed.
+    pub(super) fn init_due(&mut self, serial: u64, now: Instant) {
+        let Some(container) = self.containers.get_mut(&serial) else {
+            return;
+        };
+        if !container.is_zombie_check_due(now) {
+            return self.act_on(serial, |it| it.check_deletion(now));
+        }
+        let pid = container.pid;
+        self.reap_child(pid);
+        if let Some(container) = self.containers.get(&serial).filter(|it| it.is_init(pid))
+            && let Some(status) = exit_code_of_zombie(pid)
+        {
+            own_log::write(&format!(
+                "container {}: the monitor cannot reap the first process (pid {pid}), which has exited, because another process traces it",
+                container.id()
+            ));
+            self.init_exited(serial, exit::code_of_raw(status));
+        }
+    }
+
+    /// Handles the killed execs whose processes have exited, but cannot be reaped because another
+    /// process traces them. The monitor reaps these processes after the end of the trace.
+    pub(super) fn check_killed_execs(&mut self, now: Instant) {
+        for pid in self.execs.due_zombie_checks(now) {
+            self.reap_child(pid);
+            if let Some(status) = exit_code_of_zombie(pid)
+                && let Some(process) = self.execs.take_running(pid)
+            {
+                self.exec_exited(process, exit::code_of_raw(status));
+            }
         }
     }
 
