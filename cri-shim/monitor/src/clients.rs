@@ -23,6 +23,10 @@ const MAX_CLIENTS: usize = MAX_SESSIONS + 64;
 /// The maximum number of execs and attachments at the same time. They can last as long as the pod.
 pub(crate) const MAX_SESSIONS: usize = 256;
 
+/// The maximum number of execs and attachments of one container at the same time. A container can
+/// prevent the end of its execs, and must not prevent the execs of the pod's other containers.
+pub(crate) const MAX_CONTAINER_SESSIONS: usize = 192;
+
 /// The time for which the monitor accepts no further clients. This pause begins when
 /// [`MAX_CLIENTS`] clients are connected, or when accept(2) fails.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
@@ -44,18 +48,35 @@ impl Clients {
         })
     }
 
-    /// Counts the client's connection as an exec or an attachment. Returns false if [`MAX_SESSIONS`]
-    /// execs and attachments already exist. `abandoned` is the number of execs whose client has
+    /// Counts the client's connection as an exec or an attachment of the container with this serial
+    /// number. Returns an error if [`MAX_SESSIONS`] or [`MAX_CONTAINER_SESSIONS`] are reached.
+    /// `abandoned` are the serial numbers of the containers of those execs whose client has
     /// disconnected.
-    pub(crate) fn begin_session(&mut self, client: ClientId, abandoned: usize) -> bool {
-        let sessions = self.connections.values().filter(|it| it.is_session);
-        if sessions.count() + abandoned >= MAX_SESSIONS {
-            return false;
+    pub(crate) fn begin_session(
+        &mut self,
+        client: ClientId,
+        container: u64,
+        abandoned: &[u64],
+    ) -> Result<(), String> {
+        let connected = self.connections.values().filter_map(|it| it.session);
+        let (mut all, mut own) = (0, 0);
+        for session in connected.chain(abandoned.iter().copied()) {
+            all += 1;
+            own += usize::from(session == container);
         }
-        if let Some(connection) = self.connections.get_mut(&client) {
-            connection.is_session = true;
-        }
-        true
+        let (what, limit) = match (own, all) {
+            (MAX_CONTAINER_SESSIONS.., _) => ("container", MAX_CONTAINER_SESSIONS),
+            (_, MAX_SESSIONS..) => ("pod", MAX_SESSIONS),
+            _ => {
+                if let Some(connection) = self.connections.get_mut(&client) {
+                    connection.session = Some(container);
+                }
+                return Ok(());
+            }
+        };
+        Err(format!(
+            "the {what} already has {limit} execs and attachments, and this number is the limit"
+        ))
     }
 
     pub(crate) fn contains(&self, client: ClientId) -> bool {

@@ -46,8 +46,8 @@ pub(crate) enum Incoming {
 
 pub(crate) struct Connection {
     pub(crate) stage: Stage,
-    /// True if the client's request is an exec or an attach.
-    pub(crate) is_session: bool,
+    /// The serial number of the container, if the client's request is an exec or an attach.
+    pub(crate) session: Option<u64>,
     socket: OwnedFd,
     received: Vec<u8>,
     fds: Vec<OwnedFd>,
@@ -62,7 +62,7 @@ impl Connection {
     pub(crate) fn new(socket: OwnedFd) -> Self {
         Connection {
             stage: Stage::Request,
-            is_session: false,
+            session: None,
             socket,
             received: Vec::new(),
             fds: Vec::new(),

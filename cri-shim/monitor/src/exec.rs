@@ -67,7 +67,7 @@ pub(crate) struct StartedExec {
 /// An exec whose runtime call failed or exceeded its deadline.
 pub(crate) struct FailedExec {
     client: ClientId,
-    reason: String,
+    reason: Box<str>,
     /// The pid of the exec's process, if the runtime reported a pid. Even a failed exec may have a
     /// process. For example, the runtime may already have started the process when the monitor
     /// kills the runtime at the deadline.
@@ -77,6 +77,8 @@ pub(crate) struct FailedExec {
 
 /// The data with which the monitor finds and kills an exec's processes.
 struct Scope {
+    /// The serial number of the container.
+    serial: u64,
     /// The pid of the container's first process.
     init: i32,
     /// The path of the container's cgroup.
@@ -112,6 +114,7 @@ impl Execs {
             None
         };
         let scope = Scope {
+            serial: container.serial,
             init: container.pid,
             container: container.spec.cgroup.clone(),
             own,
@@ -176,13 +179,17 @@ impl Execs {
         }
     }
 
-    /// Returns the number of execs whose client has disconnected and whose processes have not
-    /// exited yet.
-    pub(crate) fn abandoned(&self, clients: &Clients) -> usize {
-        let starting = self.starting.values().map(|it| it.client);
-        let running = self.running.values().map(|it| it.client);
-        let gone = |client: &ClientId| !clients.contains(*client);
-        starting.chain(running).filter(gone).count()
+    /// Returns the serial number of the container for each exec whose client has disconnected and
+    /// whose processes have not exited yet.
+    pub(crate) fn abandoned(&self, clients: &Clients) -> Vec<u64> {
+        let starting = self
+            .starting
+            .values()
+            .map(|it| (it.client, it.scope.serial));
+        let running = self.running.values().map(|it| (it.client, it.scope.serial));
+        let all = starting.chain(running);
+        let gone = all.filter(|(client, _)| !clients.contains(*client));
+        gone.map(|(_, serial)| serial).collect()
     }
 
     /// Returns the time at which [`Execs::due_zombie_checks`] must be called again.
@@ -269,7 +276,7 @@ impl StartingExec {
                 };
                 Err(FailedExec {
                     client,
-                    reason,
+                    reason: reason.into(),
                     pid,
                     scope,
                 })
@@ -357,13 +364,14 @@ impl Scope {
 
 #[cfg(test)]
 mod tests {
-    use super::super::clients::MAX_SESSIONS;
+    use super::super::clients::{MAX_CONTAINER_SESSIONS, MAX_SESSIONS};
     use super::super::poller::Poller;
     use super::*;
 
     #[test]
     fn an_exec_counts_until_its_processes_have_exited() {
         let scope = || Scope {
+            serial: 3,
             init: 0,
             container: PathBuf::new(),
             own: None,
@@ -386,12 +394,18 @@ mod tests {
             scope: scope(),
             zombie_check: None,
         });
-        assert_eq!(execs.abandoned(&clients), 2);
+        assert_eq!(execs.abandoned(&clients), [3, 3]);
         execs.take_starting(1);
-        assert_eq!(execs.abandoned(&clients), 1);
+        assert_eq!(execs.abandoned(&clients), [3]);
         execs.take_running(9);
-        assert_eq!(execs.abandoned(&clients), 0);
-        assert!(clients.begin_session(10, MAX_SESSIONS - 1));
-        assert!(!clients.begin_session(10, MAX_SESSIONS));
+        assert!(execs.abandoned(&clients).is_empty());
+        let mut begin = |container, sessions| {
+            let begun = clients.begin_session(10, container, &vec![3; sessions]);
+            begun.err().unwrap_or_default()
+        };
+        assert_eq!(begin(3, MAX_CONTAINER_SESSIONS - 1), "");
+        assert!(begin(3, MAX_CONTAINER_SESSIONS).contains("the container already has 192"));
+        assert_eq!(begin(4, MAX_SESSIONS - 1), "");
+        assert!(begin(4, MAX_SESSIONS).contains("the pod already has 256"));
     }
 }

@@ -17,7 +17,7 @@ use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
 
 use super::calls::{Calls, Purpose};
-use super::clients::{Clients, MAX_SESSIONS};
+use super::clients::Clients;
 use super::coalescing::{self, Coalescing};
 use super::connection::{ClientId, Incoming, Stage};
 use super::container::{Container, State};
@@ -37,7 +37,7 @@ use super::serials::Serials;
 use reaping::Reaping;
 use rrun_kernel::errno::describe;
 use rrun_protocol::{
-    ContainerState, Create, Event, Exec, Failure, FailureKind, Hello, Reply, Request,
+    Attach, ContainerState, Create, Event, Exec, Failure, FailureKind, Hello, Reply, Request,
 };
 
 /// The data about the pod that is known when the monitor starts.
@@ -289,16 +289,13 @@ impl Monitor {
     }
 
     fn answer(&mut self, client: ClientId, request: Request, fds: Vec<OwnedFd>) {
-        let is_session = matches!(request, Request::Exec(_) | Request::Attach(_));
-        if is_session
-            && !self
-                .clients
-                .begin_session(client, self.execs.abandoned(&self.clients))
+        if let Request::Exec(Exec { id, .. }) | Request::Attach(Attach { id, .. }) = &request
+            && let Some(container) = self.serial_of(id)
         {
-            let message = format!(
-                "the pod already has {MAX_SESSIONS} execs and attachments, and this number is the limit"
-            );
-            return self.fail(client, FailureKind::WrongState, message);
+            let abandoned = self.execs.abandoned(&self.clients);
+            if let Err(message) = self.clients.begin_session(client, container, &abandoned) {
+                return self.fail(client, FailureKind::WrongState, message);
+            }
         }
         match request {
             Request::Subscribe => self.subscribe(client),
