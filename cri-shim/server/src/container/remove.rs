@@ -15,13 +15,14 @@ use crate::cgroup;
 use crate::clock::now;
 use crate::node::Node;
 use crate::sandbox::files::{read_record, remove_tree, unmount};
+use crate::sandbox::stop::unless_it_hangs;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_monitor_client::MonitorError;
 use rrun_protocol::ExitRecord;
 
 /// The time limit for the runtime's `delete` if the server itself runs the command. The server runs
-/// it only if the container's monitor has died.
+/// it only if the container's monitor has died or does not answer.
 const DELETE_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// Kills the container if it is running, and removes its files, its record and its resources. The
@@ -87,11 +88,18 @@ pub(crate) async fn delete_from_runtime(node: &Node, container: &Container) -> R
     let monitor = &container.sandbox.monitor;
     let deleted = slow(
         format!("{name}: wait for the runtime's `delete`"),
-        monitor.delete(&container.id),
+        unless_it_hangs(monitor, monitor.delete(&container.id)),
     );
     match deleted.await {
         Ok(()) => {}
-        Err(MonitorError::Gone { .. }) => delete_without_monitor(node, container).await?,
+        Err(error @ (MonitorError::Gone { .. } | MonitorError::Deadline { .. })) => {
+            if let MonitorError::Deadline { .. } = error {
+                log::error!(
+                    "{name}: {error}; the server deletes the container without the monitor"
+                );
+            }
+            delete_without_monitor(node, container).await?;
+        }
         // Every failure that the monitor reports becomes an Internal error. Kubelet would treat
         // NotFound as success.
         Err(error) => return Err(Error::internal(format!("delete {name}: {error}"))),
@@ -150,8 +158,8 @@ async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()
     }
 }
 
-/// Kills the remaining processes of a container whose monitor died, and records the container's
-/// exit. The exit status is known only if the monitor wrote it to the disk before its death.
+/// Kills the remaining processes of a container whose monitor died or does not answer, and records
+/// the container's exit. The exit status is known only if the monitor wrote it to the disk before.
 pub(crate) async fn end_without_monitor(
     node: &Arc<Node>,
     container: &Arc<Container>,
@@ -170,7 +178,7 @@ pub(crate) async fn end_without_monitor(
             137,
             now(),
             "Unknown",
-            "the container was killed because its monitor died",
+            "the container was killed because its monitor died or did not answer",
         ),
     }
     Ok(())

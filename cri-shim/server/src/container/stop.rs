@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::remove::end_without_monitor;
 use super::{Container, Phase, UNKNOWN_TO_MONITOR};
 use crate::clock::now;
 use crate::node::Node;
@@ -14,6 +15,10 @@ use rrun_protocol::FailureKind;
 /// The time limit for a container's exit after SIGKILL. An exit takes longer only if the kernel
 /// can't end a process.
 const KILL_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// The time within which the monitor must answer the request to kill the container. The monitor
+/// answers it immediately.
+const KILL_ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Stops the container and returns when it has exited. `grace` is the grace period in seconds.
 pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i64) -> Result<()> {
@@ -28,15 +33,28 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
         && let Ok(grace) = u64::try_from(grace)
         && grace > 0
     {
-        send(node, container, container.stop_signal, false).await?;
-        let timeout = Duration::from_secs(grace);
-        let ended = tokio::time::timeout(timeout, container.wait_exited()).await;
-        if ended.is_ok() {
-            return Ok(());
+        // The grace period also limits the time for which the server waits for the monitor's answer.
+        let ended = tokio::time::timeout(Duration::from_secs(grace), async {
+            send(node, container, container.stop_signal, false).await?;
+            container.wait_exited().await;
+            Ok(())
+        });
+        if let Ok(ended) = ended.await {
+            return ended;
         }
         log::info!("{name}: did not stop within {grace} s, so the server kills it");
     }
-    send(node, container, libc::SIGKILL, true).await?;
+    let killed = send(node, container, libc::SIGKILL, true);
+    match tokio::time::timeout(KILL_ANSWER_TIMEOUT, killed).await {
+        Ok(killed) => killed?,
+        Err(_) => {
+            log::error!(
+                "{name}: the pod's monitor did not answer the request to kill the container within {} s, so the server kills it",
+                KILL_ANSWER_TIMEOUT.as_secs()
+            );
+            return end_without_monitor(node, container).await;
+        }
+    }
     let ended = slow(
         format!("{name}: wait for the container's exit after SIGKILL"),
         tokio::time::timeout(KILL_TIMEOUT, container.wait_exited()),

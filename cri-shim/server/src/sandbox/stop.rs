@@ -23,7 +23,7 @@ use rrun_protocol::FailureKind;
 /// The maximum time that a pod's removal waits for unfinished CreateContainer calls in the pod.
 const CREATIONS_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The time for which the server waits for a monitor's exit before it checks whether the monitor
+/// The time for which the server waits for a monitor's answer before it checks whether the monitor
 /// hangs.
 const HANG_CHECK_DELAY: Duration = Duration::from_secs(5);
 
@@ -176,7 +176,7 @@ async fn kill_pause(sandbox: &Sandbox) {
 /// Stops the pod's monitor. Containers that the monitor still manages are deleted first.
 async fn end_monitor(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let monitor = &sandbox.monitor;
-    let mut ended = shut_down(monitor).await;
+    let mut ended = unless_it_hangs(monitor, monitor.shutdown()).await;
     if let Err(MonitorError::Failed(failure)) = &ended
         && failure.kind == FailureKind::WrongState
         && let Ok((hello, _)) = monitor.subscribe().await
@@ -188,7 +188,7 @@ async fn end_monitor(node: &Node, sandbox: &Sandbox) -> Result<()> {
                 log::warn!("{}: {error}", sandbox.name());
             }
         }
-        ended = shut_down(monitor).await;
+        ended = unless_it_hangs(monitor, monitor.shutdown()).await;
     }
     match ended {
         Ok(()) | Err(MonitorError::Gone { .. }) => {}
@@ -205,13 +205,16 @@ async fn end_monitor(node: &Node, sandbox: &Sandbox) -> Result<()> {
     Ok(())
 }
 
-/// Requests the monitor's exit. The monitor exits only after all calls of the runtime, which can
-/// take minutes. A monitor that hangs does not answer other requests either. In this case, returns
-/// the error of the other request without waiting for the exit.
-async fn shut_down(monitor: &MonitorClient) -> Result<(), MonitorError> {
-    let mut ended = std::pin::pin!(monitor.shutdown());
+/// Waits for the answer to a request that waits for calls of the runtime, which can take minutes. A
+/// monitor that hangs does not answer other requests either. In this case, returns the error of the
+/// other request without waiting for the answer.
+pub(crate) async fn unless_it_hangs(
+    monitor: &MonitorClient,
+    answer: impl Future<Output = Result<(), MonitorError>>,
+) -> Result<(), MonitorError> {
+    let mut answer = std::pin::pin!(answer);
     tokio::select! {
-        ended = ended.as_mut() => return ended,
+        answer = answer.as_mut() => return answer,
         () = tokio::time::sleep(HANG_CHECK_DELAY) => {}
     }
     let hangs = async {
@@ -223,7 +226,7 @@ async fn shut_down(monitor: &MonitorClient) -> Result<(), MonitorError> {
         }
     };
     tokio::select! {
-        ended = ended => ended,
+        answer = answer => answer,
         error = hangs => Err(error),
     }
 }
