@@ -118,6 +118,7 @@ suites! {
         wedge,
         hangs,
         stalls,
+        tracers,
         images,
         images_registries,
         images_faults,

@@ -322,6 +322,8 @@ fn incomplete_messages_count_against_the_limit_on_buffers() -> Result {
 fn a_pod_with_very_many_exec_sessions_can_be_stopped() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "crowded")?;
+        let beside = node.container("beside", &["/inside", "wait"]);
+        let pod = node.pod("crowded");
         let pod_id = node.asks(&["pods", "--quiet"])?;
         let calls = Calls::new(node)?;
         let mut sessions = Vec::new();
@@ -333,7 +335,9 @@ fn a_pod_with_very_many_exec_sessions_can_be_stopped() -> Result {
         first.write_all(&message(0, b"hello\n"))?;
         reads(first, b"\x01hello\n")?;
         let last = sessions.last_mut().ok_or("the test opened no streams")?;
-        reads(last, b"already has 256 execs and attachments")?;
+        reads(last, b"the container already has 192 execs and attachments")?;
+        let beside = node.run(&pod_id, &pod, &beside)?;
+        node.asks(&["exec", "--sync", &beside, "/inside", "exit", "0"])?;
         node.asks(&["stop", "--timeout", "0", &id])?;
         node.asks(&["stopp", &pod_id])?;
         Ok(())

@@ -17,6 +17,10 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Rrun
     ),
     test!(
+        signals_reach_a_process_although_the_runtime_traces_thousands_of_its_threads,
+        Need::Rrun
+    ),
+    test!(
         a_stopped_process_that_exec_traces_has_not_exited,
         Need::Rrun
     ),
@@ -63,6 +67,23 @@ fn run_and_exec_end_although_they_trace_a_thread_of_the_process() -> Result {
         ensure_eq!(
             running.end()?.code,
             0,
+            "the exit code of `exec` after SIGTERM"
+        );
+    }
+    bundle.end()?;
+    Ok(())
+}
+
+fn signals_reach_a_process_although_the_runtime_traces_thousands_of_its_threads() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    for options in [&[][..], &["--tty"]] {
+        let mut running = bundle.exec(options, &["traced", "flood"]).start()?;
+        wait_for_line(&mut running, "ready")?;
+        running.signal(Signal::SIGTERM);
+        ensure_eq!(
+            running.end()?.code,
+            143,
             "the exit code of `exec` after SIGTERM"
         );
     }

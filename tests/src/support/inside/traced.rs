@@ -2,6 +2,7 @@
 //! process can do so without the knowledge of its parent, which is a process of the host. A process
 //! can also trace another process of the container and never read its exit status.
 
+use std::collections::VecDeque;
 use std::fs;
 use std::sync::mpsc;
 
@@ -32,6 +33,7 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
             wait()
         }
         ["hold"] => hold(),
+        ["flood"] => flood(),
         _ => Err("unknown operation".into()),
     }
 }
@@ -50,6 +52,64 @@ fn hold() -> Result<(), InsideError> {
             }
         }
     }
+}
+
+/// The number of threads that each thread of [`flood`] keeps alive.
+const ALIVE: usize = 2_500;
+
+/// The number of threads, with those that the tracer has not reaped, above which [`flood`] creates no
+/// further threads.
+const MOST: usize = 6_000;
+
+/// Creates threads that make the parent of this process their tracer, without end. The oldest thread
+/// exits whenever a new one exists.
+fn flood() -> Result<(), InsideError> {
+    let makers = [(); 2].map(|()| {
+        let (full, is_full) = mpsc::channel();
+        std::thread::spawn(|| make_threads(full));
+        is_full
+    });
+    for is_full in makers {
+        is_full.recv()?;
+    }
+    say("ready")?;
+    loop {
+        std::thread::park();
+    }
+}
+
+/// Creates the threads, and reports when [`ALIVE`] threads exist.
+fn make_threads(full: mpsc::Sender<()>) {
+    let (mut alive, mut made) = (VecDeque::new(), 0_u32);
+    loop {
+        let (end, ended) = mpsc::channel::<()>();
+        let traced = std::thread::Builder::new()
+            .stack_size(16 << 10)
+            .spawn(move || {
+                let _ = ptrace::traceme();
+                let _ = ended.recv();
+            });
+        match traced {
+            Ok(_) => alive.push_back(end),
+            Err(_) => std::thread::yield_now(),
+        }
+        if alive.len() > ALIVE {
+            let _ = full.send(());
+            alive.pop_front();
+        }
+        made += 1;
+        while made % 32 == 0 && thread_count().is_none_or(|count| count > MOST) {
+            std::thread::yield_now();
+        }
+    }
+}
+
+/// Returns the number of threads of this process, with those that the tracer has not reaped.
+fn thread_count() -> Option<usize> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let mut lines = status.lines();
+    let count = lines.find_map(|line| line.strip_prefix("Threads:"))?;
+    count.trim().parse().ok()
 }
 
 /// Starts a thread that exits while the parent of this process traces it.
