@@ -25,7 +25,7 @@ pub(crate) const MAX_SESSIONS: usize = 256;
 
 /// The maximum number of execs and attachments of one container at the same time. A container can
 /// prevent the end of its execs, and must not prevent the execs of the pod's other containers.
-pub(crate) const MAX_CONTAINER_SESSIONS: usize = 192;
+pub(crate) const MAX_CONTAINER_SESSIONS: usize = 224;
 
 /// The time for which the monitor accepts no further clients. This pause begins when
 /// [`MAX_CLIENTS`] clients are connected, or when accept(2) fails.

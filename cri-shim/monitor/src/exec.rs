@@ -404,7 +404,7 @@ mod tests {
             begun.err().unwrap_or_default()
         };
         assert_eq!(begin(3, MAX_CONTAINER_SESSIONS - 1), "");
-        assert!(begin(3, MAX_CONTAINER_SESSIONS).contains("the container already has 192"));
+        assert!(begin(3, MAX_CONTAINER_SESSIONS).contains("the container already has 224"));
         assert_eq!(begin(4, MAX_SESSIONS - 1), "");
         assert!(begin(4, MAX_SESSIONS).contains("the pod already has 256"));
     }

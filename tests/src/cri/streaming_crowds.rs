@@ -335,7 +335,7 @@ fn a_pod_with_very_many_exec_sessions_can_be_stopped() -> Result {
         first.write_all(&message(0, b"hello\n"))?;
         reads(first, b"\x01hello\n")?;
         let last = sessions.last_mut().ok_or("the test opened no streams")?;
-        reads(last, b"the container already has 192 execs and attachments")?;
+        reads(last, b"the container already has 224 execs and attachments")?;
         let beside = node.run(&pod_id, &pod, &beside)?;
         node.asks(&["exec", "--sync", &beside, "/inside", "exit", "0"])?;
         node.asks(&["stop", "--timeout", "0", &id])?;
