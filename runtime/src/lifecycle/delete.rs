@@ -173,6 +173,10 @@ fn destroy(dir: ContainerDir, state: &State) -> Result<()> {
 
 /// Waits until the killed first process has exited. Returns false if the process is still alive
 /// after [`KILL_TIMEOUT`].
+///
+/// A process of the container can keep the first process alive: a tracer can stop a killed process
+/// before it exits (PTRACE_O_TRACEEXIT of ptrace(2)). So this function kills the other processes if
+/// the first process does not exit immediately.
 fn wait_for_exit(state: &State, process: &OwnedFd) -> Result<bool> {
     let deadline = Instant::now() + KILL_TIMEOUT;
     let timeout = Timespec::try_from(EXIT_CHECK_INTERVAL).unwrap_or_default();
@@ -190,5 +194,6 @@ fn wait_for_exit(state: &State, process: &OwnedFd) -> Result<bool> {
         if Instant::now() >= deadline {
             return Ok(false);
         }
+        cgroup::kill_all(&state.cgroup)?;
     }
 }

@@ -43,6 +43,7 @@ pub(crate) const TESTS: &[Test] = &[
     // test's signals.
     test!(signals_end_a_container_that_waits_for_start),
     test!(delete_with_force_kills_a_running_container),
+    test!(delete_with_force_kills_a_container_that_a_tracer_stops_before_its_exit),
     test!(delete_with_force_succeeds_for_a_missing_container),
     test!(delete_leaves_no_orphaned_process_behind),
     test!(exec_returns_the_programs_output_and_exit_code),
@@ -383,6 +384,20 @@ fn delete_with_force_kills_a_running_container() -> Result {
     wait_for("the container's process to exit", || {
         Ok((!fs::exists(format!("/proc/{pid}"))?).then_some(()))
     })
+}
+
+fn delete_with_force_kills_a_container_that_a_tracer_stops_before_its_exit() -> Result {
+    let bundle = Bundle::new(&["traced", "exit-stop"])?;
+    let mut running = bundle.run_in_background()?;
+    wait_for("the child to trace the first process", || {
+        Ok(running.stdout().contains("traces").then_some(()))
+    })?;
+    bundle.end()?;
+    ensure!(
+        !bundle.cgroup().exists(),
+        "the container's cgroup still exists after `delete --force`"
+    );
+    Ok(())
 }
 
 fn delete_with_force_succeeds_for_a_missing_container() -> Result {

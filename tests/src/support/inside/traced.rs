@@ -10,7 +10,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, raise};
-use nix::unistd::Pid;
+use nix::unistd::{ForkResult, Pid, fork};
 
 use super::{InsideError, say, wait};
 
@@ -34,6 +34,8 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
         }
         ["hold"] => hold(),
         ["flood"] => flood(),
+        // The kernel stops this process before it exits, until its child lets it continue.
+        ["exit-stop"] => stop_before_exit(),
         _ => Err("unknown operation".into()),
     }
 }
@@ -51,6 +53,19 @@ fn hold() -> Result<(), InsideError> {
                 say(&process.to_string())?;
             }
         }
+    }
+}
+
+/// Waits in a process that a child traces. The child never handles a stop of this process.
+fn stop_before_exit() -> Result<(), InsideError> {
+    // SAFETY: this process has one thread, so the child may call any function.
+    if let ForkResult::Parent { .. } = unsafe { fork()? } {
+        return wait();
+    }
+    ptrace::seize(nix::unistd::getppid(), ptrace::Options::PTRACE_O_TRACEEXIT)?;
+    say("traces")?;
+    loop {
+        nix::unistd::pause();
     }
 }
 
