@@ -208,9 +208,10 @@ fn is_callers_group(stat: &Stat) -> bool {
 
 /// Returns whether an unprivileged user can have mounted a file system at `path`, which is in the
 /// directory `place` and has the attributes `stat`. fusermount(1) lets users mount a FUSE file
-/// system on their own directories, and such a file system chooses the owners of its files.
+/// system on their own directories. Such a file system chooses the owners of its files, and hides the
+/// owner of the directory on which it is mounted.
 fn is_users_mount(place: PassedDirectory, path: &Path, stat: &Stat) -> Result<bool> {
-    if !place.is_shared || stat.st_dev == place.device {
+    if stat.st_dev == place.device {
         return Ok(false);
     }
     let kind = rustix::fs::statfs(path).doing(|| format!("check {}", path.display()))?;
