@@ -130,14 +130,14 @@ pub(crate) async fn install(
 
 /// Refuses an image whose configuration needs too much memory.
 fn check_configuration(image: &Image, limit: usize) -> Result<(), ImageError> {
-    let bytes = image.config.bytes();
+    let bytes = image.config.memory();
     if bytes <= limit {
         return Ok(());
     }
     Err(ImageError::new(
         Kind::ResourceExhausted,
         format!(
-            "the arguments, variables and volumes in the image's configuration have {bytes} bytes, and the limit is {limit} bytes (image.configuration_bytes)"
+            "the arguments, variables and volumes in the image's configuration need {bytes} bytes of memory, and the limit is {limit} bytes (image.configuration_bytes)"
         ),
     ))
 }

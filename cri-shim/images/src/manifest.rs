@@ -74,6 +74,18 @@ impl Descriptor {
         })
     }
 
+    /// Drops the texts of any length that a pull no longer needs. The pull keeps the descriptor while
+    /// it receives other documents.
+    fn without_texts(self) -> Self {
+        Descriptor {
+            digest: self.digest,
+            size: self.size,
+            media_type: String::new(),
+            platform: None,
+            annotations: None,
+        }
+    }
+
     /// Returns whether the layer is a foreign layer (Docker's schema 2) or a non-distributable
     /// layer (OCI). Foreign and non-distributable layers are base layers of Windows, which must be
     /// fetched from Microsoft.
@@ -164,7 +176,10 @@ pub(crate) fn parse(bytes: &[u8]) -> Result<Document, ImageError> {
             for descriptor in layers.iter().chain([&config]) {
                 check_digest(&descriptor.digest)?;
             }
-            Ok(Document::Image(Manifest { config, layers }))
+            Ok(Document::Image(Manifest {
+                config: config.without_texts(),
+                layers: layers.into_iter().map(Descriptor::without_texts).collect(),
+            }))
         }
         RawManifest {
             manifests: Some(manifests),
@@ -469,6 +484,19 @@ mod tests {
             },
         };
         choose(&entries, &machine).ok()
+    }
+
+    #[test]
+    fn a_parsed_manifest_contains_no_texts_of_any_length() {
+        let mut blob = entry("a", "linux", "amd64", None);
+        blob["mediaType"] = json!("x".repeat(1 << 20));
+        blob["annotations"] = json!({ "org.opencontainers.image.ref.name": "x".repeat(1 << 20) });
+        let manifest = json!({ "config": blob, "layers": [blob] }).to_string();
+        let Ok(Document::Image(parsed)) = parse(manifest.as_bytes()) else {
+            panic!("the manifest was not parsed");
+        };
+        let kept = format!("{parsed:?}");
+        assert!(kept.len() < 1000, "{kept}");
     }
 
     #[test]

@@ -103,14 +103,14 @@ pub struct ImageConfig {
 
 impl ImageConfig {
     /// Returns the number of bytes of all strings.
-    pub(crate) fn bytes(&self) -> usize {
+    fn bytes(&self) -> usize {
         let listed = self.lists().into_iter().flatten().map(String::len);
         let signal = self.stop_signal.as_ref().map_or(0, String::len);
         listed.sum::<usize>() + self.user.len() + self.working_dir.len() + signal
     }
 
     /// Returns the approximate number of bytes that the configuration occupies in memory.
-    fn memory(&self) -> usize {
+    pub(crate) fn memory(&self) -> usize {
         let listed: usize = self.lists().into_iter().map(Vec::len).sum();
         self.bytes() + listed * STRING_BYTES
     }

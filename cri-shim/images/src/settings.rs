@@ -26,9 +26,8 @@ pub struct ImageSettings {
     pub layer_bytes: u64,
     /// The maximum number of files in one layer.
     pub layer_files: u64,
-    /// The maximum number of bytes of the strings in an image's configuration that the server keeps in
-    /// memory: arguments, environment variables, volumes, and the user, working directory and stop
-    /// signal.
+    /// The maximum memory, in bytes, for the strings in an image's configuration that the server keeps:
+    /// arguments, environment variables, volumes, and the user, working directory and stop signal.
     pub configuration_bytes: usize,
     /// The maximum number of bytes and files in the volumes that the image of one container declares.
     pub volume_bytes: u64,

@@ -140,9 +140,10 @@ impl Image {
             None => None,
         };
         let pull = self.node.images.pull(&name, auth);
-        let image = slow(format!("pull {name}"), pull).await?;
+        let pulled = slow(format!("pull {name}"), pull).await;
         // The caller does not wait for this call, which holds a lock of malloc(3) for milliseconds.
         drop(tokio::task::spawn_blocking(heap::give_back));
+        let image = pulled?;
         Ok(PullImageResponse {
             image_ref: image.id.clone(),
         })
