@@ -1,10 +1,10 @@
 //! Limits how much memory the documents of all pulls together occupy (`image.document_bytes`).
 //!
 //! A document is an index, a manifest or a configuration. Almost all documents are small, and a
-//! small document ([`SMALL_BYTES`]) needs no room. A larger document takes room in steps. If there
-//! is no room, the registry whose documents occupy the most bytes loses a pull: the pull with the
-//! largest document. A registry with less than its fair share therefore never loses a pull, and
-//! never waits for slow answers of other registries.
+//! small document ([`SMALL_BYTES`]) does not count. A larger document reserves memory in steps. If the
+//! limit is reached, one pull fails. This is the pull with the largest document, among the pulls from
+//! the registry whose documents occupy the most bytes. A pull from a registry with less than its fair
+//! share therefore never fails for this reason, and never waits for slow answers of other registries.
 
 use std::collections::HashMap;
 use std::ops::Deref;
@@ -107,7 +107,7 @@ impl DocumentBudget {
 }
 
 impl PullTable {
-    /// Takes `more` bytes for the pull `id`. If there is no room, stops other pulls.
+    /// Reserves `more` bytes for the pull `id`. If the limit is reached, stops other pulls.
     fn take(&mut self, id: u64, more: u64, limit: u64) -> Taken {
         loop {
             let sum = |stopped| {

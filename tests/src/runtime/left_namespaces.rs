@@ -3,7 +3,6 @@
 //! the programs that `exec` executes.
 
 use std::fs;
-use std::os::unix::fs::chown;
 
 use serde_json::{Value, json};
 
@@ -113,20 +112,8 @@ fn exec_does_not_enter_the_mounts_that_an_unprivileged_first_process_made() -> R
 fn exec_of_a_user_does_not_enter_the_mounts_of_a_further_user_namespace() -> Result {
     const USER: u32 = 1000;
     let mut bundle = leaver(0)?;
-    bundle.without("/linux/cgroupsPath");
     user_namespace(&mut bundle, USER, 1, None);
-    for mount in bundle.mounts() {
-        if let Some(options) = mount["options"].as_array_mut() {
-            options.retain(|option| option != "gid=5");
-        }
-    }
-    fs::create_dir(bundle.root())?;
-    for path in [bundle.path(), &bundle.root(), &bundle.rootfs()] {
-        chown(path, Some(USER), Some(USER))?;
-    }
-    for entry in fs::read_dir(bundle.rootfs())?.flatten() {
-        chown(entry.path(), Some(USER), Some(USER))?;
-    }
+    bundle.give_to(USER)?;
     bundle.write_config()?;
     let runtime = |words: &[&str]| {
         let user = USER.to_string();

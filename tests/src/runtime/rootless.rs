@@ -45,23 +45,10 @@ fn bundle(args: &[&str]) -> Result<Bundle> {
     let mut bundle = Bundle::new(args)?;
     let own = json!([{ "containerID": 0, "hostID": USER, "size": 1 }]);
     bundle
-        .without("/linux/cgroupsPath")
         .add("/linux/namespaces", json!({ "type": "user" }))
         .set("/linux/uidMappings", own.clone())
         .set("/linux/gidMappings", own);
-    // The user namespace does not map the group 5, so the mounts must not have the option gid=5.
-    for mount in bundle.config["mounts"].as_array_mut().into_iter().flatten() {
-        if let Some(options) = mount["options"].as_array_mut() {
-            options.retain(|option| option != "gid=5");
-        }
-    }
-    fs::create_dir(bundle.root())?;
-    for path in [bundle.path(), &bundle.root(), &bundle.rootfs()] {
-        chown(path, Some(USER), Some(USER))?;
-    }
-    for entry in fs::read_dir(bundle.rootfs())?.flatten() {
-        chown(entry.path(), Some(USER), Some(USER))?;
-    }
+    bundle.give_to(USER)?;
     Ok(bundle)
 }
 

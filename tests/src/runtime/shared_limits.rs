@@ -150,20 +150,22 @@ fn a_container_starts_although_roots_quota_of_keys_is_used_up() -> Result {
     let mut bundle = Bundle::new(&["report"])?;
     bundle.set("/process/user", json!({ "uid": 0, "gid": 0 }));
     bundle.write_config()?;
-    let strace = [
-        "--follow-forks",
-        "--output=/dev/null",
-        "--inject=keyctl:error=EDQUOT:when=1",
-    ];
-    let report = command("strace", strace)
+    let report = report_if_first_fails(&bundle, "keyctl:error=EDQUOT")?;
+    has_own_keyring(&bundle, &report)
+}
+
+/// Runs the container, and returns its report. The first system call of each process that `fault`
+/// names fails. `fault` has the form of strace(1): `CALL:error=ERRNO`.
+fn report_if_first_fails(bundle: &Bundle, fault: &str) -> Result<Value> {
+    let inject = format!("--inject={fault}:when=1");
+    command("strace", ["--follow-forks", "--output=/dev/null", &inject])
         .arg(runtime_program())
         .arg("--root")
         .arg(bundle.root())
         .args(["run", bundle.id()])
         .dir(bundle.path())
         .ok()?
-        .json()?;
-    has_own_keyring(&bundle, &report)
+        .json()
 }
 
 /// The limits apply to a separate user namespace, because other programs on the node also need
@@ -209,15 +211,7 @@ fn a_container_is_the_same_if_the_kernel_refuses_each_first_namespace() -> Resul
     bundle.set("/process/user", json!({ "uid": 0, "gid": 0 }));
     let whole = bundle.report()?;
     for call in ["clone3", "unshare", "open_tree", "fsmount"] {
-        let inject = format!("--inject={call}:error=ENOSPC:when=1");
-        let report = command("strace", ["--follow-forks", "--output=/dev/null", &inject])
-            .arg(runtime_program())
-            .arg("--root")
-            .arg(bundle.root())
-            .args(["run", bundle.id()])
-            .dir(bundle.path())
-            .ok()?
-            .json()?;
+        let report = report_if_first_fails(&bundle, &format!("{call}:error=ENOSPC"))?;
         for part in ["uid", "gid", "groups", "devices", "files", "fds", "limits"] {
             ensure_eq!(
                 report[part],

@@ -5,7 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, chown};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
@@ -244,6 +244,26 @@ impl Bundle {
             all.retain(|namespace| namespace["type"] != kind);
         }
         self
+    }
+
+    /// Makes `user` the owner of the bundle and of the --root directory, for a container that this user
+    /// creates. The container's user namespace maps only this user. It does not map the group 5, so the
+    /// mounts must not have the option gid=5.
+    pub(crate) fn give_to(&mut self, user: u32) -> Result {
+        self.without("/linux/cgroupsPath");
+        for mount in self.mounts() {
+            if let Some(options) = mount["options"].as_array_mut() {
+                options.retain(|option| option != "gid=5");
+            }
+        }
+        fs::create_dir(self.root())?;
+        for path in [self.path(), &self.root(), &self.rootfs()] {
+            chown(path, Some(user), Some(user))?;
+        }
+        for entry in fs::read_dir(self.rootfs())?.flatten() {
+            chown(entry.path(), Some(user), Some(user))?;
+        }
+        Ok(())
     }
 
     pub(crate) fn write_config(&self) -> Result {

@@ -3,7 +3,6 @@
 //! be right if images with different lower layers share the layer.
 
 use std::path::Path;
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -13,7 +12,7 @@ use rrun_store::{Change, Store, Table};
 use serde_json::json;
 
 use crate::build::{Archive, Compression, Failure, ITEM, Image, Item, digest, image};
-use crate::node::{Node, open};
+use crate::node::{Node, in_overlay, open};
 use crate::server::{Answer, Server};
 use crate::trial;
 
@@ -88,26 +87,11 @@ async fn stat(node: &Node, image: &str, format: &str, paths: &str) -> Result<Str
 fn seen(dir: &Path, lowers: &[impl AsRef<Path>], script: &str) -> Result<String, Failure> {
     // A read-only overlay needs at least two lower directories, so the empty directory `nothing` is
     // added.
-    let (nothing, merged) = (dir.join("nothing"), dir.join("merged"));
+    let nothing = dir.join("nothing");
     std::fs::create_dir_all(&nothing)?;
-    std::fs::create_dir_all(&merged)?;
-    let mut lowers: Vec<String> = lowers
-        .iter()
-        .map(|lower| lower.as_ref().display().to_string())
-        .collect();
-    lowers.push(nothing.display().to_string());
-    let out = Command::new("unshare")
-        .args(["--mount", "sh", "-ec"])
-        .arg(format!(
-            "mount -t overlay -o ro,lowerdir={} none {m}; cd {m}; {script}",
-            lowers.join(":"),
-            m = merged.display()
-        ))
-        .output()?;
-    if !out.status.success() {
-        return Err(String::from_utf8_lossy(&out.stderr).into());
-    }
-    Ok(String::from_utf8(out.stdout)?.replace('\n', " "))
+    let lowers = lowers.iter().map(AsRef::as_ref);
+    let lowers: Vec<&Path> = lowers.chain([nothing.as_path()]).collect();
+    Ok(in_overlay(dir, &lowers, script)?.replace('\n', " "))
 }
 
 const METADATA: &str = "%n %a %u:%g %Y";

@@ -252,3 +252,30 @@ impl Drop for Registry {
         let _ = self.child.wait();
     }
 }
+
+/// Runs a script in a read-only overlay mount of `lowers` (uppermost first) at `dir`/merged, and
+/// returns the script's output. The script sees the layers as a container would.
+pub(crate) fn in_overlay(
+    dir: &Path,
+    lowers: &[impl AsRef<Path>],
+    script: &str,
+) -> Result<String, Failure> {
+    let merged = dir.join("merged");
+    std::fs::create_dir_all(&merged)?;
+    let lowers: Vec<_> = lowers
+        .iter()
+        .map(|lower| lower.as_ref().display().to_string())
+        .collect();
+    let out = Command::new("unshare")
+        .args(["--mount", "sh", "-ec"])
+        .arg(format!(
+            "mount -t overlay -o ro,lowerdir={} none {m}; cd {m}; {script}",
+            lowers.join(":"),
+            m = merged.display()
+        ))
+        .output()?;
+    if !out.status.success() {
+        return Err(String::from_utf8_lossy(&out.stderr).into());
+    }
+    Ok(String::from_utf8(out.stdout)?)
+}

@@ -49,7 +49,7 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
         Ok(killed) => killed?,
         Err(_) => {
             log::error!(
-                "{name}: the pod's monitor did not answer the request to kill the container within {} s, so the server kills it",
+                "{name}: the pod's monitor did not answer the request to kill the container within {} s, so the server itself kills the container",
                 KILL_ANSWER_TIMEOUT.as_secs()
             );
             return end_without_monitor(node, container).await;

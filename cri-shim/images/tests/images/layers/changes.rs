@@ -2,13 +2,12 @@
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
-use std::process::Command;
 
 use libtest_mimic::Trial;
 
 use super::{refused, unpack, unpacked};
 use crate::build::{Archive, Failure};
-use crate::node::Dir;
+use crate::node::{Dir, in_overlay};
 use crate::trial;
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -55,27 +54,9 @@ async fn replaced() -> Result<(), Failure> {
 }
 
 /// Runs a script in an overlay mount of `layers` (lowest first), and returns the script's output.
-/// The script sees the layers as a container would.
 fn overlay(dir: &Path, layers: &[&Path], script: &str) -> Result<String, Failure> {
-    let lowers: Vec<_> = layers
-        .iter()
-        .rev()
-        .map(|l| l.display().to_string())
-        .collect();
-    let merged = dir.join("merged");
-    std::fs::create_dir_all(&merged)?;
-    let out = Command::new("unshare")
-        .args(["--mount", "sh", "-ec"])
-        .arg(format!(
-            "mount -t overlay -o ro,lowerdir={} none {m}; cd {m}; {script}",
-            lowers.join(":"),
-            m = merged.display()
-        ))
-        .output()?;
-    if !out.status.success() {
-        return Err(String::from_utf8_lossy(&out.stderr).into());
-    }
-    Ok(String::from_utf8(out.stdout)?)
+    let lowers: Vec<_> = layers.iter().rev().collect();
+    in_overlay(dir, &lowers, script)
 }
 
 async fn whiteouts() -> Result<(), Failure> {
