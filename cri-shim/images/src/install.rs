@@ -5,10 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use futures_util::FutureExt;
-use futures_util::future::try_join_all;
+use futures_util::{FutureExt, StreamExt, TryStreamExt};
 use serde_json::value::RawValue;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 use crate::catalog::{Catalog, directory_layer_key, key_of};
 use crate::documents::DocumentText;
@@ -229,19 +228,19 @@ async fn fetch_layers(
         .iter()
         .fold(0, |sum: u64, layer| sum.saturating_add(layer.size));
     let progress = Arc::new(AtomicU64::new(0));
-    let permits = Semaphore::new(store.settings.layers_per_pull());
-    let (permits, progress) = (&permits, &progress);
-    let fetches = descriptors.iter().zip(keys);
-    let all = try_join_all(fetches.map(|(descriptor, key)| async move {
-        // `acquire` fails only if the semaphore is closed, and it is never closed.
-        let _permit = permits.acquire().await;
-        fetch_layer(store, origin, pull, descriptor, key, progress).await
-    }));
+    let fetches = (0..descriptors.len()).filter_map(|at| {
+        let (descriptor, key) = (descriptors.get(at)?, keys.get(at)?);
+        Some(fetch_layer(store, origin, pull, descriptor, key, &progress))
+    });
+    // Each fetch begins only when the stream polls it for the first time.
+    let all = futures_util::stream::iter(fetches)
+        .buffer_unordered(store.settings.layers_per_pull())
+        .try_collect::<()>();
     let mut all = std::pin::pin!(all);
     let mut logged = Progress::new(total);
     loop {
         tokio::select! {
-            fetched = &mut all => return fetched.map(drop),
+            fetched = &mut all => return fetched,
             () = tokio::time::sleep(PROGRESS_CHECK_INTERVAL) => {
                 let received = progress.load(Ordering::Relaxed);
                 if logged.passed(received, Instant::now()) {
