@@ -90,6 +90,19 @@ pub fn enable_below(cgroup: &Path, controller: &str) -> Result<(), Errno> {
     write(cgroup, "cgroup.subtree_control", &format!("+{controller}"))
 }
 
+/// Limits the number of cgroups below `cgroup` to `most` (cgroup-v2.rst, `cgroup.max.descendants`).
+/// Does nothing if the cgroup does not exist, or if it already has child cgroups.
+pub fn limit_descendants(cgroup: &Path, most: usize) -> Result<(), Errno> {
+    match std::fs::read_to_string(cgroup.join("cgroup.stat")) {
+        Ok(stat) if keyed(&stat, "nr_descendants") == Some(0) => {
+            write(cgroup, "cgroup.max.descendants", &most.to_string())
+        }
+        Ok(_) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Errno::from_io_error(&error).unwrap_or(Errno::IO)),
+    }
+}
+
 /// The counter `oom_kill` in a cgroup's memory.events. If memory runs out and the kernel kills a
 /// process in the cgroup, the kernel increments the counter. `OomKills` keeps memory.events open.
 /// The counter therefore remains readable after the last process of the cgroup has exited.

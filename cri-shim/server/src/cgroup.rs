@@ -119,6 +119,18 @@ pub(crate) fn create(cgroup: &str) -> Result<Vec<PathBuf>> {
     }
 }
 
+/// Limits the number of cgroups in a pod's cgroup. The pod's containers do not see the pod's cgroup,
+/// so they can't change the limit. Other pods can have the same cgroup: the first pod sets the limit.
+pub(crate) fn limit_descendants(cgroup: &str, most: usize) -> Result<()> {
+    let dir = directory(cgroup);
+    cgroup::limit_descendants(&dir, most).during(|| {
+        format!(
+            "limit the number of cgroups in {} (pod_cgroups)",
+            dir.display()
+        )
+    })
+}
+
 /// The error if the parent cgroup was removed during the creation of a cgroup.
 struct ParentGone;
 

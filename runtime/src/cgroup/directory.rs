@@ -165,7 +165,11 @@ impl AsFd for Directory {
 }
 
 fn not_created(path: &Path, errno: Errno) -> Error {
-    let error = Error::new(errno.reason()).while_doing(creating(path));
+    let mut reason = errno.reason();
+    if errno == Errno::AGAIN {
+        reason += ": a cgroup above it has reached its cgroup.max.descendants or cgroup.max.depth";
+    }
+    let error = Error::new(reason).while_doing(creating(path));
     match errno {
         Errno::ACCESS | Errno::PERM | Errno::ROFS => error.with_kind(Kind::NoCgroups),
         _ => error,

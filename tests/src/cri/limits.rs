@@ -10,7 +10,7 @@ use crate::support::calls::Calls;
 use crate::support::cgroup_use::{file, held_to};
 use crate::support::machine::{Failed, Result, note, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const CPU: Need = Need::Controller("cpu");
@@ -53,6 +53,11 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         the_number_of_terminals_of_a_container_is_limited,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        the_number_of_cgroups_of_a_pod_is_limited,
         A_NODE,
         Need::RrunCri
     ),
@@ -366,13 +371,18 @@ fn crictl_stats_reports_the_resource_usage_of_a_container() -> Result {
 
 /// The paths of the container's nested cgroups are longer than PATH_MAX. Only a privileged container
 /// can create cgroups.
+/// Restarts the server with a further line in its configuration.
+fn configure(node: &mut Node, line: &str) -> Result {
+    node.terminate_server()?;
+    let file = node.join("config.toml");
+    let text = fs::read_to_string(&file)?;
+    fs::write(&file, format!("{line}\n{text}"))?;
+    node.start_server()
+}
+
 fn the_number_of_terminals_of_a_container_is_limited() -> Result {
     on_a_node(|node| {
-        node.terminate_server()?;
-        let file = node.join("config.toml");
-        let text = fs::read_to_string(&file)?;
-        fs::write(&file, format!("container_terminals = 2\n{text}"))?;
-        node.start_server()?;
+        configure(node, "container_terminals = 2")?;
         node.pull(BUSYBOX)?;
         let pod = node.pod("terminals");
         let pod_id = node.runp(&pod)?;
@@ -388,8 +398,41 @@ fn the_number_of_terminals_of_a_container_is_limited() -> Result {
     })
 }
 
+/// A privileged container can change the limits of its own cgroup, but not of the pod's cgroup.
+fn the_number_of_cgroups_of_a_pod_is_limited() -> Result {
+    on_a_node(|node| {
+        configure(node, "pod_cgroups = 20")?;
+        node.pull(BUSYBOX)?;
+        let mut pod = node.pod("many");
+        pod["linux"]["security_context"]["privileged"] = json!(true);
+        let pod_id = node.runp(&pod)?;
+        let script =
+            "cd /sys/fs/cgroup; n=0; while mkdir $n; do n=$((n+1)); done; echo $n; exec sleep 600";
+        let mut container = node.container("many", &["sh", "-c", script]);
+        container["linux"]["security_context"]["privileged"] = json!(true);
+        let id = node.run(&pod_id, &pod, &container)?;
+        let made = wait_for("the container to create cgroups", || {
+            let log = node.log_of("many", "many")?;
+            Ok(log.contains("mkdir").then_some(log))
+        })?;
+        ensure!(
+            made.contains("Resource temporarily unavailable"),
+            "the container created more cgroups than pod_cgroups allows: {made}"
+        );
+        let refused = node.try_create(&pod_id, &pod, &node.container("more", &["true"]))?;
+        ensure!(
+            refused.stderr.contains("cgroup.max.descendants"),
+            "the error about a container beyond the limit on cgroups is: {}",
+            refused.stderr
+        );
+        node.asks(&["exec", "--sync", &id, "true"])?;
+        node.asks(&["rmp", "--force", &pod_id]).map(drop)
+    })
+}
+
 fn a_pod_whose_container_nests_cgroups_deeply_is_removed() -> Result {
     on_a_node(|node| {
+        configure(node, "pod_cgroups = 10000")?;
         node.pull(BUSYBOX)?;
         for (levels, length) in [("30", "200"), ("1900", "1")] {
             let mut pod = node.pod("deep");

@@ -65,6 +65,8 @@ pub(crate) struct Config {
     pub stats_cgroups: NonZeroUsize,
     /// The maximum number of interfaces of a pod whose counters are reported.
     pub stats_interfaces: NonZeroUsize,
+    /// The maximum number of cgroups in a pod's cgroup.
+    pub pod_cgroups: NonZeroUsize,
     /// The maximum number of terminals in a container's /dev/pts.
     pub container_terminals: NonZeroU32,
     /// The maximum number of mounts that a container requests.
@@ -148,6 +150,7 @@ impl Default for Config {
             stats_descriptors: 65_536,
             stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
             stats_interfaces: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
+            pod_cgroups: NonZeroUsize::new(1000).unwrap_or(NonZeroUsize::MIN),
             container_terminals: NonZeroU32::new(256).unwrap_or(NonZeroU32::MIN),
             container_mounts: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MIN),
             container_image_volumes: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),

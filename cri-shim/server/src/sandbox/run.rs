@@ -316,6 +316,7 @@ fn prepare(node: &Node, mut record: SandboxRecord, sharing: Sharing) -> Result<S
             files::write_record(&intent, &record)?;
         }
     }
+    cgroup::limit_descendants(&record.cgroup, node.config.pod_cgroups.get())?;
 
     let config = &record.config;
     if !config.log_directory.is_empty() {
