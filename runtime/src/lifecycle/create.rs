@@ -245,11 +245,13 @@ impl<'a> Creation<'a> {
     /// `Creation`, and the parent's end of the channel between the parent and the first process.
     fn spawn(mut self) -> Result<(Creation<'a>, Channel)> {
         let config = self.request.config;
-        let user = config.namespaces.own(Type::User);
+        // In a user namespace, the first process cannot enter the other namespaces. In an existing PID
+        // namespace, other processes can see it before it has entered them (intermediate.rs).
+        let early = config.namespaces.own(Type::User) || config.namespaces.is_joined(Type::Pid);
         let host_mounts = HostMounts::before_clone(&config.mount_sources())?;
         let (after_clone, before_clone): (Vec<_>, Vec<_>) =
             config.namespaces.join.iter().partition(|join| {
-                !join.is_entered_by_children() && (!user || join.is_entered_after_clone())
+                !join.is_entered_by_children() && (!early || join.is_entered_after_clone())
             });
         let start_socket = start_socket::listen(self.rollback.dir.path())?;
         let (channel, childs_end) = channel::pair()?;

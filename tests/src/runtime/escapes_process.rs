@@ -46,6 +46,7 @@ pub(crate) const TESTS: &[Test] = &[
         a_container_sees_no_process_of_exec_in_the_hosts_namespaces,
         Need::Rrun
     ),
+    test!(a_container_sees_no_process_of_create_in_the_hosts_network),
     test!(cve_2022_29162_no_capability_is_inheritable),
 ];
 
@@ -588,14 +589,23 @@ fn cve_2019_5736_a_container_can_not_overwrite_the_runtimes_executable() -> Resu
 /// Runs the attack in a container, and adds processes to the container until the attack is complete.
 /// Returns the output of the attacker.
 fn attack_on_execs(attack: &str) -> Result<Output> {
+    attack_during(attack, |bundle| {
+        bundle.exec(&[], &["exit", "0"]).ok()?;
+        // The test repeats `exec` until the container exits. The last `exec` then fails.
+        while bundle.exec(&[], &["exit", "0"]).end()?.code == 0 {}
+        Ok(())
+    })
+}
+
+/// Runs the attack in a container, and calls `during` after the attack has started. Returns the output
+/// of the attacker.
+fn attack_during(attack: &str, during: impl FnOnce(&Bundle) -> Result) -> Result<Output> {
     let bundle = Bundle::new(&["attack", attack, "4"])?;
     let mut attacker = bundle.run_in_background()?;
     wait_for("the attacker to start", || {
         Ok(attacker.stdout().contains("ready").then_some(()))
     })?;
-    bundle.exec(&[], &["exit", "0"]).ok()?;
-    // The test repeats `exec` until the container exits. The last `exec` then fails.
-    while bundle.exec(&[], &["exit", "0"]).end()?.code == 0 {}
+    during(&bundle)?;
     let output = attacker.end()?;
     ensure!(
         output.stdout.contains("done"),
@@ -627,6 +637,30 @@ fn a_container_sees_no_process_of_exec_in_the_hosts_namespaces() -> Result {
     ensure!(
         !output.stdout.contains("another namespace"),
         "a process of `exec` showed another namespace:\n{}",
+        output.told()
+    );
+    Ok(())
+}
+
+/// Through the first process of a container that is still in the host's network namespace, another
+/// container with the same PID namespace could read and change the host's network.
+fn a_container_sees_no_process_of_create_in_the_hosts_network() -> Result {
+    let output = attack_during("peek-network", |attacker| {
+        let pid = attacker.pid()?;
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        for (kind, file) in [("pid", "pid"), ("network", "net"), ("ipc", "ipc")] {
+            bundle.without_namespace(kind);
+            let path = format!("/proc/{pid}/ns/{file}");
+            bundle.add("/linux/namespaces", json!({ "type": kind, "path": path }));
+        }
+        bundle.run()?;
+        // The test repeats `run` until the attacker exits. The last `run` then fails.
+        while bundle.call(&["run"])?.end()?.code == 0 {}
+        Ok(())
+    })?;
+    ensure!(
+        !output.stdout.contains("another namespace"),
+        "a process of `run` showed another network namespace:\n{}",
         output.told()
     );
     Ok(())

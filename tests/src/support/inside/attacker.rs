@@ -34,7 +34,8 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
         ["pry", seconds] => pry(Duration::from_secs_f64(seconds.parse()?)),
         ["seize", seconds] => seize(Duration::from_secs_f64(seconds.parse()?)),
         ["trace"] => trace(),
-        ["peek", seconds] => peek(Duration::from_secs_f64(seconds.parse()?)),
+        ["peek", seconds] => peek(Duration::from_secs_f64(seconds.parse()?), true),
+        ["peek-network", seconds] => peek(Duration::from_secs_f64(seconds.parse()?), false),
         _ => Err("unknown attack".into()),
     }
 }
@@ -181,13 +182,18 @@ fn seize(time: Duration) -> Result<(), InsideError> {
 
 /// Stops each new process as early as possible, and compares its mounts and its network interfaces
 /// with those of this process.
-fn peek(time: Duration) -> Result<(), InsideError> {
+fn peek(time: Duration, mounts: bool) -> Result<(), InsideError> {
     let tables = |process: &str| -> Option<(String, Vec<String>)> {
         let read = |file| fs::read_to_string(format!("/proc/{process}/{file}")).ok();
         let names = read("net/dev")?;
         let names = names.lines().filter_map(|line| line.split_once(':'));
         let names = names.map(|(name, _)| name.trim().to_owned());
-        Some((read("mountinfo")?, names.collect()))
+        let mounts = if mounts {
+            read("mountinfo")?
+        } else {
+            String::new()
+        };
+        Some((mounts, names.collect()))
     };
     let own = tables("self").ok_or("cannot read the own mounts")?;
     say("ready");
