@@ -119,6 +119,7 @@ suites! {
         hangs,
         stalls,
         tracers,
+        pipe_locks,
         images,
         images_registries,
         images_faults,

@@ -254,7 +254,8 @@ async fn a_runtime_that_hangs_is_killed_and_does_not_delay_other_containers() {
 #[tokio::test]
 async fn a_runtime_can_be_started_before_its_bundle_is_written() {
     let pod = Fixture::new("after").await;
-    assert!(pod.hello().await.passes_after);
+    let hello = pod.hello().await;
+    assert!(hello.passes_after && hello.relays);
     for (id, written) in [("a", true), ("b", false)] {
         let create = pod.create(id, "");
         let refuse = create.bundle.join("refuse");

@@ -1,12 +1,14 @@
 //! Clients that are attached to a running container's stdio. An attached client receives the
 //! container's output, and can write to the container's stdin.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 
 use super::connection::ClientId;
 use super::container::Container;
 use super::effect::Effect;
 use super::follower::Follower;
+use super::relay::{Direction, Relay};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Attach, FailureKind, Reply};
 
@@ -32,7 +34,7 @@ impl Container {
             );
             return vec![Effect::fail(client, FailureKind::Monitor, message)];
         }
-        let input = match self.input_for(attach, &pipes) {
+        let (input, relay) = match self.input_for(client, attach, &pipes) {
             Ok(input) => input,
             Err(error) => {
                 let message = format!("attach to container {id}: {}", describe(&error));
@@ -49,30 +51,42 @@ impl Container {
         let (stdout, stderr) = (pipe(attach.stdout), pipe(attach.stderr));
         let follower = Follower::new(client, stdout, stderr, newline);
         self.output.follow(follower);
-        vec![Effect::Send {
+        let send = Effect::Send {
             client,
             reply: Reply::Attached,
             fds: input.into_iter().collect(),
-        }]
+        };
+        let relay = relay.map(|relay| Effect::Relay(Box::new(relay)));
+        relay.into_iter().chain([send]).collect()
     }
 
-    /// Makes the client's pipes non-blocking. Returns a duplicate of the descriptor through which
-    /// this client can write to the container. With a terminal, this descriptor is the terminal's
-    /// master. Without a terminal, this descriptor is the stdin pipe, or `None` in three cases: the
-    /// client did not request stdin, stdin is closed, or stdin is reserved for another client.
-    fn input_for(&self, attach: &Attach, pipes: &[OwnedFd]) -> std::io::Result<Option<OwnedFd>> {
-        let input = if self.spec.terminal {
-            self.output.terminal()
-        } else if attach.stdin && self.stdin_client.is_none() {
-            self.stdin.as_ref().map(AsFd::as_fd)
-        } else {
-            None
-        };
+    /// Makes the client's pipes non-blocking. Returns a descriptor through which this client can write
+    /// to the container. With a terminal, this descriptor is the terminal's master. Without a
+    /// terminal, it is a socket, with the relay between the socket and the stdin pipe. It is `None` in
+    /// three cases: the client did not request stdin, stdin is closed, or stdin is reserved for another
+    /// client.
+    fn input_for(
+        &self,
+        client: ClientId,
+        attach: &Attach,
+        pipes: &[OwnedFd],
+    ) -> std::io::Result<(Option<OwnedFd>, Option<Relay>)> {
         for pipe in pipes {
             rustix::io::ioctl_fionbio(pipe, true)?;
         }
-        let copy = input.map(|input| rustix::io::fcntl_dupfd_cloexec(input, 3));
-        Ok(copy.transpose()?)
+        if self.spec.terminal {
+            let master = self.output.terminal();
+            let copy = master.map(|master| rustix::io::fcntl_dupfd_cloexec(master, 3));
+            return Ok((copy.transpose()?, None));
+        }
+        let stdin = self.stdin.as_ref();
+        let Some(stdin) = stdin.filter(|_| attach.stdin && self.stdin_client.is_none()) else {
+            return Ok((None, None));
+        };
+        let (ours, theirs) = UnixStream::pair()?;
+        let copy = rustix::io::fcntl_dupfd_cloexec(stdin, 3)?;
+        let relay = Relay::new(client, Direction::Input, ours.into(), copy)?;
+        Ok((Some(theirs.into()), Some(relay)))
     }
 
     /// Detaches a client that has disconnected. If only this client was allowed to write to the

@@ -9,6 +9,7 @@ use std::os::fd::OwnedFd;
 
 use super::calls::Purpose;
 use super::connection::ClientId;
+use super::relay::Relay;
 use super::runtime::RuntimeCommand;
 use rrun_protocol::{Event, Failure, FailureKind, Reply};
 
@@ -25,6 +26,7 @@ pub(crate) enum Effect {
     Disconnect(ClientId),
     /// Send this event to every subscriber.
     Publish(Event),
+    Relay(Box<Relay>),
     Run(Box<RuntimeCommand>, Purpose),
     /// Shorten the deadline of the runtime's `start` for this container. The container's first
     /// process has already exited.

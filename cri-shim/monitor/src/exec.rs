@@ -5,7 +5,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::fs::FileType;
 use rustix::io::Errno;
+use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::calls::{Calls, Purpose};
@@ -19,6 +21,7 @@ use super::exec_cgroup::ExecCgroup;
 use super::killed_execs::KilledExecs;
 use super::leftovers::Leftovers;
 use super::own_log;
+use super::relay::{Direction, Relay};
 use super::runtime::{Call, RuntimeCommand, Stdio, memory_file, path_of, read_pid};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Exec, FailureKind};
@@ -120,8 +123,8 @@ impl Execs {
             own,
         };
         let cgroup = scope.own.as_ref().map(ExecCgroup::name);
-        match exec_command(container, number, exec, fds, &pid_file, cgroup) {
-            Ok((command, console)) => {
+        match exec_command(container, (number, client), exec, fds, &pid_file, cgroup) {
+            Ok((command, console, relays)) => {
                 let starting = StartingExec {
                     client,
                     pid_file,
@@ -129,7 +132,11 @@ impl Execs {
                     scope,
                 };
                 self.starting.insert(number, starting);
-                vec![Effect::run(command, Purpose::Exec { number })]
+                let relays = relays
+                    .into_iter()
+                    .map(|relay| Effect::Relay(Box::new(relay)));
+                let run = Effect::run(command, Purpose::Exec { number });
+                relays.chain([run]).collect()
             }
             Err(error) => {
                 let message = format!("exec in container {id}: {}", describe(&error));
@@ -211,20 +218,22 @@ impl Execs {
 }
 
 /// Returns the runtime's `exec` command. For an exec with a terminal, also returns the socket on
-/// which the runtime sends the terminal's master. `cgroup` is the path of the exec's cgroup
+/// which the runtime sends the terminal's master. Also returns the relays of the client's streams.
+/// `number` and `client` identify the exec and its client. `cgroup` is the path of the exec's cgroup
 /// relative to the container's cgroup.
 fn exec_command(
     container: &Container,
-    number: u64,
+    (number, client): (u64, ClientId),
     exec: &Exec,
     fds: Vec<OwnedFd>,
     pid_file: &Path,
     cgroup: Option<&str>,
-) -> std::io::Result<(RuntimeCommand, Option<Console>)> {
+) -> std::io::Result<(RuntimeCommand, Option<Console>, Vec<Relay>)> {
     let process = OwnedFd::from(memory_file("process", exec.process.as_bytes())?);
     let console = exec.terminal.then(|| Console::open(number)).transpose()?;
+    let mut relays = Vec::new();
     let stdio = match <[OwnedFd; 3]>::try_from(fds) {
-        Ok(stdio) if !exec.terminal => Stdio::Container(stdio),
+        Ok(stdio) if !exec.terminal => Stdio::Container(relayed(stdio, client, &mut relays)?),
         Err(none) if none.is_empty() && exec.terminal => Stdio::Log,
         other => {
             let count = other.map_or_else(|fds| fds.len(), |fds| fds.len());
@@ -244,7 +253,36 @@ fn exec_command(
         .option("--cgroup", cgroup)
         .argument(&exec.id)
         .input(Some(process));
-    Ok((command, console))
+    Ok((command, console, relays))
+}
+
+/// Replaces each socket in `stdio` by a pipe, and adds a relay between the socket and the pipe to
+/// `relays`. Processes expect pipes: open(2) of /dev/stdout fails if it is a socket. Servers of earlier
+/// versions pass their own pipes.
+fn relayed(
+    stdio: [OwnedFd; 3],
+    client: ClientId,
+    relays: &mut Vec<Relay>,
+) -> std::io::Result<[OwnedFd; 3]> {
+    let [stdin, stdout, stderr] = stdio;
+    let mut replace = |fd: OwnedFd, direction: Direction| {
+        let mode = rustix::fs::fstat(&fd)?.st_mode;
+        if FileType::from_raw_mode(mode) != FileType::Socket {
+            return Ok(fd);
+        }
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+        let (relay, theirs) = match direction {
+            Direction::Input => (Relay::new(client, direction, fd, write)?, read),
+            Direction::Output => (Relay::new(client, direction, read, fd)?, write),
+        };
+        relays.push(relay);
+        Ok::<_, std::io::Error>(theirs)
+    };
+    Ok([
+        replace(stdin, Direction::Input)?,
+        replace(stdout, Direction::Output)?,
+        replace(stderr, Direction::Output)?,
+    ])
 }
 
 impl StartingExec {

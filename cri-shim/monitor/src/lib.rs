@@ -51,6 +51,7 @@ mod pause;
 mod pause_filter;
 mod poller;
 mod readonly_exec;
+mod relay;
 mod runtime;
 mod serials;
 mod serve;

@@ -32,6 +32,8 @@ pub(crate) enum EventSource {
     ExecCgroup(u64),
     /// The pidfd of a container's first process.
     Init(u64),
+    /// A relay between a process's pipe and a client's socket.
+    Relay(u64),
     /// The nested epoll set, which contains all descriptors except the containers' output.
     Control,
 }
@@ -56,6 +58,7 @@ impl EventSource {
             EventSource::ExecCgroup(number) => (7, number),
             EventSource::Control => (8, 0),
             EventSource::Init(number) => (9, number),
+            EventSource::Relay(number) => (10, number),
         };
         epoll::EventData::new_u64(number << 4 | kind)
     }
@@ -73,6 +76,7 @@ impl EventSource {
             7 => EventSource::ExecCgroup(number),
             8 => EventSource::Control,
             9 => EventSource::Init(number),
+            10 => EventSource::Relay(number),
             _ => return None,
         })
     }
@@ -135,6 +139,11 @@ impl Poller {
     /// Changes the events for which a descriptor in the set `control` is watched.
     pub(crate) fn modify(&self, fd: impl AsFd, source: EventSource, flags: epoll::EventFlags) {
         let _ = epoll::modify(&self.control, fd, source.pack(), flags);
+    }
+
+    /// Stops watching a descriptor in the set `control`.
+    pub(crate) fn unwatch(&self, fd: impl AsFd) {
+        let _ = epoll::delete(&self.control, fd);
     }
 
     /// Stops watching one of a container's output streams.

@@ -32,6 +32,7 @@ use super::output::StreamState;
 use super::own_log;
 use super::poller::{EventSource, EventSpace, Poller};
 use super::readonly_exec;
+use super::relay::{Relay, Relays};
 use super::runtime::{Call, RuntimeCommand};
 use super::serials::Serials;
 use reaping::Reaping;
@@ -82,6 +83,7 @@ pub(crate) struct Monitor {
     serials: Serials,
     containers: BTreeMap<u64, Container>,
     execs: Execs,
+    relays: Relays,
     calls: Calls,
     early_exits: EarlyExits,
     reaping: Reaping,
@@ -116,6 +118,7 @@ impl Monitor {
             serials: Serials::default(),
             containers: BTreeMap::new(),
             execs: Execs::default(),
+            relays: Relays::default(),
             calls: Calls::default(),
             early_exits: EarlyExits::default(),
             reaping: Reaping::new(),
@@ -187,6 +190,7 @@ impl Monitor {
                 Some(EventSource::Logs) => self.logs_ready(),
                 Some(EventSource::ExecCgroup(number)) => self.execs.leftovers.changed(number),
                 Some(EventSource::Init(serial)) => self.init_died(serial),
+                Some(EventSource::Relay(number)) => self.relay_ready(number),
                 Some(EventSource::Control) => pending.control = true,
                 None => {}
             }
@@ -258,6 +262,7 @@ impl Monitor {
 
     fn disconnect(&mut self, client: ClientId) {
         if self.clients.remove(client) {
+            self.relays.client_gone(client, &self.poller);
             self.execs.client_gone(client, &self.calls);
             for container in self.containers.values_mut() {
                 container.client_gone(client);
@@ -333,6 +338,7 @@ impl Monitor {
             holder: self.pod.holder,
             pid1: self.pod.pid1,
             passes_after: true,
+            relays: true,
             containers: containers.collect(),
         });
         self.send(client, Stage::Subscribed, &hello, Vec::new());
@@ -468,6 +474,7 @@ impl Monitor {
                 Effect::Reply(client, reply) => self.reply(client, &reply),
                 Effect::Disconnect(client) => self.disconnect(client),
                 Effect::Publish(event) => self.publish(event),
+                Effect::Relay(relay) => self.begin_relay(*relay),
                 Effect::Run(command, purpose) => self.start_call(*command, purpose),
                 Effect::ShortenStart(serial) => self.calls.shorten_start(serial),
                 Effect::Watch(serial) => self.watch_container(serial),
@@ -671,8 +678,35 @@ impl Monitor {
     }
 
     fn exec_exited(&mut self, process: ExecProcess, code: i32) {
-        self.reply(process.client(), &Reply::Exited { code });
+        let client = process.client();
+        match self.relays.exec_exited(client, code, &self.poller) {
+            Ok(true) => self.reply(client, &Reply::Exited { code }),
+            Ok(false) => {}
+            Err(errno) => self.relay_failed(client, errno),
+        }
         self.remove_exec_cgroup(process.into_cgroup());
+    }
+
+    fn begin_relay(&mut self, relay: Relay) {
+        let (number, client) = (self.serials.next(), relay.client());
+        if let Err(errno) = self.relays.begin(number, relay, &self.poller) {
+            self.relay_failed(client, errno);
+        }
+    }
+
+    /// Ends the exec or the attachment of a client of which a stream is incomplete.
+    fn relay_failed(&mut self, client: ClientId, errno: Errno) {
+        let reason = describe(&errno.into());
+        let message = format!("transfer a stream between the container and the client: {reason}");
+        self.fail(client, FailureKind::Monitor, message);
+    }
+
+    fn relay_ready(&mut self, number: u64) {
+        match self.relays.ready(number, &self.poller) {
+            Some((client, Ok(code))) => self.reply(client, &Reply::Exited { code }),
+            Some((client, Err(errno))) => self.relay_failed(client, errno),
+            None => {}
+        }
     }
 
     fn remove_exec_cgroup(&mut self, cgroup: Option<ExecCgroup>) {

@@ -124,7 +124,9 @@ pub enum Request {
     /// Delete tries the removal again.
     Delete { id: String },
     /// Runs `RUNTIME… exec` in the container. Without `terminal`, the request carries three
-    /// descriptors: the stdin, stdout and stderr of the process. With `terminal`, the request
+    /// descriptors: the stdin, stdout and stderr of the process. If a descriptor is a socket, the
+    /// monitor creates a pipe for the process, and transfers the data between the pipe and the socket.
+    /// The monitor sends [`Reply::Exited`] after the output that the process wrote. With `terminal`, the request
     /// carries no descriptors, and [`Reply::Started`] carries the pty's master. The reply is
     /// [`Reply::Started`] or [`Reply::Error`]. When the process exits, the monitor also sends
     /// [`Reply::Exited`]. If the client closes the connection earlier, the monitor kills the
@@ -141,7 +143,8 @@ pub enum Request {
     /// notice into the pipe instead. The reply is [`Reply::Attached`] or [`Reply::Error`]. For a
     /// container with a terminal, [`Reply::Attached`] carries the pty's master. With the master,
     /// the client can also set the terminal's size. For any other container, [`Reply::Attached`]
-    /// can carry a descriptor of the container's stdin. The monitor sends this descriptor if the
+    /// can carry a socket. The monitor transfers the data from this socket to the container's stdin.
+    /// Earlier versions of the monitor send the pipe itself. The monitor sends this descriptor if the
     /// request has `stdin`, stdin is open, and the client is allowed to write to stdin. When the
     /// container has exited, the monitor sends [`Reply::Ended`] and closes the connection and the
     /// pipes. To detach earlier, the client closes the connection. If the container has
@@ -278,6 +281,10 @@ pub struct Hello {
     /// earlier versions cannot pass the pipe.
     #[serde(default)]
     pub passes_after: bool,
+    /// True if the monitor transfers the streams of an exec between the sockets of a [`Request::Exec`]
+    /// and pipes. Monitors of earlier versions pass the sockets to the process.
+    #[serde(default)]
+    pub relays: bool,
     pub containers: Vec<ContainerState>,
 }
 
@@ -337,6 +344,7 @@ mod tests {
         let hello = r#"{"pid":7,"pid1":null,"containers":[]}"#;
         let hello: Hello = serde_json::from_str(hello).unwrap();
         assert_eq!((hello.holder, hello.passes_after), (None, false));
+        assert!(!hello.relays);
 
         let create = r#"{"id":"a","bundle":"/b","runtime":["rrun"],"cgroup":"/c","log":null,
             "terminal":false,"stdin":false,"stdin_once":false}"#;

@@ -1,4 +1,4 @@
-//! Non-blocking reads and writes of pipes and terminals.
+//! Non-blocking reads and writes of sockets, pipes and terminals.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,7 +13,7 @@ use crate::pipe::Pipe;
 /// The maximum number of bytes that one read returns. A pipe has this capacity by default.
 pub(crate) const READ_BYTES: usize = 64 << 10;
 
-/// One end of a pipe, or a terminal's master.
+/// A socket, one end of a pipe, or a terminal's master.
 pub struct Descriptor {
     fd: AsyncFd<OwnedFd>,
     is_terminal: bool,
@@ -59,7 +59,7 @@ impl Descriptor {
 
     /// Reads the data that is available. Returns the number of read bytes, which is 0 at the end of
     /// the data. Returns `None` if no data is available now.
-    pub(crate) fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<Option<usize>> {
         loop {
             match rustix::io::read(self.fd.get_ref(), &mut *buffer) {
                 Ok(count) => return Ok(Some(count)),
@@ -81,7 +81,7 @@ impl Descriptor {
 
     /// Waits until data can be read. If the caller then finds no data, it must clear the readiness
     /// of the returned guard.
-    pub(crate) async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
+    pub async fn readable(&self) -> io::Result<AsyncFdReadyGuard<'_, OwnedFd>> {
         self.fd.readable().await
     }
 
@@ -100,8 +100,8 @@ impl Descriptor {
     }
 
     /// Returns the number of bytes that can be read now.
-    pub(crate) fn pending(&self) -> u64 {
-        rustix::io::ioctl_fionread(self.fd.get_ref()).unwrap_or(0)
+    pub fn pending(&self) -> io::Result<u64> {
+        Ok(rustix::io::ioctl_fionread(self.fd.get_ref())?)
     }
 }
 

@@ -398,7 +398,7 @@ fn the_number_of_terminals_of_a_container_is_limited() -> Result {
     })
 }
 
-/// A privileged container can change the limits of its own cgroup, but not of the pod's cgroup.
+/// A privileged container can change the limits of the container's cgroup, but not of the pod's cgroup.
 fn the_number_of_cgroups_of_a_pod_is_limited() -> Result {
     on_a_node(|node| {
         configure(node, "pod_cgroups = 20")?;

@@ -27,6 +27,11 @@ pub(crate) async fn stop(node: &Arc<Node>, container: &Arc<Container>, grace: i6
     if phase == Phase::Exited {
         return Ok(());
     }
+    // The server has given up the pod's monitor, so it would not learn of the container's exit. The
+    // monitor can answer again later.
+    if container.sandbox.state().retired {
+        return end_without_monitor(node, container).await;
+    }
     // A container that was not started is killed without a grace period. It contains only the
     // runtime's own process, and this process ignores stop signals.
     if phase == Phase::Running

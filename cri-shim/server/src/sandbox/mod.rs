@@ -79,6 +79,8 @@ pub(crate) struct SandboxState {
     pub holder: Option<i32>,
     /// See [`rrun_protocol::Hello::passes_after`].
     pub passes_after: bool,
+    /// See [`rrun_protocol::Hello::relays`].
+    pub relays: bool,
     /// True after the monitor was instructed to exit. If this field is true, a lost connection to
     /// the monitor is not an error.
     pub retired: bool,

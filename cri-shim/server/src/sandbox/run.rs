@@ -379,6 +379,7 @@ async fn connect(node: &Arc<Node>, sandbox: &Sandbox, sharing: Sharing) -> Resul
     state.pid1 = hello.pid1;
     state.holder = hello.holder;
     state.passes_after = hello.passes_after;
+    state.relays = hello.relays;
     state.addresses = addresses;
     Ok(())
 }

@@ -115,6 +115,7 @@ pub(crate) fn apply(node: &Arc<Node>, sandbox: &Arc<Sandbox>, hello: Hello) {
         state.pid1 = hello.pid1;
         state.holder = hello.holder;
         state.passes_after = hello.passes_after;
+        state.relays = hello.relays;
     }
     for reported in hello.containers {
         let Ok(container) = node.container(&reported.id) else {

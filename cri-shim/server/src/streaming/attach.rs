@@ -28,7 +28,7 @@ use rrun_streams::remotecommand::{
 struct Attached {
     stdout: Option<Descriptor>,
     stderr: Option<Descriptor>,
-    /// The container's stdin or terminal, for writing.
+    /// A socket that leads to the container's stdin, or the container's terminal.
     stdin: Option<Descriptor>,
     /// The connection to the monitor. Dropping the handle detaches the client.
     handle: AttachHandle,

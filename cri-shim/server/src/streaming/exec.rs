@@ -4,9 +4,9 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use rrun_proto::v1::ExecRequest;
-use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::sync::watch;
 
+use super::channel::channel;
 use super::command;
 use super::shutdown::{Reason, Shutdown};
 use crate::container::{Container, Phase};
@@ -20,13 +20,13 @@ use rrun_streams::remotecommand::{
     Channel, ClientReceiver, ClientSender, Outcome, copy_input, copy_output_until_exit,
 };
 
-/// The server's ends of the pipes for a command's stdio, or the command's terminal.
+/// The server's ends of the channels for a command's stdio, or the command's terminal.
 #[derive(Default)]
 struct Stdio {
     stdin: Option<Descriptor>,
     stdout: Option<Descriptor>,
     stderr: Option<Descriptor>,
-    /// The command's terminal, which replaces all three pipes.
+    /// The command's terminal, which replaces all three channels.
     terminal: Option<Descriptor>,
 }
 
@@ -130,12 +130,12 @@ async fn start(
         process: process.to_string(),
         terminal: request.tty,
     };
-    // If the command needs a terminal, no pipes are created. The runtime creates the terminal, and
+    // If the command needs a terminal, no channels are created. The runtime creates the terminal, and
     // the monitor passes it to the server.
     let (mut stdio, theirs) = if request.tty {
         (Stdio::default(), Vec::new())
     } else {
-        Stdio::pipes(request, pipe_bytes)?
+        Stdio::channels(request, container, pipe_bytes)?
     };
     let given: Vec<_> = theirs.iter().map(std::os::fd::AsFd::as_fd).collect();
     let started = container.sandbox.monitor.exec(exec, &given);
@@ -152,14 +152,18 @@ async fn start(
 }
 
 impl Stdio {
-    /// Creates pipes for the requested streams. Returns the server's ends of the pipes, and the
-    /// descriptors of the command's stdin, stdout and stderr. The pipes for output have a capacity of
-    /// `pipe_bytes`.
-    fn pipes(request: &ExecRequest, pipe_bytes: usize) -> Result<(Self, Vec<OwnedFd>)> {
+    /// Creates channels for the requested streams. Returns the server's ends of the channels, and the
+    /// descriptors of the command's stdin, stdout and stderr. The channels for output have a capacity
+    /// of `bytes`.
+    fn channels(
+        request: &ExecRequest,
+        container: &Container,
+        bytes: usize,
+    ) -> Result<(Self, Vec<OwnedFd>)> {
         let mut ours = Stdio::default();
         let mut theirs = Vec::new();
         theirs.push(if request.stdin {
-            let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(making_stdio)?;
+            let (read, write) = channel(&container.sandbox, None).during(making_stdio)?;
             ours.stdin = Some(Descriptor::new(write).during(making_stdio)?);
             read
         } else {
@@ -170,10 +174,8 @@ impl Stdio {
             (request.stderr, &mut ours.stderr),
         ] {
             theirs.push(if requested {
-                let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(making_stdio)?;
-                // If few clients are connected, the pipe is enlarged for commands with much output.
-                // With the default size of 64 KiB, such a command would wake the server more often.
-                let _ = rustix::pipe::fcntl_setpipe_size(&write, pipe_bytes);
+                let (read, write) =
+                    channel(&container.sandbox, Some(bytes)).during(making_stdio)?;
                 *output = Some(Descriptor::new(read).during(making_stdio)?);
                 write
             } else {
@@ -185,5 +187,5 @@ impl Stdio {
 }
 
 fn making_stdio() -> String {
-    "create the pipes for a command's stdio".to_owned()
+    "create the channels for a command's stdio".to_owned()
 }

@@ -1,17 +1,16 @@
 //! ExecSync: runs a command and returns its output in the response.
 //!
-//! The monitor starts the process, and the server reads its output from pipes. The output is not
+//! The monitor starts the process, and the server reads its output from sockets. The output is not
 //! written to a disk.
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use rrun_proto::v1::ExecSyncResponse;
-use rustix::pipe::{PipeFlags, pipe_with};
-use tokio::net::unix::pipe::Receiver;
 
+use super::channel::channel;
 use super::command;
 use super::exec_output::{KeptOutput, MAX_OUTPUT_BYTES, Stream};
 use crate::container::{Container, Phase};
@@ -20,6 +19,7 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::lock::lock;
 use rrun_calls::wait::slow;
 use rrun_protocol::Exec;
+use rrun_streams::Descriptor;
 
 /// The maximum number of bytes that one read returns.
 const READ_BYTES: usize = 16 << 10;
@@ -66,8 +66,11 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
         terminal: false,
     };
     let null = command::null()?;
-    let (stdout, stdout_end) = pipe()?;
-    let (stderr, stderr_end) = pipe()?;
+    let making = || "create the channels for a command's output".to_owned();
+    let (stdout, stdout_end) = channel(&container.sandbox, None).during(making)?;
+    let (stderr, stderr_end) = channel(&container.sandbox, None).during(making)?;
+    let stdout = Descriptor::new(stdout).during(making)?;
+    let stderr = Descriptor::new(stderr).during(making)?;
     let stdio = [null.as_fd(), stdout_end.as_fd(), stderr_end.as_fd()];
     let started = container.sandbox.monitor.exec(exec, &stdio);
     let mut process = slow(format!("{}: start a command", container.name()), started).await?;
@@ -84,9 +87,9 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
         }
     };
     let exit_code = exit_code?;
-    // The command has exited, so the pipes contain all its output. The command may have left a
-    // child process running, which can keep the pipes open forever. The server therefore does not
-    // wait until the pipes are closed.
+    // The command has exited, so the channels contain all its output. The command may have left a
+    // child process running, which can keep its streams open forever. The server therefore does not
+    // wait until the channels are closed.
     out.drain().await?;
     err.drain().await?;
     drop((out, err));
@@ -99,52 +102,51 @@ async fn run(node: &Node, container: &Container, arguments: &[String]) -> Result
     })
 }
 
-fn pipe() -> Result<(Receiver, OwnedFd)> {
-    let what = || "create a pipe for a command's output".to_owned();
-    let (read, write) = pipe_with(PipeFlags::CLOEXEC).during(what)?;
-    let receiver = Receiver::from_owned_fd(read).during(what)?;
-    Ok((receiver, write))
-}
-
 /// One output stream of a command, which the server reads continuously.
 struct CapturedOutput<'a> {
-    pipe: Receiver,
+    channel: Descriptor,
     stream: Stream,
     kept: &'a Mutex<KeptOutput>,
     open: bool,
 }
 
 impl<'a> CapturedOutput<'a> {
-    fn new(pipe: Receiver, stream: Stream, kept: &'a Mutex<KeptOutput>) -> Self {
+    fn new(channel: Descriptor, stream: Stream, kept: &'a Mutex<KeptOutput>) -> Self {
         CapturedOutput {
-            pipe,
+            channel,
             stream,
             kept,
             open: true,
         }
     }
 
-    /// Waits for output and reads it. A caller can cancel this function without a loss of output.
+    /// Waits for output and reads a part of it. A caller can cancel this function without a loss of output.
     async fn read(&mut self) -> Result<()> {
-        self.pipe
-            .readable()
-            .await
-            .during(|| "wait for a command's output".to_owned())?;
-        self.take(usize::MAX, Receiver::try_read).await
+        let what = || "wait for a command's output".to_owned();
+        let mut ready = self.channel.readable().await.during(what)?;
+        let mut buffer = [0_u8; READ_BYTES];
+        match self.channel.try_read(&mut buffer).during(reading)? {
+            None => ready.clear_ready(),
+            Some(0) => self.open = false,
+            Some(length) => self.keep(buffer.get(..length).unwrap_or_default()),
+        }
+        Ok(())
     }
 
-    /// Reads the output that is in the pipe now, directly from the kernel. `try_read` is not used,
-    /// because it depends on tokio's reactor. The process can write output immediately before its
-    /// exit, and the reactor may not have noticed this output yet. The function does not read the
+    /// Reads the output that is in the channel now. The process can write output immediately before its
+    /// exit, and tokio's reactor may not have noticed this output yet. The function does not read the
     /// output that other processes write later, because this output may never end.
     async fn drain(&mut self) -> Result<()> {
-        let pending = rustix::io::ioctl_fionread(&self.pipe)
-            .during(|| "measure the rest of a command's output".to_owned())?;
+        let pending = self.channel.pending();
+        let pending = pending.during(|| "measure the rest of a command's output".to_owned())?;
         // One byte more than the maximum is enough to detect that output was dropped.
         let most = usize::try_from(pending).unwrap_or(usize::MAX);
         let most = most.min(MAX_OUTPUT_BYTES + 1);
-        self.take(most, |pipe, buffer| Ok(rustix::io::read(pipe, buffer)?))
-            .await
+        self.take(most, Descriptor::try_read).await
+    }
+
+    fn keep(&self, bytes: &[u8]) {
+        lock(self.kept).add(self.stream, bytes);
     }
 
     /// Reads until no more output is available, at most `most` bytes. Between the reads, the
@@ -152,27 +154,29 @@ impl<'a> CapturedOutput<'a> {
     async fn take(
         &mut self,
         most: usize,
-        read: impl Fn(&Receiver, &mut [u8]) -> io::Result<usize>,
+        read: impl Fn(&Descriptor, &mut [u8]) -> io::Result<Option<usize>>,
     ) -> Result<()> {
         let mut buffer = [0_u8; READ_BYTES];
         let mut left = most;
         while self.open && left > 0 {
             let part = buffer.get_mut(..left.min(READ_BYTES)).unwrap_or_default();
-            match read(&self.pipe, part) {
-                Ok(0) => self.open = false,
-                Ok(length) => {
+            match read(&self.channel, part) {
+                Ok(Some(0)) => self.open = false,
+                Ok(Some(length)) => {
                     left -= length.min(left);
-                    let bytes = buffer.get(..length).unwrap_or_default();
-                    lock(self.kept).add(self.stream, bytes);
+                    self.keep(buffer.get(..length).unwrap_or_default());
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error).during(|| "read a command's output".to_owned()),
+                Ok(None) => break,
+                Err(error) => return Err(error).during(reading),
             }
             tokio::task::consume_budget().await;
         }
         Ok(())
     }
+}
+
+fn reading() -> String {
+    "read a command's output".to_owned()
 }
 
 #[cfg(test)]
@@ -182,6 +186,12 @@ mod tests {
 
     use super::*;
     use crate::streaming::exec_output::OutputBudget;
+
+    fn pipe() -> Result<(Descriptor, std::io::PipeWriter)> {
+        let what = || "create a pipe".to_owned();
+        let (read, write) = std::io::pipe().during(what)?;
+        Ok((Descriptor::new(read.into()).during(what)?, write))
+    }
 
     fn kept() -> Mutex<KeptOutput> {
         let budget = OutputBudget::new(MAX_OUTPUT_BYTES);
@@ -195,8 +205,7 @@ mod tests {
 
     #[tokio::test]
     async fn reads_stop_at_the_end_of_the_available_output() -> Result<()> {
-        let (receiver, write) = pipe()?;
-        let mut file = std::fs::File::from(write);
+        let (receiver, mut file) = pipe()?;
         let kept = kept();
         let mut output = CapturedOutput::new(receiver, Stream::Stdout, &kept);
         let written = file.write_all(b"one\n");
@@ -214,10 +223,10 @@ mod tests {
 
     #[tokio::test]
     async fn output_is_read_before_the_reactor_reports_it() -> Result<()> {
-        let (receiver, write) = pipe()?;
+        let (receiver, mut write) = pipe()?;
         let kept = kept();
         let mut output = CapturedOutput::new(receiver, Stream::Stdout, &kept);
-        let written = std::fs::File::from(write).write_all(b"late\n");
+        let written = write.write_all(b"late\n");
         written.during(|| "write".to_owned())?;
         // The test has not awaited anything since the write, so the reactor has not noticed the
         // write.
@@ -227,11 +236,13 @@ mod tests {
     }
 
     /// A read that always returns data, as if processes wrote without a pause.
-    fn endless(reads: &Cell<usize>) -> impl Fn(&Receiver, &mut [u8]) -> io::Result<usize> {
+    fn endless(
+        reads: &Cell<usize>,
+    ) -> impl Fn(&Descriptor, &mut [u8]) -> io::Result<Option<usize>> {
         |_, buffer| {
             reads.set(reads.get() + 1);
             match reads.get() {
-                1..10_000 => Ok(buffer.len()),
+                1..10_000 => Ok(Some(buffer.len())),
                 _ => Err(io::Error::other("the server reads without end")),
             }
         }

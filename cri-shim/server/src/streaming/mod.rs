@@ -7,6 +7,7 @@
 //! [`port_forward`]. A server's [`shutdown`] ends the session early.
 
 mod attach;
+mod channel;
 mod command;
 mod exec;
 pub(crate) mod exec_output;

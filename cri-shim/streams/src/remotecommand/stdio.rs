@@ -132,7 +132,7 @@ async fn copy_rest(
     let mut left = if from.is_terminal() {
         MAX_TERMINAL_DRAIN_BYTES
     } else {
-        usize::try_from(from.pending()).unwrap_or(usize::MAX)
+        usize::try_from(from.pending()?).unwrap_or(usize::MAX)
     };
     while left > 0 {
         let mut ready = None;

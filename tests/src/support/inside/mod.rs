@@ -17,6 +17,7 @@ mod calls32;
 mod headless;
 mod keys;
 pub(crate) mod observation;
+mod pipes;
 mod traced;
 mod tracer;
 pub(crate) mod traffic;
@@ -104,6 +105,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["supervised", socket, program @ ..] => super::supervisor::supervised(socket, program),
         ["net", traffic @ ..] => traffic::main(traffic),
         ["keys", keys @ ..] => keys::main(keys),
+        ["lock-pipes", descriptors @ ..] => pipes::lock(descriptors),
         ["traced", traced @ ..] => traced::main(traced),
         ["attack", attack @ ..] => attacker::main(attack),
         _ => return 99,

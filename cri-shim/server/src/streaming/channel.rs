@@ -1,0 +1,33 @@
+//! The channels between the server and the pod's monitor for the streams of a command.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::net::sockopt::set_socket_send_buffer_size;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::pipe::{PipeFlags, fcntl_setpipe_size, pipe_with};
+
+use crate::sandbox::Sandbox;
+
+/// Creates a channel, and returns its reading end and its writing end. `bytes` is the capacity of the
+/// channel; `None` stands for the kernel's default.
+///
+/// The channel is a pair of sockets: a process in the container could stop the server with a pipe
+/// (`monitor/src/relay.rs`). If the pod has a monitor of an earlier version, the channel is a pipe
+/// nevertheless, which the monitor passes to the process.
+pub(super) fn channel(sandbox: &Sandbox, bytes: Option<usize>) -> io::Result<(OwnedFd, OwnedFd)> {
+    if !sandbox.state().relays {
+        let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
+        if let Some(bytes) = bytes {
+            let _ = fcntl_setpipe_size(&write, bytes);
+        }
+        return Ok((read, write));
+    }
+    let (kind, flags) = (SocketType::STREAM, SocketFlags::CLOEXEC);
+    let (read, write) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
+    if let Some(bytes) = bytes {
+        // The kernel doubles the size, socket(7).
+        set_socket_send_buffer_size(&write, bytes / 2)?;
+    }
+    Ok((read, write))
+}
