@@ -20,4 +20,5 @@ pub mod readonly_exec;
 pub mod regular_file;
 pub mod session_keyring;
 pub mod signal;
+pub mod sysctl;
 pub mod unix_socket;

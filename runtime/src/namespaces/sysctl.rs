@@ -7,6 +7,7 @@ use oci_spec::runtime::LinuxNamespaceType as Type;
 use crate::error::{Context, Result, refuse};
 use crate::namespaces::Namespaces;
 use rrun_kernel::procfs::Procfs;
+use rrun_kernel::sysctl::is_of_network_namespace;
 
 /// The parameters with the prefix `kernel.` that each IPC namespace has separately.
 const IPC: &[&str] = &[
@@ -44,13 +45,13 @@ fn path_of(name: &str) -> String {
 pub(crate) fn validate(sysctl: &HashMap<String, String>, namespaces: &Namespaces) -> Result<()> {
     for name in sysctl.keys() {
         let path = path_of(name);
-        if path.split('/').any(|part| part.is_empty() || part == "..") {
+        if path.split('/').any(|part| matches!(part, "" | "." | "..")) {
             refuse!("linux.sysctl: {name} is not a valid name of a parameter");
         }
         let dotted = path.replace('/', ".");
         let owner = if IPC.contains(&dotted.as_str()) || dotted.starts_with("fs.mqueue.") {
             Type::Ipc
-        } else if dotted.starts_with("net.") {
+        } else if is_of_network_namespace(&dotted) {
             Type::Network
         } else if dotted == "kernel.domainname" || dotted == "kernel.hostname" {
             Type::Uts
@@ -102,6 +103,9 @@ mod tests {
         assert!(validated("net/ipv4/ip_forward", &["network"]).is_ok());
         assert!(validated("net.ipv4.ip_forward", &["ipc"]).is_err());
         assert!(validated("kernel.shmmax", &["ipc"]).is_ok());
+        assert!(validated("net.netfilter.nf_hooks_lwtunnel", &["network"]).is_err());
+        assert!(validated("net/netfilter/nf_hooks_lwtunnel", &["network"]).is_err());
+        assert!(validated("net/./netfilter/nf_hooks_lwtunnel", &["network"]).is_err());
         assert!(validated("kernel.panic", &["ipc", "network", "uts"]).is_err());
         assert!(validated("net.../../kernel/panic", &["network"]).is_err());
     }

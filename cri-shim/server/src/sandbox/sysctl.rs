@@ -11,6 +11,7 @@ use rrun_proto::v1::PodSandboxConfig;
 use super::namespaces::Sharing;
 use super::users;
 use rrun_calls::error::{During, Error, Result};
+use rrun_kernel::sysctl::is_of_network_namespace;
 
 /// The namespace to which a sysctl belongs. A thread enters the namespaces in the order of this
 /// type's variants. The IPC namespace is last. If the pod has its own user namespace, the thread
@@ -43,7 +44,7 @@ fn sysctls(config: &PodSandboxConfig, sharing: Sharing) -> Result<Vec<(Owner, St
         // sysctl(8) accepts both dots and slashes as separators.
         let dotted = name.replace('/', ".");
         let ipc = ["kernel.shm", "kernel.msg", "kernel.sem", "fs.mqueue."];
-        let owner = if dotted.starts_with("net.") && sharing.own_network {
+        let owner = if is_of_network_namespace(&dotted) && sharing.own_network {
             Owner::Network
         } else if ipc.iter().any(|prefix| dotted.starts_with(prefix)) && sharing.own_ipc {
             Owner::Ipc
@@ -202,9 +203,11 @@ mod tests {
 
     #[test]
     fn a_sysctl_of_the_node_is_refused() -> Result<()> {
-        let config = pod(NamespaceOption::default(), &[("vm.swappiness", "1")]);
-        let refused = check_sysctls(&config, sharing(&config)?);
-        assert!(refused.is_err_and(|error| error.sentence().contains("vm.swappiness")));
+        for name in ["vm.swappiness", "net.netfilter.nf_hooks_lwtunnel"] {
+            let config = pod(NamespaceOption::default(), &[(name, "1")]);
+            let refused = check_sysctls(&config, sharing(&config)?);
+            assert!(refused.is_err_and(|error| error.sentence().contains(name)));
+        }
 
         let node = NamespaceOption {
             network: NamespaceMode::Node.into(),
