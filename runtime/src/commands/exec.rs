@@ -179,6 +179,7 @@ fn inherit_unset(spec: &mut ProcessSpec, own: &ProcessSpec) {
     inherit(&mut spec.apparmor_profile, &own.apparmor_profile);
     inherit(&mut spec.selinux_label, &own.selinux_label);
     inherit(&mut spec.rlimits, &own.rlimits);
+    inherit(&mut spec.oom_score_adj, &own.oom_score_adj);
     inherit(&mut spec.io_priority, &own.io_priority);
     inherit(&mut spec.scheduler, &own.scheduler);
     inherit(&mut spec.exec_cpu_affinity, &own.exec_cpu_affinity);

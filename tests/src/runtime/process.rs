@@ -1,5 +1,6 @@
 //! Tests of the container's process: its user, its privileges, its open files and its terminals.
 
+use std::fs;
 use std::io::Write;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
@@ -371,6 +372,23 @@ fn oom_score_adj_is_set() -> Result {
         "500",
         "the oom_score_adj of the process"
     );
+    // A Process object without the field gets the value of the container.
+    bundle.args(&["sleep", "600"]).start()?;
+    let mut process = bundle.config["process"].clone();
+    process["args"] = json!(["/bin/inside", "report"]);
+    if let Some(fields) = process.as_object_mut() {
+        fields.remove("oomScoreAdj");
+    }
+    let file = bundle.join("process.json");
+    fs::write(&file, process.to_string())?;
+    let exec = bundle.runtime(&["exec", "--process"]);
+    let report = exec.arg(&file).arg(bundle.id()).ok()?.json()?;
+    ensure_eq!(
+        report["oom_score_adj"],
+        "500",
+        "the oom_score_adj of a process that `exec --process` creates"
+    );
+    bundle.end()?;
     Ok(())
 }
 
