@@ -301,8 +301,12 @@ pub(crate) fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> R
             return Err(Error::of_file(Some(errno.raw_os_error()), sentence));
         }
     }
+    // The library looks for the last existing directory from the end of the path. Each lookup can need
+    // much time, if the image leads the path through many links. So the library gets only the rest.
+    let (existing, missing) = last_existing(&root, inside);
     // The library follows the same rules for each directory of the path.
-    let root = RootRef::from_fd(root.as_fd());
+    let root = existing.as_ref().map_or(root.as_fd(), AsFd::as_fd);
+    let root = RootRef::from_fd(root);
     let failed = |error: pathrs::error::Error| {
         let (errno, reason) = match error.kind() {
             ErrorKind::OsError(Some(errno)) => (Some(errno), errno::text(errno)),
@@ -311,16 +315,52 @@ pub(crate) fn make_working_dir(rootfs: &Path, dir: &str, owner: (u32, u32)) -> R
         Error::of_file(errno, format!("{}: {reason}", what()))
     };
     let mode = std::fs::Permissions::from_mode(0o755);
-    let make = || root.mkdir_all(inside, &mode).map(drop).map_err(failed);
+    let make = || root.mkdir_all(missing, &mode).map(drop).map_err(failed);
     match owner {
         (0, 0) => make(),
         owner => idmap::as_owner(owner, make),
     }
 }
 
+/// Returns the last existing directory of a path and the rest of the path. Returns `None` and the whole
+/// path if the first directory does not exist. This function needs few lookups: it halves the number of
+/// possible directories with each lookup.
+fn last_existing<'a>(root: &InRoot, path: &'a str) -> (Option<OwnedFd>, &'a str) {
+    let slashes: Vec<usize> = path.match_indices('/').map(|(at, _)| at).collect();
+    let directory = |end: usize| root.find(path.get(..end).unwrap_or_default());
+    let existing = slashes.partition_point(|end| directory(*end).is_ok());
+    let end = existing.checked_sub(1).and_then(|last| slashes.get(last));
+    match end.map(|end| (directory(*end), path.get(end + 1..))) {
+        Some((Ok(directory), Some(rest))) => (Some(directory), rest),
+        _ => (None, path),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_last_existing_directory_of_a_path_is_found() -> Result<(), Box<dyn std::error::Error>> {
+        let dir = std::env::temp_dir().join(format!("rrun-last-{}", std::process::id()));
+        std::fs::create_dir_all(dir.join("a/b"))?;
+        std::os::unix::fs::symlink("/a/b", dir.join("link"))?;
+        let root = InRoot::open(&dir)?;
+        for (path, rest) in [
+            ("a/b/c/d", "c/d"),
+            ("link/c", "c"),
+            ("x", "x"),
+            ("x/y", "x/y"),
+            ("a//b/./c/", "c/"),
+            ("a/x/../b", "x/../b"),
+        ] {
+            let (existing, found) = last_existing(&root, path);
+            assert_eq!(found, rest, "the missing part of {path}");
+            assert_eq!(existing.is_some(), path != rest, "{path}");
+        }
+        std::fs::remove_dir_all(&dir)?;
+        Ok(())
+    }
 
     /// Mounts two layers, once with fsopen(2) and once with mount(2), and checks which layer's file
     /// is visible.
