@@ -95,9 +95,9 @@ fn home_of_user(uid: u32) -> Option<String> {
     )
     .ok()?;
     let file = regular_file::reopen(found, OFlags::RDONLY).ok()?;
-    let mut text = String::new();
-    file.take(PASSWD_BYTES_MAX).read_to_string(&mut text).ok()?;
-    home_in_passwd(&text, uid)
+    let mut text = Vec::new();
+    file.take(PASSWD_BYTES_MAX).read_to_end(&mut text).ok()?;
+    home_in_passwd(&String::from_utf8_lossy(&text), uid)
 }
 
 pub(crate) fn home_in_passwd(text: &str, uid: u32) -> Option<String> {
