@@ -1,7 +1,9 @@
 //! Operations on mounts by file descriptor: copy, move, and stop the propagation to the host.
 
+use std::ffi::OsString;
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::os::unix::ffi::OsStringExt;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::CWD;
 use rustix::io::Errno;
@@ -92,27 +94,68 @@ pub(crate) fn attach_root(root: OwnedFd, at: &Path) -> Result<Rootfs> {
 /// process's mount namespace contains an unmasked procfs or sysfs at any path.
 pub(crate) fn unmount_host_proc_and_sys() -> Result<()> {
     let file = "/proc/self/mountinfo";
-    let text = std::fs::read_to_string(file).doing(|| format!("read {file}"))?;
-    for line in text.lines() {
-        let Some((before, after)) = line.split_once(" - ") else {
-            continue;
-        };
-        let (Some(point), Some("proc" | "sysfs")) =
-            (before.split(' ').nth(4), after.split(' ').next())
-        else {
-            continue;
-        };
+    // A user can mount FUSE at a path that is not valid UTF-8.
+    let text = std::fs::read(file).doing(|| format!("read {file}"))?;
+    for point in text.split(|byte| *byte == b'\n').filter_map(proc_or_sysfs) {
         // rrun first makes the mount a slave, because the unmount would otherwise propagate to the
         // host. /proc/self/mountinfo also lists the mounts of the container. No path leads to the
         // container's mounts yet, so mount_change fails for them with EINVAL or ENOENT, and rrun
         // skips them.
         let slave = MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC;
-        let doing = || format!("unmount {point} from the old root (--no-pivot)");
-        match rustix::mount::mount_change(point, slave) {
+        let doing = || format!("unmount {} from the old root (--no-pivot)", point.display());
+        match rustix::mount::mount_change(&point, slave) {
             Err(Errno::INVAL | Errno::NOENT | Errno::NOTDIR) => continue,
             changed => changed.doing(doing)?,
         }
-        rustix::mount::unmount(point, UnmountFlags::DETACH).doing(doing)?;
+        rustix::mount::unmount(&point, UnmountFlags::DETACH).doing(doing)?;
     }
     Ok(())
+}
+
+/// Returns the mount point in a line of mountinfo if the mount is a procfs or sysfs. The kernel writes a
+/// blank, tab, newline or backslash in the path as `\` and three octal digits, proc_pid_mountinfo(5).
+fn proc_or_sysfs(line: &[u8]) -> Option<PathBuf> {
+    let mut words = line.split(|byte| *byte == b' ');
+    let point = words.nth(4)?;
+    words.find(|word| *word == b"-")?;
+    if !matches!(words.next()?, b"proc" | b"sysfs") {
+        return None;
+    }
+    let mut path = Vec::new();
+    let mut rest = point;
+    while let Some((first, others)) = rest.split_first() {
+        let octal = others.get(..3).filter(|_| *first == b'\\');
+        let octal = octal.and_then(|digits| std::str::from_utf8(digits).ok());
+        match octal.and_then(|digits| u8::from_str_radix(digits, 8).ok()) {
+            Some(byte) => {
+                path.push(byte);
+                rest = others.get(3..).unwrap_or_default();
+            }
+            None => {
+                path.push(*first);
+                rest = others;
+            }
+        }
+    }
+    Some(OsString::from_vec(path).into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mount_points_are_decoded() {
+        let line = |point: &[u8], kind: &[u8]| {
+            let (before, after) = (b"24 1 0:22 / ", b" rw shared:1 - ");
+            [before.as_slice(), point, after, kind, b" none rw"].concat()
+        };
+        let decoded = |point: &[u8]| proc_or_sysfs(&line(point, b"proc"));
+        assert_eq!(decoded(b"/proc"), Some("/proc".into()));
+        assert_eq!(decoded(b"/a\\040b\\134c"), Some("/a b\\c".into()));
+        let bytes = OsString::from_vec(b"/\xffx".to_vec());
+        assert_eq!(decoded(b"/\xffx"), Some(bytes.into()));
+        assert_eq!(proc_or_sysfs(&line(b"/x", b"tmpfs")), None);
+        assert_eq!(proc_or_sysfs(b""), None);
+    }
 }
