@@ -164,7 +164,7 @@ impl Relays {
         if let Err(errno) = self.transfer(number, poller) {
             return Some((client, Err(errno)));
         }
-        if self.has_output(client) {
+        if !self.exits.contains_key(&client) || self.has_output(client) {
             return None;
         }
         let code = self.exits.remove(&client)?;

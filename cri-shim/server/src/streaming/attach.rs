@@ -2,8 +2,8 @@
 //! attached at the same time.
 //!
 //! The monitor copies the container's output into the client's pipes. The output for a slow client
-//! therefore occupies at most the memory of the client's pipes. The monitor also passes a
-//! descriptor of the container's stdin or terminal to the server.
+//! therefore occupies at most the memory of the client's pipes. The monitor also passes the
+//! server a socket that leads to the container's stdin, or the container's terminal.
 
 use std::io;
 use std::os::fd::OwnedFd;

@@ -102,7 +102,7 @@ async fn run(
 }
 
 /// Starts the command. Drops the request, because a session can last long and its command can be
-/// long, too. The pipes for the command's output have a capacity of `pipe_bytes`.
+/// long, too. The channels for its output have a capacity of `pipe_bytes`.
 async fn begin(
     node: &Node,
     request: ExecRequest,

@@ -120,7 +120,8 @@ impl<'a> CapturedOutput<'a> {
         }
     }
 
-    /// Waits for output and reads a part of it. A caller can cancel this function without a loss of output.
+    /// Waits for output and reads a part of it. A caller can cancel this function without a loss of
+    /// output.
     async fn read(&mut self) -> Result<()> {
         let what = || "wait for a command's output".to_owned();
         let mut ready = self.channel.readable().await.during(what)?;
