@@ -1,8 +1,6 @@
 //! Tests of the resource limits of containers and pods, and of the resource usage in the
 //! statistics. The server must enforce, update and report the limits.
 
-use std::fs;
-
 use rrun_proto::v1::{LinuxContainerResources, UpdatePodSandboxResourcesRequest};
 use serde_json::{Value, json};
 
@@ -10,7 +8,7 @@ use crate::support::calls::Calls;
 use crate::support::cgroup_use::{file, held_to};
 use crate::support::machine::{Failed, Result, note, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
 
 const CPU: Need = Need::Controller("cpu");
@@ -369,20 +367,9 @@ fn crictl_stats_reports_the_resource_usage_of_a_container() -> Result {
     })
 }
 
-/// The paths of the container's nested cgroups are longer than PATH_MAX. Only a privileged container
-/// can create cgroups.
-/// Restarts the server with a further line in its configuration.
-fn configure(node: &mut Node, line: &str) -> Result {
-    node.terminate_server()?;
-    let file = node.join("config.toml");
-    let text = fs::read_to_string(&file)?;
-    fs::write(&file, format!("{line}\n{text}"))?;
-    node.start_server()
-}
-
 fn the_number_of_terminals_of_a_container_is_limited() -> Result {
     on_a_node(|node| {
-        configure(node, "container_terminals = 2")?;
+        node.restart_with("container_terminals = 2")?;
         node.pull(BUSYBOX)?;
         let pod = node.pod("terminals");
         let pod_id = node.runp(&pod)?;
@@ -401,7 +388,7 @@ fn the_number_of_terminals_of_a_container_is_limited() -> Result {
 /// A privileged container can change the limits of the container's cgroup, but not of the pod's cgroup.
 fn the_number_of_cgroups_of_a_pod_is_limited() -> Result {
     on_a_node(|node| {
-        configure(node, "pod_cgroups = 20")?;
+        node.restart_with("pod_cgroups = 20")?;
         node.pull(BUSYBOX)?;
         let mut pod = node.pod("many");
         pod["linux"]["security_context"]["privileged"] = json!(true);
@@ -430,9 +417,11 @@ fn the_number_of_cgroups_of_a_pod_is_limited() -> Result {
     })
 }
 
+/// The paths of the container's nested cgroups are longer than PATH_MAX. Only a privileged container
+/// can create cgroups.
 fn a_pod_whose_container_nests_cgroups_deeply_is_removed() -> Result {
     on_a_node(|node| {
-        configure(node, "pod_cgroups = 10000")?;
+        node.restart_with("pod_cgroups = 10000")?;
         node.pull(BUSYBOX)?;
         for (levels, length) in [("30", "200"), ("1900", "1")] {
             let mut pod = node.pod("deep");

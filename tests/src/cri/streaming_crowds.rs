@@ -16,7 +16,7 @@ use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use crate::support::calls::Calls;
 use crate::support::machine::{Result, deadline, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, METRICS, Node, on_a_node};
+use crate::support::node::{A_NODE, METRICS, on_a_node};
 use crate::support::streams::{TRANSPORTS, exec_url, port_forward_url, waiting};
 use crate::support::websocket::{message, reads, websocket};
 use crate::{ensure, ensure_eq, test};
@@ -123,15 +123,6 @@ fn host(url: &str) -> Result<String> {
         .to_owned())
 }
 
-/// Adds `lines` to the server's configuration and restarts the server.
-fn configure(node: &mut Node, lines: &str) -> Result {
-    node.terminate_server()?;
-    let file = node.join("config.toml");
-    let text = fs::read_to_string(&file)?;
-    fs::write(&file, format!("{lines}\n{text}"))?;
-    node.start_server()
-}
-
 fn clients_that_send_no_request_prevent_no_stream() -> Result {
     on_a_node(|node| {
         let id = waiting(node, "crowd")?;
@@ -219,7 +210,7 @@ fn unused_urls_for_one_pod_prevent_no_stream_for_another_pod() -> Result {
 
 fn streams_of_one_pod_prevent_no_stream_for_another_pod() -> Result {
     on_a_node(|node| {
-        configure(node, "stream_sessions = 20")?;
+        node.restart_with("stream_sessions = 20")?;
         let [many, few] = ["many", "few"].map(|name| waiting(node, name));
         let (many, few) = (many?, few?);
         let calls = Calls::new(node)?;
@@ -258,7 +249,7 @@ fn streams_of_one_pod_prevent_no_stream_for_another_pod() -> Result {
 
 fn streams_have_small_buffers_if_the_limit_on_buffers_is_reached() -> Result {
     on_a_node(|node| {
-        configure(node, "stream_buffer_bytes = 1")?;
+        node.restart_with("stream_buffer_bytes = 1")?;
         let id = waiting(node, "buffers")?;
         let calls = Calls::new(node)?;
         let mut session = websocket(&exec_url(&calls, &id, &["cat"])?, "v5.channel.k8s.io")?;
@@ -288,7 +279,7 @@ fn streams_have_small_buffers_if_the_limit_on_buffers_is_reached() -> Result {
 /// The server keeps a message in memory until the message is complete.
 fn incomplete_messages_count_against_the_limit_on_buffers() -> Result {
     on_a_node(|node| {
-        configure(node, "stream_buffer_bytes = 1")?;
+        node.restart_with("stream_buffer_bytes = 1")?;
         let id = waiting(node, "incomplete")?;
         let calls = Calls::new(node)?;
         let header = |length: u64| {

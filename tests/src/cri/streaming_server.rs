@@ -14,7 +14,7 @@ use crate::support::calls::Calls;
 use crate::support::certificates::{OPENSSL, certificates};
 use crate::support::machine::{Failed, Result, deadline, rounds, wait_for};
 use crate::support::needs::{Need, Test};
-use crate::support::node::{A_NODE, BUSYBOX, Node, is_rrun, on_a_node};
+use crate::support::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
 use crate::support::spdy::SpdyClient;
 use crate::support::streams::{TRANSPORTS, count_processes, exec_url, port_forward_url, waiting};
 use crate::support::websocket::{message, reads, websocket};
@@ -49,21 +49,12 @@ pub(crate) const TESTS: &[Test] = &[
     ),
 ];
 
-/// Adds `lines` to the server's configuration and restarts the server.
-fn configure(node: &mut Node, lines: &str) -> Result {
-    node.kill_server()?;
-    let file = node.join("config.toml");
-    let text = fs::read_to_string(&file)?;
-    fs::write(&file, format!("{lines}\n{text}"))?;
-    node.start_server()
-}
-
 fn streams_work_over_tls() -> Result {
     on_a_node(|node| {
         certificates(&node.join(""))?;
         let [cert, key] = ["server.pem", "server.key"].map(|name| node.join(name));
         let lines = format!("stream_tls_cert = {cert:?}\nstream_tls_key = {key:?}");
-        configure(node, &lines)?;
+        node.restart_with(&lines)?;
         let id = waiting(node, "tls")?;
         let calls = Calls::new(node)?;
         let url = exec_url(&calls, &id, &["true"])?;
@@ -110,7 +101,7 @@ fn streams_work_over_tls() -> Result {
 
 fn the_server_closes_an_idle_stream() -> Result {
     on_a_node(|node| {
-        configure(node, "stream_idle_timeout = 1")?;
+        node.restart_with("stream_idle_timeout = 1")?;
         let id = waiting(node, "idle")?;
         let cgroup = node.cgroup(&id)?;
         let calls = Calls::new(node)?;

@@ -187,6 +187,15 @@ impl Node {
         Ok(fs::write(self.join("config.toml"), text)?)
     }
 
+    /// Restarts the server with further lines at the begin of its configuration.
+    pub(crate) fn restart_with(&mut self, lines: &str) -> Result {
+        self.terminate_server()?;
+        let file = self.join("config.toml");
+        let text = fs::read_to_string(&file)?;
+        fs::write(&file, format!("{lines}\n{text}"))?;
+        self.start_server()
+    }
+
     /// Configures Debian's CNI plugins, which then create the pods' network and host ports.
     pub(crate) fn has_cni_bridge(&self) -> Result {
         Ok(fs::write(self.join("cni/10-bridge.conflist"), CNI)?)
