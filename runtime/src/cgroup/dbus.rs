@@ -28,6 +28,13 @@ const RETURN: u8 = 2;
 const ERROR: u8 = 3;
 const SIGNAL: u8 = 4;
 
+/// The destination, path and interface of systemd's manager object.
+const MANAGER: (&str, &str, &str) = (
+    "org.freedesktop.systemd1",
+    "/org/freedesktop/systemd1",
+    "org.freedesktop.systemd1.Manager",
+);
+
 /// The value of a unit's property, with the D-Bus type of the value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum BusValue {
@@ -219,6 +226,8 @@ struct BusMessage {
     reply_to: u32,
     member: String,
     error: String,
+    /// The unique name of the sender on the message bus. Empty on systemd's private socket.
+    sender: String,
     body: Vec<u8>,
 }
 
@@ -229,6 +238,7 @@ impl BusMessage {
             reply_to: 0,
             member: String::new(),
             error: String::new(),
+            sender: String::new(),
             body,
         };
         let mut reader = MessageReader {
@@ -242,6 +252,7 @@ impl BusMessage {
             match (code, reader.signature()?) {
                 (3, "s") => message.member = reader.text()?.to_owned(),
                 (4, "s") => message.error = reader.text()?.to_owned(),
+                (7, "s") => message.sender = reader.text()?.to_owned(),
                 (5, "u") => message.reply_to = reader.u32()?,
                 (_, "s" | "o") => {
                     reader.text()?;
@@ -305,10 +316,23 @@ impl Refusal {
     }
 }
 
+/// The program at the other end of a [`Bus`].
+#[derive(PartialEq, Eq)]
+enum Peer {
+    /// systemd itself, at its private socket.
+    Systemd,
+    /// A message bus. Every user of the node can send messages to rrun through the system's bus.
+    MessageBus {
+        /// The unique name of systemd. `None` until systemd has replied.
+        systemd: Option<String>,
+    },
+}
+
 /// A connection to the systemd instance that manages the units of rrun's caller.
 pub(crate) struct Bus {
     stream: UnixStream,
     serial: u32,
+    peer: Peer,
     /// The finished jobs, each with its result, in the order in which systemd reported them as
     /// finished.
     ended: VecDeque<(String, String)>,
@@ -339,12 +363,13 @@ impl Bus {
         let doing =
             |path: &Path| format!("--systemd-cgroup: connect to systemd at {}", path.display());
         match UnixStream::connect(&own) {
-            Ok(stream) => Bus::authenticate(stream).map_err(|error| error.while_doing(doing(&own))),
+            Ok(stream) => Bus::authenticate(stream, Peer::Systemd)
+                .map_err(|error| error.while_doing(doing(&own))),
             Err(refused) => {
                 let Ok(stream) = UnixStream::connect(&shared) else {
                     return Err(refused).doing(|| doing(&own));
                 };
-                Bus::authenticate(stream)
+                Bus::authenticate(stream, Peer::MessageBus { systemd: None })
                     .and_then(Bus::register)
                     .map_err(|error| error.while_doing(doing(&shared)))
             }
@@ -354,10 +379,11 @@ impl Bus {
     /// Authenticates rrun with the mechanism EXTERNAL. The server reads the client's user id from
     /// the socket. The client also sends its user id, with each decimal digit as a hexadecimal
     /// ASCII code. See the D-Bus Specification, "Authentication Protocol".
-    fn authenticate(stream: UnixStream) -> Result<Bus> {
+    fn authenticate(stream: UnixStream, peer: Peer) -> Result<Bus> {
         let mut bus = Bus {
             stream,
             serial: 0,
+            peer,
             ended: VecDeque::new(),
         };
         let mut hello = b"\0AUTH EXTERNAL ".to_vec();
@@ -399,7 +425,13 @@ impl Bus {
             .map_err(refused)?;
         self.call_object(DAEMON, "AddMatch", Body::default().text(match_rule))?
             .map_err(refused)?;
-        self.call("Subscribe", Body::default())?.map_err(refused)?;
+        let reply = self.call_and_receive(MANAGER, "Subscribe", Body::default())?;
+        if reply.kind == ERROR {
+            refuse!("{}", reply.first_text().unwrap_or_default());
+        }
+        self.peer = Peer::MessageBus {
+            systemd: Some(reply.sender),
+        };
         Ok(self)
     }
 
@@ -410,11 +442,6 @@ impl Bus {
         method: &str,
         body: Body,
     ) -> Result<std::result::Result<String, Refusal>> {
-        const MANAGER: (&str, &str, &str) = (
-            "org.freedesktop.systemd1",
-            "/org/freedesktop/systemd1",
-            "org.freedesktop.systemd1.Manager",
-        );
         self.call_object(MANAGER, method, body)
     }
 
@@ -500,6 +527,7 @@ impl Bus {
             let message = self
                 .receive(deadline)
                 .map_err(|error| error.while_doing(doing()))?;
+            let Some(message) = message else { continue };
             if matches!(message.kind, RETURN | ERROR) && message.reply_to == serial {
                 return Ok(message);
             }
@@ -508,7 +536,11 @@ impl Bus {
     }
 
     fn note_ended_job(&mut self, message: &BusMessage) {
-        if message.kind == SIGNAL && message.member == "JobRemoved" {
+        let is_systemd = match &self.peer {
+            Peer::Systemd => true,
+            Peer::MessageBus { systemd } => systemd.as_ref() == Some(&message.sender),
+        };
+        if is_systemd && message.kind == SIGNAL && message.member == "JobRemoved" {
             let mut reader = message.reader();
             let ended = (|| {
                 reader.u32()?;
@@ -538,7 +570,8 @@ impl Bus {
                 started + REPLY_WARNING_DELAY
             };
             match self.receive(next) {
-                Ok(message) => self.note_ended_job(&message),
+                Ok(Some(message)) => self.note_ended_job(&message),
+                Ok(None) => {}
                 Err(_) if !warned && Instant::now() >= next => {
                     warned = true;
                     log::warning(&format!(
@@ -551,25 +584,51 @@ impl Bus {
         }
     }
 
-    fn receive(&mut self, deadline: Instant) -> Result<BusMessage> {
+    /// Receives a message. Returns `None` for a message that rrun cannot parse, and that another
+    /// program than systemd can have sent.
+    fn receive(&mut self, deadline: Instant) -> Result<Option<BusMessage>> {
         let mut header = [0u8; 16];
         self.read_exact(&mut header, deadline)?;
+        let is_little_endian = header.first() == Some(&b'l');
         let number = |at: usize| {
-            header
-                .get(at..at + 4)
-                .and_then(|bytes| bytes.try_into().ok())
-                .map_or(0, |bytes| u32::from_le_bytes(bytes) as usize)
+            let bytes = header.get(at..at + 4).and_then(|it| it.try_into().ok());
+            let bytes = bytes.unwrap_or_default();
+            if is_little_endian {
+                u32::from_le_bytes(bytes) as usize
+            } else {
+                u32::from_be_bytes(bytes) as usize
+            }
         };
         let (body, fields) = (number(4), number(12));
-        if header.first() != Some(&b'l') || body > MESSAGE_BYTES_MAX || fields > MESSAGE_BYTES_MAX {
-            refuse!("systemd sent bytes that are not a D-Bus message");
+        let is_short = body <= MESSAGE_BYTES_MAX && fields <= MESSAGE_BYTES_MAX;
+        let length = fields.saturating_add(7) / 8 * 8 + body;
+        if !is_little_endian || !is_short {
+            if self.peer == Peer::Systemd {
+                refuse!("systemd sent bytes that are not a D-Bus message");
+            }
+            self.skip(length, deadline)?;
+            return Ok(None);
         }
-        let mut rest = vec![0u8; fields.next_multiple_of(8) + body];
+        let mut rest = vec![0u8; length];
         self.read_exact(&mut rest, deadline)?;
-        let body = rest.split_off(fields.next_multiple_of(8));
+        let body = rest.split_off(length - body);
         rest.truncate(fields);
-        BusMessage::parse(&header, &rest, body)
-            .ok_or_else(|| Error::new("systemd sent a D-Bus message that rrun cannot parse"))
+        match BusMessage::parse(&header, &rest, body) {
+            None if self.peer == Peer::Systemd => {
+                refuse!("systemd sent a D-Bus message that rrun cannot parse")
+            }
+            parsed => Ok(parsed),
+        }
+    }
+
+    fn skip(&mut self, mut length: usize, deadline: Instant) -> Result<()> {
+        let mut skipped = vec![0u8; 64 << 10];
+        while length > 0 {
+            let part = length.min(skipped.len());
+            self.read_exact(skipped.get_mut(..part).unwrap_or_default(), deadline)?;
+            length -= part;
+        }
+        Ok(())
     }
 
     /// Fills `bytes` with data from the connection. Once the first bytes have arrived, this
@@ -652,5 +711,46 @@ mod tests {
         body.0[0] = 200;
         let wrong = BusMessage::parse(&[b'l', ERROR], &[], body.0).unwrap();
         assert_eq!(wrong.first_text(), None);
+    }
+
+    #[test]
+    fn messages_of_other_programs_on_the_message_bus_are_ignored() {
+        let signal = |sender: &str, result: &str| {
+            let mut fields = MessageWriter::default();
+            for (code, text) in [(3, "JobRemoved"), (7, sender)] {
+                fields.align(8);
+                fields.0.extend([code, 1, b's', 0]);
+                fields.text(text);
+            }
+            let mut body = MessageWriter::default();
+            body.u32(1);
+            for text in ["/job/1", "x.scope", result] {
+                body.text(text);
+            }
+            let mut message = MessageWriter(vec![b'l', SIGNAL, 0, 1]);
+            message.u32(body.0.len() as u32);
+            message.u32(1);
+            message.u32(fields.0.len() as u32);
+            message.0.extend(&fields.0);
+            message.align(8);
+            message.0.extend(&body.0);
+            message.0
+        };
+        let (stream, mut systemd) = UnixStream::pair().unwrap();
+        let mut bus = Bus {
+            stream,
+            serial: 0,
+            peer: Peer::MessageBus {
+                systemd: Some(":1.1".to_owned()),
+            },
+            ended: VecDeque::new(),
+        };
+        systemd.write_all(&signal(":1.7", "failed")).unwrap();
+        // A big-endian message with five bytes.
+        let big = [b'B', SIGNAL, 0, 1, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0];
+        systemd.write_all(&big).unwrap();
+        systemd.write_all(&[0; 5]).unwrap();
+        systemd.write_all(&signal(":1.1", "done")).unwrap();
+        assert_eq!(bus.await_job("/job/1", "start").unwrap(), "done");
     }
 }
