@@ -119,7 +119,7 @@ suites! {
         hangs,
         stalls,
         tracers,
-        pipe_locks,
+        kernel_locks,
         images,
         images_registries,
         images_faults,

@@ -160,8 +160,8 @@ impl MonitorClient {
         self.request_twice("shutdown", &Request::Shutdown).await
     }
 
-    /// Sends [`Request::Exec`]. `stdio` contains the descriptors for stdin, stdout and stderr, or
-    /// no descriptors if `exec.terminal` is true. After this call, the caller must close its own
+    /// Sends [`Request::Exec`]. `stdio` contains the descriptors for stdin, stdout and stderr, or the
+    /// socket for the terminal's data if `exec.terminal` is true. After this call, the caller must close its own
     /// copies of these descriptors. As long as the copies are open, the reader of an output pipe
     /// does not get the end of file.
     pub async fn exec(
@@ -209,6 +209,23 @@ impl MonitorClient {
             }),
             other => Err(self.unexpected("attach", &other)),
         }
+    }
+
+    /// Sends [`Request::Resize`]. `exec` is the pid of an exec's first process; `None` means the
+    /// container's first process.
+    pub async fn resize(
+        &self,
+        id: &str,
+        exec: Option<i32>,
+        (columns, rows): (u16, u16),
+    ) -> Result<(), MonitorError> {
+        let request = Request::Resize {
+            id: id.to_owned(),
+            exec,
+            columns,
+            rows,
+        };
+        self.request_done("resize", &request, REQUEST_TIMEOUT).await
     }
 
     /// Sends [`Request::CloseStdin`].
@@ -425,8 +442,8 @@ impl Connection {
 pub struct ExecHandle {
     /// The process id in the node's PID namespace.
     pub pid: i32,
-    /// The pty's master, if the request had `terminal`. The caller can move the descriptor out of
-    /// the handle.
+    /// The terminal's master, if the monitor is of an earlier version, which does not transfer the
+    /// data of terminals. The caller can move the descriptor out of the handle.
     pub terminal: Option<OwnedFd>,
     client: MonitorClient,
     connection: Connection,
@@ -447,7 +464,8 @@ impl ExecHandle {
 /// A handle for a client that is attached to a container's stdio. Dropping this handle detaches the
 /// client.
 pub struct AttachHandle {
-    /// The container's stdin or the master of its pty. `None` if the monitor sent no descriptor.
+    /// A socket that leads to the container's stdin or terminal. A monitor of an earlier version sends
+    /// the stdin pipe or the terminal's master. `None` if the monitor sent no descriptor.
     /// The caller can move the descriptor out of the handle.
     pub stdin: Option<OwnedFd>,
     connection: Connection,

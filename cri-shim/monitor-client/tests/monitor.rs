@@ -255,7 +255,7 @@ async fn a_runtime_that_hangs_is_killed_and_does_not_delay_other_containers() {
 async fn a_runtime_can_be_started_before_its_bundle_is_written() {
     let pod = Fixture::new("after").await;
     let hello = pod.hello().await;
-    assert!(hello.passes_after && hello.relays);
+    assert!(hello.passes_after && hello.relays && hello.relays_terminals);
     for (id, written) in [("a", true), ("b", false)] {
         let create = pod.create(id, "");
         let refuse = create.bundle.join("refuse");

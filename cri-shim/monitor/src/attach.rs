@@ -1,8 +1,10 @@
 //! Clients that are attached to a running container's stdio. An attached client receives the
 //! container's output, and can write to the container's stdin.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+
+use rustix::io::fcntl_dupfd_cloexec;
 
 use super::connection::ClientId;
 use super::container::Container;
@@ -61,10 +63,10 @@ impl Container {
     }
 
     /// Makes the client's pipes non-blocking. Returns a descriptor through which this client can write
-    /// to the container. With a terminal, this descriptor is the terminal's master. Without a
-    /// terminal, it is a socket, with the relay between the socket and the stdin pipe. It is `None` in
-    /// three cases: the client did not request stdin, stdin is closed, or stdin is reserved for another
-    /// client.
+    /// to the container. It is a socket, with the relay between the socket and the container's stdin
+    /// or terminal. It is `None` in three cases: the client did not request stdin, stdin is closed, or
+    /// stdin is reserved for another client. A client that does not support this socket for a terminal
+    /// gets the terminal's master.
     fn input_for(
         &self,
         client: ClientId,
@@ -74,18 +76,27 @@ impl Container {
         for pipe in pipes {
             rustix::io::ioctl_fionbio(pipe, true)?;
         }
-        if self.spec.terminal {
-            let master = self.output.terminal();
-            let copy = master.map(|master| rustix::io::fcntl_dupfd_cloexec(master, 3));
-            return Ok((copy.transpose()?, None));
+        let (input, is_allowed) = if self.spec.terminal {
+            (self.output.terminal(), true)
+        } else {
+            let stdin = self.stdin.as_ref().map(AsFd::as_fd);
+            (stdin, self.stdin_client.is_none())
+        };
+        let input = input
+            .map(|input| fcntl_dupfd_cloexec(input, 3))
+            .transpose()?;
+        if self.spec.terminal && !attach.relays_terminal {
+            return Ok((input, None));
         }
-        let stdin = self.stdin.as_ref();
-        let Some(stdin) = stdin.filter(|_| attach.stdin && self.stdin_client.is_none()) else {
+        let Some(input) = input.filter(|_| attach.stdin && is_allowed) else {
             return Ok((None, None));
         };
         let (ours, theirs) = UnixStream::pair()?;
-        let copy = rustix::io::fcntl_dupfd_cloexec(stdin, 3)?;
-        let relay = Relay::new(client, Direction::Input, ours.into(), copy)?;
+        let relay = if self.spec.terminal {
+            Relay::to_terminal(client, ours.into(), input)?
+        } else {
+            Relay::new(client, Direction::Input, ours.into(), input)?
+        };
         Ok((Some(theirs.into()), Some(relay)))
     }
 

@@ -45,8 +45,17 @@ pub(crate) struct Execs {
 pub(crate) struct StartingExec {
     client: ClientId,
     pid_file: PathBuf,
-    console: Option<Console>,
+    terminal: Option<StartingTerminal>,
     scope: Scope,
+}
+
+/// The terminal of an exec whose runtime call is still in progress.
+struct StartingTerminal {
+    /// The socket on which the runtime sends the terminal's master.
+    console: Console,
+    /// The client's socket for the terminal's data. `None` if the client is of an earlier version,
+    /// which uses the master itself.
+    socket: Option<OwnedFd>,
 }
 
 /// A running exec, with the pid of its first process.
@@ -62,9 +71,17 @@ pub(crate) struct ExecProcess {
 /// An exec that the runtime has started.
 pub(crate) struct StartedExec {
     pub(crate) process: ExecProcess,
-    /// The terminal's master. `Ok(None)` if the exec has no terminal. `Err` if the monitor could
-    /// not receive the master.
-    pub(crate) terminal: Result<Option<OwnedFd>, Errno>,
+    /// `Ok(None)` if the exec has no terminal. `Err` if the monitor could not receive the terminal's
+    /// master.
+    pub(crate) terminal: Result<Option<StartedTerminal>, Errno>,
+}
+
+/// The terminal of an exec that the runtime has started.
+pub(crate) enum StartedTerminal {
+    /// The monitor transfers the data of the terminal.
+    Relayed([Relay; 2]),
+    /// The client, which is of an earlier version, uses the terminal's master itself.
+    Passed(OwnedFd),
 }
 
 /// An exec whose runtime call failed or exceeded its deadline.
@@ -124,11 +141,11 @@ impl Execs {
         };
         let cgroup = scope.own.as_ref().map(ExecCgroup::name);
         match exec_command(container, (number, client), exec, fds, &pid_file, cgroup) {
-            Ok((command, console, relays)) => {
+            Ok((command, terminal, relays)) => {
                 let starting = StartingExec {
                     client,
                     pid_file,
-                    console,
+                    terminal,
                     scope,
                 };
                 self.starting.insert(number, starting);
@@ -152,6 +169,14 @@ impl Execs {
 
     pub(crate) fn add_running(&mut self, process: ExecProcess) {
         self.running.insert(process.pid, process);
+    }
+
+    /// Returns the client of a running exec of the container with the serial number `serial`. `pid` is
+    /// the pid of the exec's first process.
+    pub(crate) fn client_of(&self, pid: i32, serial: u64) -> Option<ClientId> {
+        let process = self.running.get(&pid);
+        let process = process.filter(|process| process.scope.serial == serial);
+        process.map(|process| process.client)
     }
 
     /// Removes and returns an exec whose process has exited.
@@ -217,10 +242,9 @@ impl Execs {
     }
 }
 
-/// Returns the runtime's `exec` command. For an exec with a terminal, also returns the socket on
-/// which the runtime sends the terminal's master. Also returns the relays of the client's streams.
-/// `number` and `client` identify the exec and its client. `cgroup` is the path of the exec's cgroup
-/// relative to the container's cgroup.
+/// Returns the runtime's `exec` command, the exec's terminal, and the relays of the client's other
+/// streams. `number` and `client` identify the exec and its client. `cgroup` is the path of the exec's
+/// cgroup relative to the container's cgroup.
 fn exec_command(
     container: &Container,
     (number, client): (u64, ClientId),
@@ -228,32 +252,58 @@ fn exec_command(
     fds: Vec<OwnedFd>,
     pid_file: &Path,
     cgroup: Option<&str>,
-) -> std::io::Result<(RuntimeCommand, Option<Console>, Vec<Relay>)> {
+) -> std::io::Result<(RuntimeCommand, Option<StartingTerminal>, Vec<Relay>)> {
     let process = OwnedFd::from(memory_file("process", exec.process.as_bytes())?);
-    let console = exec.terminal.then(|| Console::open(number)).transpose()?;
     let mut relays = Vec::new();
-    let stdio = match <[OwnedFd; 3]>::try_from(fds) {
-        Ok(stdio) if !exec.terminal => Stdio::Container(relayed(stdio, client, &mut relays)?),
-        Err(none) if none.is_empty() && exec.terminal => Stdio::Log,
-        other => {
-            let count = other.map_or_else(|fds| fds.len(), |fds| fds.len());
-            let message = format!(
-                "the request carries {count} descriptors, but it must carry 3 without a terminal, or 0 with a terminal"
-            );
-            return Err(std::io::Error::other(message));
-        }
+    let (stdio, terminal) = if exec.terminal {
+        let terminal = StartingTerminal {
+            console: Console::open(number)?,
+            socket: terminal_socket(fds)?,
+        };
+        (Stdio::Log, Some(terminal))
+    } else {
+        let stdio = <[OwnedFd; 3]>::try_from(fds).map_err(|fds| wrong_count(&fds, "3"))?;
+        let stdio = relayed(stdio, client, &mut relays)?;
+        (Stdio::Container(stdio), None)
     };
+    let console = terminal.as_ref().map(|terminal| terminal.console.path());
     let command = container
         .command("exec")
         .stdio(stdio)
         .argument("--detach")
         .option("--process", Some(path_of(&process)))
         .option("--pid-file", Some(pid_file))
-        .option("--console-socket", console.as_ref().map(Console::path))
+        .option("--console-socket", console)
         .option("--cgroup", cgroup)
         .argument(&exec.id)
         .input(Some(process));
-    Ok((command, console, relays))
+    Ok((command, terminal, relays))
+}
+
+/// Returns the client's socket for the data of a terminal.
+fn terminal_socket(mut fds: Vec<OwnedFd>) -> std::io::Result<Option<OwnedFd>> {
+    if fds.len() > 1 {
+        return Err(wrong_count(&fds, "1 or, from an earlier version, 0"));
+    }
+    let socket = fds.pop();
+    if let Some(socket) = &socket
+        && !is_socket(socket)?
+    {
+        let message = "the descriptor for the terminal's data is not a socket";
+        return Err(std::io::Error::other(message));
+    }
+    Ok(socket)
+}
+
+fn wrong_count(fds: &[OwnedFd], expected: &str) -> std::io::Error {
+    let count = fds.len();
+    let message = format!("the request carries {count} descriptors, but it must carry {expected}");
+    std::io::Error::other(message)
+}
+
+fn is_socket(fd: &OwnedFd) -> Result<bool, Errno> {
+    let mode = rustix::fs::fstat(fd)?.st_mode;
+    Ok(FileType::from_raw_mode(mode) == FileType::Socket)
 }
 
 /// Replaces each socket in `stdio` by a pipe, and adds a relay between the socket and the pipe to
@@ -266,8 +316,7 @@ fn relayed(
 ) -> std::io::Result<[OwnedFd; 3]> {
     let [stdin, stdout, stderr] = stdio;
     let mut replace = |fd: OwnedFd, direction: Direction| {
-        let mode = rustix::fs::fstat(&fd)?.st_mode;
-        if FileType::from_raw_mode(mode) != FileType::Socket {
+        if !is_socket(&fd)? {
             return Ok(fd);
         }
         let (read, write) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -297,7 +346,8 @@ impl StartingExec {
         let (client, scope) = (self.client, self.scope);
         match pid {
             Some(pid) if code == 0 => {
-                let terminal = self.console.as_ref().map(Console::receive).transpose();
+                let terminal = self.terminal.map(|terminal| terminal.receive(client));
+                let terminal = terminal.transpose();
                 let process = ExecProcess {
                     client,
                     pid,
@@ -320,6 +370,19 @@ impl StartingExec {
                 })
             }
         }
+    }
+}
+
+impl StartingTerminal {
+    /// Receives the terminal's master from the runtime, which has exited.
+    fn receive(self, client: ClientId) -> Result<StartedTerminal, Errno> {
+        let master = self.console.receive()?;
+        Ok(match self.socket {
+            Some(socket) => {
+                StartedTerminal::Relayed(Relay::of_exec_terminal(client, master, socket)?)
+            }
+            None => StartedTerminal::Passed(master),
+        })
     }
 }
 
@@ -422,7 +485,7 @@ mod tests {
         let starting = StartingExec {
             client: 7,
             pid_file: PathBuf::new(),
-            console: None,
+            terminal: None,
             scope: scope(),
         };
         execs.starting.insert(1, starting);

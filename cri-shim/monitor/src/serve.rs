@@ -2,6 +2,7 @@
 //! sources: the listening socket, the clients' sockets, SIGCHLD, the containers' output, the
 //! out-of-memory counters, the threads that write the logs, and the cgroups of exited execs.
 
+mod execs;
 mod reaping;
 
 use std::collections::BTreeMap;
@@ -15,6 +16,7 @@ use nix::sys::signalfd::SignalFd;
 use rustix::event::epoll::{self, EventFlags};
 use rustix::event::{EventfdFlags, Timespec, eventfd};
 use rustix::io::Errno;
+use rustix::termios::Winsize;
 
 use super::calls::{Calls, Purpose};
 use super::clients::Clients;
@@ -24,15 +26,14 @@ use super::container::{Container, State};
 use super::container_log::{ReadBuffer, Stream};
 use super::early_exits::EarlyExits;
 use super::effect::Effect;
-use super::exec::{ExecProcess, Execs, StartedExec};
-use super::exec_cgroup::ExecCgroup;
+use super::exec::Execs;
 use super::exit;
 use super::joined;
 use super::output::StreamState;
 use super::own_log;
 use super::poller::{EventSource, EventSpace, Poller};
 use super::readonly_exec;
-use super::relay::{Relay, Relays};
+use super::relay::Relays;
 use super::runtime::{Call, RuntimeCommand};
 use super::serials::Serials;
 use reaping::Reaping;
@@ -317,6 +318,20 @@ impl Monitor {
             Request::Attach(attach) => {
                 self.act_for(client, &attach.id, |it| it.attach(client, &attach, fds));
             }
+            Request::Resize {
+                id,
+                exec,
+                columns,
+                rows,
+            } => {
+                let size = Winsize {
+                    ws_col: columns,
+                    ws_row: rows,
+                    ws_xpixel: 0,
+                    ws_ypixel: 0,
+                };
+                self.resize(client, &id, exec, size);
+            }
             Request::CloseStdin { id } => self.act_for(client, &id, |it| it.close_stdin(client)),
             Request::ReopenLog { id } => {
                 self.act_for(client, &id, |it| it.output.reopen_log(client));
@@ -339,6 +354,7 @@ impl Monitor {
             pid1: self.pod.pid1,
             passes_after: true,
             relays: true,
+            relays_terminals: true,
             containers: containers.collect(),
         });
         self.send(client, Stage::Subscribed, &hello, Vec::new());
@@ -402,16 +418,6 @@ impl Monitor {
             Some(serial) => self.act_on(serial, |it| it.delete(client, deadline)),
             None => self.reply(client, &Reply::Done),
         }
-    }
-
-    fn exec(&mut self, client: ClientId, exec: &Exec, fds: Vec<OwnedFd>) {
-        let number = self.serials.next();
-        let Some(container) = self.containers.values().find(|it| it.id() == exec.id) else {
-            return self.not_found(client, &exec.id);
-        };
-        let dir = &self.pod.dir;
-        let effects = self.execs.begin(number, client, exec, fds, container, dir);
-        self.carry_out(effects);
     }
 
     fn shut_down(&mut self, client: ClientId) {
@@ -623,100 +629,6 @@ impl Monitor {
         }
     }
 
-    // The functions below handle execs.
-
-    fn exec_call_ended(&mut self, number: u64, call: &Call, code: i32) {
-        let Some(exec) = self.execs.take_starting(number) else {
-            return;
-        };
-        match exec.finish(call, code) {
-            Ok(started) => self.exec_started(started, call.started),
-            Err(failed) => {
-                self.fail(failed.client(), FailureKind::Runtime, failed.reason());
-                let pid = failed.pid();
-                let exited = pid.and_then(|pid| self.early_exits.claim(pid, call.started));
-                let cgroup = failed.kill(exited.is_some(), &mut self.execs.killed);
-                self.remove_exec_cgroup(cgroup);
-            }
-        }
-    }
-
-    /// Handles an exec that the runtime has started. `called` is the time of the runtime call.
-    fn exec_started(&mut self, exec: StartedExec, called: Instant) {
-        let StartedExec {
-            mut process,
-            terminal,
-        } = exec;
-        let (client, pid) = (process.client(), process.pid());
-        let exited = self.early_exits.claim(pid, called);
-        match terminal {
-            Ok(master) => {
-                let fds = master.into_iter().collect();
-                self.send(client, Stage::Working, &Reply::Started { pid }, fds);
-            }
-            Err(errno) => {
-                let reason = describe(&errno.into());
-                let message =
-                    format!("exec: receive the terminal's master from the runtime: {reason}");
-                self.fail(client, FailureKind::Monitor, message);
-                // If the process has been reaped, its pid may already belong to another process,
-                // which must not be killed.
-                if exited.is_none() {
-                    process.kill(&mut self.execs.killed);
-                }
-            }
-        }
-        match exited {
-            Some(code) => self.exec_exited(process, code),
-            None => {
-                if !self.clients.contains(client) {
-                    process.kill(&mut self.execs.killed);
-                }
-                self.execs.add_running(process);
-            }
-        }
-    }
-
-    fn exec_exited(&mut self, process: ExecProcess, code: i32) {
-        let client = process.client();
-        match self.relays.exec_exited(client, code, &self.poller) {
-            Ok(true) => self.reply(client, &Reply::Exited { code }),
-            Ok(false) => {}
-            Err(errno) => self.relay_failed(client, errno),
-        }
-        self.remove_exec_cgroup(process.into_cgroup());
-    }
-
-    fn begin_relay(&mut self, relay: Relay) {
-        let (number, client) = (self.serials.next(), relay.client());
-        if let Err(errno) = self.relays.begin(number, relay, &self.poller) {
-            self.relay_failed(client, errno);
-        }
-    }
-
-    /// Ends the exec or the attachment of a client of which a stream is incomplete.
-    fn relay_failed(&mut self, client: ClientId, errno: Errno) {
-        let reason = describe(&errno.into());
-        let message = format!("transfer a stream between the container and the client: {reason}");
-        self.fail(client, FailureKind::Monitor, message);
-    }
-
-    fn relay_ready(&mut self, number: u64) {
-        match self.relays.ready(number, &self.poller) {
-            Some((client, Ok(code))) => self.reply(client, &Reply::Exited { code }),
-            Some((client, Err(errno))) => self.relay_failed(client, errno),
-            None => {}
-        }
-    }
-
-    fn remove_exec_cgroup(&mut self, cgroup: Option<ExecCgroup>) {
-        if let Some(cgroup) = cgroup {
-            let (poller, serials) = (&self.poller, &mut self.serials);
-            let now = Instant::now();
-            self.execs.leftovers.add(cgroup, now, poller, serials);
-        }
-    }
-
     // The functions below handle deadlines.
 
     fn next_timeout(&self) -> Option<Timespec> {
@@ -725,6 +637,7 @@ impl Monitor {
             .chain(self.calls.next_check())
             .chain(self.clients.next_check())
             .chain(self.execs.next_zombie_check())
+            .chain(self.relays.next_check())
             .chain(self.execs.killed.next_check())
             .chain(self.execs.leftovers.next_examination())
             .chain(self.reaping.next())
@@ -739,6 +652,9 @@ impl Monitor {
         self.check_killed_execs(now);
         self.clients.end_accept_pause(now, &self.poller);
         self.calls.check(now);
+        for number in self.relays.due(now) {
+            self.relay_ready(number);
+        }
         self.execs.killed.check(now);
         let (poller, serials) = (&self.poller, &mut self.serials);
         self.execs.leftovers.examine(now, poller, serials);

@@ -126,8 +126,10 @@ pub enum Request {
     /// Runs `RUNTIME… exec` in the container. Without `terminal`, the request carries three
     /// descriptors: the stdin, stdout and stderr of the process. If a descriptor is a socket, the
     /// monitor creates a pipe for the process, and transfers the data between the pipe and the socket.
-    /// The monitor sends [`Reply::Exited`] after the output that the process wrote. With `terminal`, the request
-    /// carries no descriptors, and [`Reply::Started`] carries the pty's master. The reply is
+    /// The monitor sends [`Reply::Exited`] after the output that the process wrote. With `terminal`,
+    /// the request carries one socket, and the monitor transfers the data between the pty's master
+    /// and this socket in both directions. A client of an earlier version sends no descriptor, and
+    /// [`Reply::Started`] then carries the master. The reply is
     /// [`Reply::Started`] or [`Reply::Error`]. When the process exits, the monitor also sends
     /// [`Reply::Exited`]. If the client closes the connection earlier, the monitor kills the
     /// process and all processes that the process has started. With [`Create::native`], the monitor
@@ -140,17 +142,26 @@ pub enum Request {
     /// carries the writing end of a pipe. The pipe for stdout precedes the pipe for stderr. The
     /// monitor writes all later output of the container to these pipes. All output of a terminal
     /// counts as stdout. The monitor omits output that does not fit into a pipe, and writes a
-    /// notice into the pipe instead. The reply is [`Reply::Attached`] or [`Reply::Error`]. For a
-    /// container with a terminal, [`Reply::Attached`] carries the pty's master. With the master,
-    /// the client can also set the terminal's size. For any other container, [`Reply::Attached`]
-    /// can carry a socket. The monitor transfers the data from this socket to the container's stdin.
-    /// Earlier versions of the monitor send the pipe itself. The monitor sends this descriptor if the
-    /// request has `stdin`, stdin is open, and the client is allowed to write to stdin. When the
+    /// notice into the pipe instead. The reply is [`Reply::Attached`] or [`Reply::Error`].
+    /// [`Reply::Attached`] can carry a socket. The monitor transfers the data from this socket to the
+    /// container's stdin or terminal. The monitor sends this socket if the request has `stdin`, stdin
+    /// is open, and the client is allowed to write to stdin. Earlier versions of the monitor send the
+    /// pipe or the pty's master itself. Without [`Attach::relays_terminal`], the monitor sends the
+    /// master of a container with a terminal, even if the request does not have `stdin`. When the
     /// container has exited, the monitor sends [`Reply::Ended`] and closes the connection and the
     /// pipes. To detach earlier, the client closes the connection. If the container has
     /// `stdin_once`, only the first client with `stdin` is allowed to write to stdin. When this
     /// client detaches, the monitor closes the container's stdin.
     Attach(Attach),
+    /// Sets the size of a terminal. The kernel then sends SIGWINCH to the processes in the foreground
+    /// of the terminal. `exec` is the pid of an exec's first process; `None` means the container's
+    /// first process. The reply is [`Reply::Done`] or [`Reply::Error`].
+    Resize {
+        id: String,
+        exec: Option<i32>,
+        columns: u16,
+        rows: u16,
+    },
     /// Closes the container's stdin for all clients, if the container has `stdin_once`. The reply
     /// is [`Reply::Done`] even if the container has no stdin.
     CloseStdin { id: String },
@@ -212,6 +223,9 @@ pub struct Attach {
     pub stdin: bool,
     pub stdout: bool,
     pub stderr: bool,
+    /// True if the client supports a socket in place of the terminal's master.
+    #[serde(default)]
+    pub relays_terminal: bool,
 }
 
 /// A message that the monitor sends to a client: a reply to a request, or an event.
@@ -285,6 +299,10 @@ pub struct Hello {
     /// and pipes. Monitors of earlier versions pass the sockets to the process.
     #[serde(default)]
     pub relays: bool,
+    /// True if the monitor supports [`Request::Resize`], and the socket of a [`Request::Exec`] with a
+    /// terminal. Monitors of earlier versions pass the terminal's master to the client.
+    #[serde(default)]
+    pub relays_terminals: bool,
     pub containers: Vec<ContainerState>,
 }
 
@@ -344,7 +362,11 @@ mod tests {
         let hello = r#"{"pid":7,"pid1":null,"containers":[]}"#;
         let hello: Hello = serde_json::from_str(hello).unwrap();
         assert_eq!((hello.holder, hello.passes_after), (None, false));
-        assert!(!hello.relays);
+        assert!(!hello.relays && !hello.relays_terminals);
+
+        let attach = r#"{"id":"a","stdin":true,"stdout":true,"stderr":false}"#;
+        let attach: Attach = serde_json::from_str(attach).unwrap();
+        assert!(!attach.relays_terminal);
 
         let create = r#"{"id":"a","bundle":"/b","runtime":["rrun"],"cgroup":"/c","log":null,
             "terminal":false,"stdin":false,"stdin_once":false}"#;

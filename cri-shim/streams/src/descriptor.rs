@@ -53,7 +53,7 @@ impl Descriptor {
         *slave = None;
     }
 
-    pub(crate) fn is_terminal(&self) -> bool {
+    pub fn is_terminal(&self) -> bool {
         self.is_terminal
     }
 

@@ -27,6 +27,7 @@ pub(crate) mod images;
 pub(crate) mod inject;
 pub(crate) mod inside;
 pub(crate) mod inventory;
+pub(crate) mod kernel_locks;
 pub(crate) mod kubelet;
 pub(crate) mod leak_check;
 pub(crate) mod machine;

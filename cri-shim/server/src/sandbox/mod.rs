@@ -81,6 +81,8 @@ pub(crate) struct SandboxState {
     pub passes_after: bool,
     /// See [`rrun_protocol::Hello::relays`].
     pub relays: bool,
+    /// See [`rrun_protocol::Hello::relays_terminals`].
+    pub relays_terminals: bool,
     /// True after the monitor was instructed to exit. If this field is true, a lost connection to
     /// the monitor is not an error.
     pub retired: bool,

@@ -380,6 +380,7 @@ async fn connect(node: &Arc<Node>, sandbox: &Sandbox, sharing: Sharing) -> Resul
     state.holder = hello.holder;
     state.passes_after = hello.passes_after;
     state.relays = hello.relays;
+    state.relays_terminals = hello.relays_terminals;
     state.addresses = addresses;
     Ok(())
 }

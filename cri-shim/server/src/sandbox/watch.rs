@@ -116,6 +116,7 @@ pub(crate) fn apply(node: &Arc<Node>, sandbox: &Arc<Sandbox>, hello: Hello) {
         state.holder = hello.holder;
         state.passes_after = hello.passes_after;
         state.relays = hello.relays;
+        state.relays_terminals = hello.relays_terminals;
     }
     for reported in hello.containers {
         let Ok(container) = node.container(&reported.id) else {

@@ -3,7 +3,7 @@
 //!
 //! The monitor copies the container's output into the client's pipes. The output for a slow client
 //! therefore occupies at most the memory of the client's pipes. The monitor also passes the
-//! server a socket that leads to the container's stdin, or the container's terminal.
+//! server a socket that leads to the container's stdin or terminal.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -13,6 +13,7 @@ use rrun_proto::v1::AttachRequest;
 use rustix::pipe::{PipeFlags, pipe_with};
 
 use super::shutdown::{Reason, Shutdown};
+use super::terminal::Terminal;
 use crate::container::Container;
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
@@ -21,14 +22,15 @@ use rrun_protocol::Attach;
 use rrun_protocol::omission_notice;
 use rrun_streams::Descriptor;
 use rrun_streams::remotecommand::{
-    Channel, ClientInput, ClientReceiver, ClientSender, Outcome, StdinWrite, copy_output, resize,
+    Channel, ClientInput, ClientReceiver, ClientSender, Outcome, Resizable, StdinWrite, copy_output,
 };
 
 /// The server's descriptors for a client that is attached to a container.
 struct Attached {
     stdout: Option<Descriptor>,
     stderr: Option<Descriptor>,
-    /// A socket that leads to the container's stdin, or the container's terminal.
+    /// A socket that leads to the container's stdin or terminal. With a monitor of an earlier version,
+    /// the stdin pipe or the terminal's master.
     stdin: Option<Descriptor>,
     /// The connection to the monitor. Dropping the handle detaches the client.
     handle: AttachHandle,
@@ -136,6 +138,7 @@ async fn connect(
         stdin: request.stdin,
         stdout: request.stdout,
         stderr: request.stderr,
+        relays_terminal: true,
     };
     let attached = container.sandbox.monitor.attach(attach, theirs).await;
     let mut handle = attached
@@ -168,12 +171,13 @@ async fn input(
     while let Some(input) = receiver.next().await? {
         match input {
             ClientInput::Stdin(bytes) => {
-                // If the container has a terminal, `stdin` is always the terminal, because the
-                // client can resize it. If the client requested no stdin, its input is ignored.
+                // A monitor of an earlier version always passes the terminal. If the client requested
+                // no stdin, its input is ignored.
                 let Some(to) = stdin.as_ref().filter(|_| requested) else {
                     continue;
                 };
-                let terminal = config.tty.then_some(to);
+                let terminal = Terminal::new(container, None, stdin.as_ref());
+                let terminal = config.tty.then_some(&terminal);
                 match receiver.feed(to, &bytes, terminal, sender.watch()).await {
                     StdinWrite::Complete => {}
                     StdinWrite::Closed => stdin = None,
@@ -190,8 +194,9 @@ async fn input(
             }
             ClientInput::StdinEnd => return Ok(Detached::StdinClosed),
             ClientInput::Resize(size) => {
-                if let Some(terminal) = stdin.as_ref().filter(|_| config.tty) {
-                    resize(terminal, size);
+                if config.tty {
+                    let terminal = Terminal::new(container, None, stdin.as_ref());
+                    terminal.resize(size).await;
                 }
             }
         }

@@ -1,4 +1,4 @@
-//! The channels between the server and the pod's monitor for the streams of a command.
+//! The channels between the server and the pod's monitor for the streams and the terminal of a command.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -23,11 +23,34 @@ pub(super) fn channel(sandbox: &Sandbox, bytes: Option<usize>) -> io::Result<(Ow
         }
         return Ok((read, write));
     }
-    let (kind, flags) = (SocketType::STREAM, SocketFlags::CLOEXEC);
-    let (read, write) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
+    let (read, write) = sockets()?;
     if let Some(bytes) = bytes {
-        // The kernel doubles the size, socket(7).
-        set_socket_send_buffer_size(&write, bytes / 2)?;
+        set_capacity(&write, bytes)?;
     }
     Ok((read, write))
+}
+
+/// Creates the channel for the data of a terminal, and returns the server's end and the monitor's end.
+/// `bytes` is the capacity in the direction to the server. Returns `None` if the pod has a monitor of
+/// an earlier version, which passes the terminal's master to the server.
+pub(super) fn terminal_channel(
+    sandbox: &Sandbox,
+    bytes: usize,
+) -> io::Result<Option<(OwnedFd, OwnedFd)>> {
+    if !sandbox.state().relays_terminals {
+        return Ok(None);
+    }
+    let (ours, theirs) = sockets()?;
+    set_capacity(&theirs, bytes)?;
+    Ok(Some((ours, theirs)))
+}
+
+fn sockets() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (kind, flags) = (SocketType::STREAM, SocketFlags::CLOEXEC);
+    Ok(socketpair(AddressFamily::UNIX, kind, flags, None)?)
+}
+
+fn set_capacity(socket: &OwnedFd, bytes: usize) -> io::Result<()> {
+    // The kernel doubles the size, socket(7).
+    Ok(set_socket_send_buffer_size(socket, bytes / 2)?)
 }

@@ -2,13 +2,15 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 use rrun_proto::v1::ExecRequest;
 use tokio::sync::watch;
 
-use super::channel::channel;
+use super::channel::{channel, terminal_channel};
 use super::command;
 use super::shutdown::{Reason, Shutdown};
+use super::terminal::Terminal;
 use crate::container::{Container, Phase};
 use crate::node::Node;
 use rrun_calls::error::{During, Error, Result};
@@ -26,7 +28,7 @@ struct Stdio {
     stdin: Option<Descriptor>,
     stdout: Option<Descriptor>,
     stderr: Option<Descriptor>,
-    /// The command's terminal, which replaces all three channels.
+    /// The channel for the data of the command's terminal, which replaces the other three channels.
     terminal: Option<Descriptor>,
 }
 
@@ -40,10 +42,10 @@ pub(super) async fn exec(
     shutdown: &mut Shutdown,
 ) -> io::Result<()> {
     let outcome = match begin(node, request, sender.watch().pipe_bytes()).await {
-        Ok((process, stdio)) => {
+        Ok((container, process, stdio)) => {
             tokio::select! {
                 // Dropping `process` kills the command.
-                ended = run(process, stdio, sender, &mut receiver) => match ended? {
+                ended = run(&container, process, stdio, sender, &mut receiver) => match ended? {
                     Some(outcome) => outcome,
                     None => return Ok(()),
                 },
@@ -71,12 +73,16 @@ fn sentence(reason: Reason) -> &'static str {
 /// Copies data between the client and the command's stdio until the command exits. If the client
 /// disconnects first, the result is `None`.
 async fn run(
+    container: &Container,
     mut process: ExecHandle,
     mut stdio: Stdio,
     sender: &ClientSender,
     receiver: &mut ClientReceiver,
 ) -> io::Result<Option<Outcome>> {
     let stdin = stdio.stdin.take();
+    let data = stdio.terminal.as_ref();
+    let terminal = Terminal::new(container, Some(process.pid), data);
+    let terminal = data.map(|data| (&terminal, data));
     let (exit, exited) = watch::channel(false);
     let exiting = async {
         let outcome = match process.wait().await {
@@ -97,7 +103,7 @@ async fn run(
     };
     tokio::select! {
         ended = output => Ok(Some(ended?.0)),
-        gone = copy_input(receiver, stdin, stdio.terminal.as_ref(), sender) => gone.map(|()| None),
+        gone = copy_input(receiver, stdin, terminal, sender) => gone.map(|()| None),
     }
 }
 
@@ -107,15 +113,15 @@ async fn begin(
     node: &Node,
     request: ExecRequest,
     pipe_bytes: usize,
-) -> Result<(ExecHandle, Stdio)> {
+) -> Result<(Arc<Container>, ExecHandle, Stdio)> {
     let container = node.container(&request.container_id)?;
     let name = container.name();
     if container.phase() != Phase::Running {
         return Err(Error::wrong_state(format!("{name} is not running")));
     }
-    start(node, &container, &request, pipe_bytes)
-        .await
-        .during(|| format!("execute in {name}"))
+    let started = start(node, &container, &request, pipe_bytes).await;
+    let (process, stdio) = started.during(|| format!("execute in {name}"))?;
+    Ok((container, process, stdio))
 }
 
 async fn start(
@@ -130,10 +136,8 @@ async fn start(
         process: process.to_string(),
         terminal: request.tty,
     };
-    // If the command needs a terminal, no channels are created. The runtime creates the terminal, and
-    // the monitor passes it to the server.
     let (mut stdio, theirs) = if request.tty {
-        (Stdio::default(), Vec::new())
+        Stdio::terminal(container, pipe_bytes)?
     } else {
         Stdio::channels(request, container, pipe_bytes)?
     };
@@ -141,7 +145,7 @@ async fn start(
     let started = container.sandbox.monitor.exec(exec, &given);
     let started = slow(format!("{}: start a command", container.name()), started).await;
     let mut process = started?;
-    if request.tty {
+    if request.tty && stdio.terminal.is_none() {
         let terminal = process
             .terminal
             .take()
@@ -152,6 +156,19 @@ async fn start(
 }
 
 impl Stdio {
+    /// Creates the channel for the data of the command's terminal, which the runtime creates. The
+    /// channel has a capacity of `bytes`. Returns the server's end of the channel, and the descriptor
+    /// for the monitor. A monitor of an earlier version needs no channel.
+    fn terminal(container: &Container, bytes: usize) -> Result<(Self, Vec<OwnedFd>)> {
+        let channel = terminal_channel(&container.sandbox, bytes).during(making_stdio)?;
+        let (ours, theirs) = channel.unzip();
+        let stdio = Stdio {
+            terminal: ours.map(Descriptor::new).transpose().during(making_stdio)?,
+            ..Stdio::default()
+        };
+        Ok((stdio, theirs.into_iter().collect()))
+    }
+
     /// Creates channels for the requested streams. Returns the server's ends of the channels, and the
     /// descriptors of the command's stdin, stdout and stderr. The channels for output have a capacity
     /// of `bytes`.

@@ -18,6 +18,7 @@ pub(crate) mod server;
 mod session;
 mod sessions;
 mod shutdown;
+mod terminal;
 pub(crate) mod tickets;
 pub(crate) mod tls;
 mod url;

@@ -20,8 +20,8 @@ pub use channel::Channel;
 pub use open::{StreamOptions, open};
 pub use outcome::Outcome;
 pub use receiver::{ClientInput, ClientReceiver, StdinWrite};
+pub use resize::Resizable;
 #[cfg(feature = "fuzz")]
 pub(crate) use resize::ResizeParser;
-pub use resize::resize;
 pub use sender::ClientSender;
 pub use stdio::{copy_input, copy_output, copy_output_until_exit};

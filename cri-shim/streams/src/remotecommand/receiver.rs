@@ -7,7 +7,7 @@ use bytes::Bytes;
 use rustix::termios::Winsize;
 
 use super::channel::{Channel, ChannelIds};
-use super::resize::{ResizeParser, resize};
+use super::resize::{Resizable, ResizeParser};
 use crate::channels::Channels;
 use crate::descriptor::Descriptor;
 use crate::spdy::Event;
@@ -126,7 +126,7 @@ impl ClientReceiver {
         &mut self,
         to: &Descriptor,
         bytes: &[u8],
-        terminal: Option<&Descriptor>,
+        terminal: Option<&impl Resizable>,
         watch: &Watch,
     ) -> StdinWrite {
         let written = to.write_all(bytes);
@@ -143,7 +143,7 @@ impl ClientReceiver {
                 () = watch.gone() => return StdinWrite::ClientGone,
                 size = self.next_size(), if terminal.is_some() => {
                     if let Some(terminal) = terminal {
-                        resize(terminal, size);
+                        terminal.resize(size).await;
                     }
                 }
             }

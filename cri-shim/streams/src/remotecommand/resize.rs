@@ -1,10 +1,7 @@
-//! Resizes a terminal at the client's request.
+//! The messages with which a client resizes a terminal.
 
 use rustix::termios::Winsize;
 use serde::Deserialize;
-
-use crate::descriptor::Descriptor;
-use rrun_kernel::errno::describe;
 
 /// The maximum size in bytes of a resize message.
 const MAX_RESIZE_BYTES: usize = 1 << 10;
@@ -53,10 +50,9 @@ impl ResizeParser {
     }
 }
 
-/// Sets a terminal's size. The kernel then sends SIGWINCH to the processes in the foreground of the
-/// terminal.
-pub fn resize(terminal: &Descriptor, size: Winsize) {
-    if let Err(errno) = rustix::termios::tcsetwinsize(terminal, size) {
-        log::debug!("resize a terminal: {}", describe(&errno.into()));
-    }
+/// A terminal whose size a client can change.
+pub trait Resizable: Sync {
+    /// Sets the terminal's size. A failure has no effect on the session, because programs run with any
+    /// size.
+    fn resize(&self, size: Winsize) -> impl Future<Output = ()> + Send;
 }

@@ -7,7 +7,7 @@ use tokio::sync::watch;
 
 use super::channel::Channel;
 use super::receiver::{ClientInput, ClientReceiver, StdinWrite};
-use super::resize::resize;
+use super::resize::Resizable;
 use super::sender::ClientSender;
 use crate::descriptor::Descriptor;
 
@@ -21,18 +21,19 @@ const TERMINAL_DRAIN_TIMEOUT: Duration = Duration::from_millis(100);
 /// therefore reads all output that the buffer contained at the exit.
 const MAX_TERMINAL_DRAIN_BYTES: usize = 256 << 10;
 
-/// Copies the client's input to `stdin` or, if `stdin` is `None`, to the terminal. Returns when the
-/// client has disconnected.
+/// Copies the client's input to `stdin` or, if `stdin` is `None`, to the terminal. `terminal` is the
+/// terminal, and a descriptor for its data. Returns when the client has disconnected.
 pub async fn copy_input(
     receiver: &mut ClientReceiver,
     mut stdin: Option<Descriptor>,
-    terminal: Option<&Descriptor>,
+    terminal: Option<(&impl Resizable, &Descriptor)>,
     sender: &ClientSender,
 ) -> io::Result<()> {
+    let (terminal, data) = terminal.unzip();
     while let Some(input) = receiver.next().await? {
         match input {
             ClientInput::Stdin(bytes) => {
-                let Some(to) = stdin.as_ref().or(terminal) else {
+                let Some(to) = stdin.as_ref().or(data) else {
                     continue;
                 };
                 match receiver.feed(to, &bytes, terminal, sender.watch()).await {
@@ -46,7 +47,7 @@ pub async fn copy_input(
             ClientInput::StdinEnd => stdin = None,
             ClientInput::Resize(size) => {
                 if let Some(terminal) = terminal {
-                    resize(terminal, size);
+                    terminal.resize(size).await;
                 }
             }
         }

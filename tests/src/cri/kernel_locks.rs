@@ -1,19 +1,16 @@
-//! Tests of processes that keep the pipes of their standard streams locked. A process that uses such a
-//! pipe then waits in the kernel, and no signal ends the wait. Only the pod's own monitor uses them.
+//! Tests of processes that keep a lock of the kernel. Everybody else who needs the lock waits in the
+//! kernel, and no signal ends the wait. Only the pod's own monitor uses pipes and terminals that
+//! processes of a container can lock.
 
 use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
-use std::thread;
-use std::time::Duration;
+use std::path::PathBuf;
 
-use nix::fcntl::{SpliceFFlags, splice};
-
+use crate::support::kernel_locks::{PipeLock, SlowCopy};
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, Node, on_a_node};
 use crate::support::streams::TRANSPORTS;
+use crate::support::terminal::{TMUX, Terminal};
 use crate::{ensure, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -37,6 +34,12 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE,
         Need::RrunCri
     ),
+    test!(
+        a_terminal_with_a_locked_size_stops_only_its_own_pod,
+        A_NODE,
+        Need::RrunCri,
+        TMUX
+    ),
 ];
 
 /// Starts a pod with one container, and returns their ids.
@@ -49,44 +52,25 @@ fn start(node: &Node, name: &str, command: &[&str], stdin: bool) -> Result<(Stri
     Ok((pod_id, id))
 }
 
-/// Returns whether the pod's monitor waits for a locked pipe.
-fn monitor_waits(node: &Node, pod_id: &str) -> Result<bool> {
-    let status = fs::read_to_string(format!("/proc/{}/status", node.monitor(pod_id)?))?;
-    Ok(status.contains("State:\tD"))
-}
-
 fn wait_until_monitor_waits(node: &Node, pod_id: &str) -> Result {
-    wait_for("the monitor to wait for a locked pipe", || {
-        Ok(monitor_waits(node, pod_id)?.then_some(()))
+    wait_for("the monitor to wait for a lock", || {
+        let status = fs::read_to_string(format!("/proc/{}/status", node.monitor(pod_id)?))?;
+        Ok(status.contains("State:\tD").then_some(()))
     })
 }
 
-/// A thread that keeps a pipe locked. Dropping this value unlocks the pipe.
-struct PipeLock {
-    _silent: UnixStream,
-}
-
-impl PipeLock {
-    /// Writes data to the pipe, and locks it. The data makes the other side read the pipe.
-    fn new(pipe: &File) -> Result<Self> {
-        let mut pipe = pipe.try_clone()?;
-        let (socket, silent) = UnixStream::pair()?;
-        thread::spawn(move || {
-            let _ = pipe.write_all(b"data\n");
-            let (from, to) = (socket.as_fd(), pipe.as_fd());
-            splice(from, None, to, None, 4096, SpliceFFlags::empty())
-        });
-        Ok(PipeLock { _silent: silent })
-    }
-}
-
-/// Checks that the server runs commands in the container `other`, also after it was restarted.
-fn is_used(node: &mut Node, other: &str) -> Result {
+/// Checks that the server runs commands in the container `other`.
+fn is_used(node: &Node, other: &str) -> Result {
     let exec = ["exec", "--sync", other, "/inside", "exit", "0"];
-    node.asks(&exec)?;
+    node.asks(&exec).map(drop)
+}
+
+/// Like [`is_used`], and checks that a server that is started again runs commands, too.
+fn is_used_and_restarted(node: &mut Node, other: &str) -> Result {
+    is_used(node, other)?;
     node.terminate_server()?;
     node.start_server()?;
-    node.asks(&exec).map(drop)
+    is_used(node, other)
 }
 
 fn remove(node: &Node, pod_id: &str) -> Result {
@@ -105,7 +89,11 @@ fn a_command_that_locks_its_pipes_stops_only_its_own_pod() -> Result {
             let locks = [id.as_str(), "/inside", "lock-pipes", "1", "2"];
             let running = node.crictl(&exec).args(locks).start()?;
             wait_until_monitor_waits(node, &pod_id)?;
-            is_used(node, &other)?;
+            if exec.contains(&"--sync") {
+                is_used_and_restarted(node, &other)?;
+            } else {
+                is_used(node, &other)?;
+            }
             remove(node, &pod_id)?;
             let ended = running.end()?;
             ensure!(
@@ -124,10 +112,14 @@ fn a_client_that_is_attached_to_a_locked_pipe_does_not_stop_the_server() -> Resu
         let (_, other) = start(node, "other", &["/inside", "wait"], false)?;
         let locks = ["sh", "-c", "exec /inside lock-pipes 0 0<>/proc/self/fd/0"];
         let (pod_id, id) = start(node, "locks", &locks, true)?;
+        wait_for("the container to lock its stdin", || {
+            let log = node.crictl(&["logs", &id]).ok()?.stdout;
+            Ok(log.contains("locked").then_some(()))
+        })?;
         let attach = node.crictl(&["attach", "-i", &id]).stdin("typed");
         let running = attach.start()?;
         wait_until_monitor_waits(node, &pod_id)?;
-        is_used(node, &other)?;
+        is_used_and_restarted(node, &other)?;
         remove(node, &pod_id)?;
         running.end().map(drop)
     })
@@ -139,7 +131,7 @@ fn a_pod_whose_first_process_locks_its_pipes_is_stopped_and_removed() -> Result 
         let (_, other) = start(node, "other", &["/inside", "wait"], false)?;
         let (pod_id, _) = start(node, "locks", &["/inside", "lock-pipes", "1", "2"], false)?;
         wait_until_monitor_waits(node, &pod_id)?;
-        is_used(node, &other)?;
+        is_used_and_restarted(node, &other)?;
         remove(node, &pod_id)
     })
 }
@@ -153,14 +145,46 @@ fn a_pipe_that_a_process_of_another_pod_locks_stops_only_its_own_pod() -> Result
         let (pod_id, id) = start(node, "locks", &["/inside", "wait"], false)?;
         let path = format!("/proc/{}/fd/1", node.pid(&id)?);
         let pipe = File::options().write(true).open(path)?;
-        // The monitor can read the data before the pipe is locked.
-        let lock = wait_for("the monitor to wait for the locked pipe", || {
-            let lock = PipeLock::new(&pipe)?;
-            thread::sleep(Duration::from_millis(200));
-            Ok(monitor_waits(node, &pod_id)?.then_some(lock))
-        })?;
-        is_used(node, &other)?;
+        let lock = PipeLock::new(&pipe)?;
+        wait_until_monitor_waits(node, &pod_id)?;
+        is_used_and_restarted(node, &other)?;
         drop(lock);
         remove(node, &pod_id)
+    })
+}
+
+fn a_terminal_with_a_locked_size_stops_only_its_own_pod() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let (_, other) = start(node, "other", &["/inside", "wait"], false)?;
+        let crictl = format!(
+            "crictl --runtime-endpoint unix://{}",
+            node.socket().display()
+        );
+        for transport in TRANSPORTS {
+            for what in ["exec -it ID sh", "attach -it ID"] {
+                let pod = node.pod("locks");
+                let pod_id = node.runp(&pod)?;
+                let mut shell = node.container("c", &["sh"]);
+                (shell["stdin"], shell["tty"]) = (true.into(), what.starts_with("attach").into());
+                let id = node.run(&pod_id, &pod, &shell)?;
+                let what = what.replace("ID", &format!("--transport {transport} {id}"));
+                let client = Terminal::open(node.join("tmux"), &format!("{crictl} {what}"))?;
+                client.types("echo pro''mpt")?;
+                client.shows("prompt")?;
+                let terminal = format!("/proc/{}/root/dev/pts/0", node.pid(&id)?);
+                let lock = SlowCopy::of_terminal_size(&PathBuf::from(terminal))?;
+                client.tmux(&["resize-window", "-x", "101", "-y", "31"])?;
+                wait_until_monitor_waits(node, &pod_id)?;
+                if transport == "spdy" {
+                    is_used_and_restarted(node, &other)?;
+                } else {
+                    is_used(node, &other)?;
+                }
+                drop(lock);
+                remove(node, &pod_id)?;
+            }
+        }
+        Ok(())
     })
 }
