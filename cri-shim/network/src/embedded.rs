@@ -9,9 +9,10 @@
 //!
 //! The module `state` manages the addresses and host ports of pods. It keeps them in memory and in
 //! the server's store, and configures the kernel with [`crate::bridge`]. `pod_lock` ensures that
-//! only one call at a time changes a pod's network. `teardown` removes pods' networks in the
-//! background. `watch` restores the nftables tables if another program deletes them.
+//! only one call at a time changes a pod's network. `bridge_check` checks the bridge and the rules for
+//! kubelet. `teardown` removes pods' networks in the background. `watch` restores the nftables tables if another program deletes them.
 
+mod bridge_check;
 mod pod_lock;
 mod state;
 mod teardown;
@@ -29,6 +30,7 @@ use crate::config::NetworkConfig;
 use crate::error::NetworkError;
 use crate::host_ports::{HostPort, Listener, PortReservation};
 use crate::link::POD_INTERFACE;
+use bridge_check::BridgeCheck;
 use rrun_calls::wait::blocking;
 use rrun_store::Store;
 use state::EmbeddedState;
@@ -52,6 +54,7 @@ pub struct Attachment {
 pub struct EmbeddedNetwork {
     state: Arc<EmbeddedState>,
     teardown: Arc<Teardown>,
+    check: BridgeCheck,
 }
 
 impl EmbeddedNetwork {
@@ -60,6 +63,7 @@ impl EmbeddedNetwork {
         let state = Arc::new(EmbeddedState::load(store, config)?);
         Ok(EmbeddedNetwork {
             teardown: Arc::new(Teardown::new(Arc::clone(&state))),
+            check: BridgeCheck::new(),
             state,
         })
     }
@@ -268,13 +272,12 @@ impl EmbeddedNetwork {
 
     /// Checks the embedded network for the CRI condition NetworkReady. If another program removed
     /// the bridge or the rules, `ready` creates them again. It also connects the existing pods to
-    /// the new bridge. An error is a sentence with the reason why the network is not ready.
+    /// the new bridge. If the check takes long, `ready` returns the result of the check before. An
+    /// error is a sentence with the reason why the network is not ready.
     pub async fn ready(&self) -> Result<(), String> {
         let state = Arc::clone(&self.state);
-        let what = "check the embedded network's bridge and nftables rules";
-        blocking(what, move || state.bridge().repair(&*state))
-            .await
-            .map_err(|error| error.to_string())
+        let check = move || state.bridge().repair(&*state);
+        self.check.get(check).await
     }
 }
 

@@ -40,6 +40,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri,
         TMUX
     ),
+    test!(
+        status_is_answered_while_a_process_keeps_the_network_devices_locked,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 /// Starts a pod with one container, and returns their ids.
@@ -186,5 +191,17 @@ fn a_terminal_with_a_locked_size_stops_only_its_own_pod() -> Result {
             }
         }
         Ok(())
+    })
+}
+
+fn status_is_answered_while_a_process_keeps_the_network_devices_locked() -> Result {
+    on_a_node(|node| {
+        node.asks(&["info"])?;
+        let lock = SlowCopy::of_interfaces()?;
+        for _ in 0..3 {
+            node.asks(&["info"])?;
+        }
+        drop(lock);
+        node.asks(&["info"]).map(drop)
     })
 }

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::net::UdpSocket;
 use std::num::NonZeroUsize;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -18,6 +19,9 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap_anonymous};
 
 const PAGE_BYTES: usize = 4096;
+
+/// The number of the ioctl SIOCGIFCONF, see netdevice(7).
+const SIOCGIFCONF: libc::c_ulong = 0x8912;
 
 /// The time after which a thread has begun its ioctl.
 const BEGIN_DELAY: Duration = Duration::from_millis(100);
@@ -81,6 +85,22 @@ impl SlowCopy {
             // SAFETY: the kernel writes a winsize, which is smaller than a page, to the page. No other
             // code uses the page, and it is never unmapped.
             Errno::result(unsafe { libc::ioctl(terminal.as_raw_fd(), libc::TIOCGWINSZ, page) })
+        });
+        thread::sleep(BEGIN_DELAY);
+        Ok(SlowCopy { _faults: faults })
+    }
+
+    /// Keeps the kernel's lock on the network devices of all network namespaces locked (SIOCGIFCONF).
+    pub(crate) fn of_interfaces() -> io::Result<Self> {
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        let (faults, page) = missing_page()?;
+        // struct ifconf: the length and the address of the memory.
+        let mut interfaces = [PAGE_BYTES, page];
+        thread::spawn(move || {
+            let (fd, interfaces) = (socket.as_raw_fd(), interfaces.as_mut_ptr());
+            // SAFETY: the kernel writes at most PAGE_BYTES bytes to the page. No other code uses the
+            // page, and it is never unmapped.
+            Errno::result(unsafe { libc::ioctl(fd, SIOCGIFCONF, interfaces) })
         });
         thread::sleep(BEGIN_DELAY);
         Ok(SlowCopy { _faults: faults })
