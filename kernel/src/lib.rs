@@ -11,6 +11,7 @@ pub mod device_number;
 pub mod errno;
 pub mod heap;
 pub mod id;
+pub mod in_root;
 pub mod mount_setattr;
 pub mod namespace_limits;
 pub mod own_cgroup;

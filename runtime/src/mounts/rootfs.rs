@@ -1,7 +1,7 @@
 //! Path lookups inside a container's root file system, whose content can come from an attacker.
 //!
-//! This module never resolves a path of the container from the host's root. rrun does every lookup
-//! with openat2(2) and RESOLVE_IN_ROOT. With RESOLVE_IN_ROOT, even an absolute symbolic link or a
+//! This module never resolves a path of the container from the host's root. rrun resolves every path
+//! with the container's root as `/` ([`rrun_kernel::in_root`]). Even an absolute symbolic link or a
 //! link with `..` ends inside the container. After the lookup, rrun uses the returned descriptor
 //! instead of the path, because the path can lead to another file after a rename. rrun creates
 //! directories with the crate `pathrs`, which follows the same rules for each directory.
@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Reason as _, Result, refuse};
+use rrun_kernel::in_root;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
 const DEV: &str = "/dev";
@@ -29,10 +30,6 @@ const MAX_LOOKUPS: usize = 1 << 17;
 
 /// The maximum length of a path that the kernel accepts, with the zero byte at its end.
 const PATH_MAX: usize = 4096;
-
-/// The maximum number of times that rrun repeats a path lookup. A rename during a lookup makes the
-/// repetition necessary.
-const LOOKUP_RETRIES: usize = 128;
 
 /// The root directory of a container's file system, as a descriptor.
 pub(crate) struct Rootfs {
@@ -157,12 +154,12 @@ impl Rootfs {
         Ok(mount(found.as_fd())? == mount(self.fd.as_fd())?)
     }
 
-    /// Opens the file at `path` with openat2(2), and follows symbolic links.
+    /// Opens the file at `path`, and follows symbolic links. `flags` contains O_PATH or O_DIRECTORY.
     pub(crate) fn open(&self, path: &Path, flags: OFlags) -> std::result::Result<OwnedFd, Errno> {
         open_in(&self.fd, path, flags, ResolveFlags::empty())
     }
 
-    /// Opens the file at `path` with openat2(2), and fails if a component of the path is a symbolic
+    /// Opens the file at `path`, and fails if a component of the path is a symbolic
     /// link or a magic link.
     fn open_without_links(
         &self,
@@ -549,17 +546,7 @@ fn open_in(
     flags: OFlags,
     resolve: ResolveFlags,
 ) -> std::result::Result<OwnedFd, Errno> {
-    let flags = flags | OFlags::CLOEXEC;
-    let resolve = resolve | ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    let mut again = 0;
-    loop {
-        match rustix::fs::openat2(root, path, flags, Mode::empty(), resolve) {
-            // EAGAIN means that a file was renamed during this lookup, possibly as an attack.
-            // openat2(2) requires its caller to repeat the lookup.
-            Err(Errno::AGAIN) if again < LOOKUP_RETRIES => again += 1,
-            result => return result,
-        }
-    }
+    in_root::open(root, path.as_os_str().as_bytes(), flags, resolve)
 }
 
 fn components_backwards(path: &Path) -> Vec<OsString> {

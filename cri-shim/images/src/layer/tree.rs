@@ -1,12 +1,13 @@
 //! Writes a directory tree with the file names from an untrusted archive.
 //!
-//! The kernel resolves every path with the tree's root as `/` (openat2(2), RESOLVE_IN_ROOT). A
+//! Every path is resolved with the tree's root as `/` ([`rrun_kernel::in_root`]). A
 //! symbolic link in the archive therefore can't lead out of the tree. Only the unpacking thread
 //! changes the tree. No program in the tree runs before the layer is complete.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
+use rrun_kernel::in_root;
 use rustix::fs::{
     AtFlags, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Timespec, Timestamps, UTIME_OMIT,
     Uid, XattrFlags,
@@ -20,10 +21,6 @@ use super::error::LayerError;
 /// are PATH_MAX, which includes the final NUL, and NAME_MAX.
 const PATH_BYTES: usize = 4095;
 const NAME_BYTES: usize = 255;
-
-/// The maximum number of attempts to open a path. Several attempts can be necessary: openat2(2)
-/// fails with EAGAIN if any file in the system is renamed during the resolution of a `..`.
-const OPENAT2_TRIES: usize = 64;
 
 /// The maximum number of symbolic links that the kernel follows in one path (path_resolution(7)).
 const MAX_LINKS_IN_PATH: u64 = 40;
@@ -145,6 +142,7 @@ impl Tree {
     }
 
     /// Opens an existing file or directory. Symbolic links are resolved inside the tree's root.
+    /// `flags` contains O_PATH or O_DIRECTORY.
     pub(super) fn open(&mut self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
         let path: &[u8] = if path.is_empty() { b"." } else { path };
         self.lookups += components(path);
@@ -152,25 +150,8 @@ impl Tree {
             Err(Errno::LOOP) => {}
             other => return other,
         }
-        for _ in 1..OPENAT2_TRIES {
-            match self.try_open(path, flags) {
-                Err(Errno::AGAIN) => std::thread::yield_now(),
-                other => return other,
-            }
-        }
-        self.try_open(path, flags)
-    }
-
-    /// Opens a path that contains symbolic links.
-    fn try_open(&mut self, path: &[u8], flags: OFlags) -> Result<OwnedFd, Errno> {
         self.lookups += MAX_LINKS_IN_PATH * self.longest_link;
-        rustix::fs::openat2(
-            &self.root,
-            path,
-            flags | OFlags::CLOEXEC,
-            Mode::empty(),
-            ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS | ResolveFlags::NO_XDEV,
-        )
+        in_root::open(&self.root, path, flags, ResolveFlags::NO_XDEV)
     }
 
     /// Opens `directory`, the directory of an entry, and keeps it open. Creates the directory and

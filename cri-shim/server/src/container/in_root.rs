@@ -1,17 +1,15 @@
 //! Path lookups inside a root filesystem whose content can come from an attacker.
 //!
-//! The kernel resolves every path with the root as `/` (RESOLVE_IN_ROOT). A symbolic link therefore
+//! Every path is resolved with the root as `/` ([`rrun_kernel::in_root`]). A symbolic link therefore
 //! can't lead out of the root.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rrun_kernel::in_root;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat};
 use rustix::io::Errno;
-
-/// The maximum number of times that a lookup is repeated. A rename during a lookup makes the
-/// repetition necessary.
-const LOOKUP_RETRIES: usize = 128;
 
 /// The root directory of a container or of an image, as an O_PATH descriptor.
 pub(super) struct InRoot(OwnedFd);
@@ -41,19 +39,10 @@ impl InRoot {
         self.look_up(path.as_ref(), OFlags::RDONLY | OFlags::DIRECTORY)
     }
 
+    /// `flags` contains O_PATH or O_DIRECTORY.
     fn look_up(&self, path: &Path, flags: OFlags) -> Result<OwnedFd, Errno> {
-        let flags = flags | OFlags::CLOEXEC;
-        let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let mut again = 0;
-        loop {
-            // O_PATH or O_DIRECTORY is in `flags`.
-            match openat2(&self.0, path, flags, Mode::empty(), resolve) {
-                // EAGAIN means that a file was renamed during this lookup, possibly as an attack.
-                // The kernel requires that the caller repeats the lookup.
-                Err(Errno::AGAIN) if again < LOOKUP_RETRIES => again += 1,
-                result => return result,
-            }
-        }
+        let path = path.as_os_str().as_bytes();
+        in_root::open(&self.0, path, flags, ResolveFlags::empty())
     }
 }
 
