@@ -8,6 +8,7 @@ pub mod clone3;
 pub mod date;
 pub mod descriptor_limit;
 pub mod device_number;
+pub mod directory_levels;
 pub mod errno;
 pub mod heap;
 pub mod id;

@@ -120,6 +120,7 @@ suites! {
         stalls,
         tracers,
         kernel_locks,
+        directory_locks,
         images,
         images_registries,
         images_faults,

@@ -57,4 +57,5 @@ pub use images::{FsUsage, Images};
 pub use pin::Pins;
 pub use record::{Image, ImageConfig, LayerName};
 pub use reference::Name;
+pub use removals::Removals;
 pub use settings::ImageSettings;

@@ -1,6 +1,5 @@
-//! Moves unpacked layers to their final directories, and removes layers from the disk.
+//! Creates the directories of layers.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -8,9 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use rustix::io::Errno;
 
 use crate::catalog::{Layer, directory};
-use rrun_kernel::errno::describe;
 
-use crate::layer::{self, LayerError, UnpackSummary};
+use crate::layer::{LayerError, UnpackSummary};
 use crate::removals::Removals;
 
 /// Creates the directories of new layers.
@@ -30,43 +28,37 @@ impl LayerDirectories {
         })
     }
 
-    /// Calls `fill` to unpack a layer into `ingest/NUMBER/fs`, then moves the layer to its final
-    /// directory. Returns `None` if `fill` created no layer. If the layer is not complete, its files
-    /// are removed in the background. No two calls have the same number, because the removal of an
-    /// earlier attempt can still be in progress.
+    /// Calls `fill` to unpack a layer into `layers/NUMBER/fs`. Returns `None` if `fill` created no
+    /// layer. If the layer is not complete, its files are removed in the background. No two calls have
+    /// the same number, because the removal of an earlier attempt can still be in progress.
+    ///
+    /// The layer is never moved to another directory: the kernel moves only one file between
+    /// directories of a file system at a time, and a container can make such a move take long.
     pub(crate) fn make(
         &self,
         fill: impl FnOnce(&Path) -> Result<Option<UnpackSummary>, LayerError>,
     ) -> Result<Option<UnpackedLayer>, LayerError> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let ingest = self.root.join("ingest").join(number.to_string());
-        let fail = |what: &str, error: io::Error| LayerError::System {
-            what: format!("{what} {}", ingest.display()),
+        let path = directory(&self.root, number);
+        std::fs::create_dir(&path).map_err(|error| LayerError::System {
+            what: format!("create the directory {}", path.display()),
             errno: Errno::from_io_error(&error).unwrap_or(Errno::IO),
+        })?;
+        let mut layer = UnpackedLayer {
+            path: Some(path.clone()),
+            number,
+            unpacked: UnpackSummary::default(),
+            removals: Arc::clone(&self.removals),
         };
-        std::fs::create_dir(&ingest).map_err(|error| fail("create the directory", error))?;
-        let result = fill(&ingest.join("fs")).and_then(|unpacked| {
-            let Some(unpacked) = unpacked else {
-                return Ok(None);
-            };
-            let path = directory(&self.root, number);
-            std::fs::rename(&ingest, &path).map_err(|error| fail("move the layer from", error))?;
-            Ok(Some(UnpackedLayer {
-                path: Some(path),
-                number,
-                unpacked,
-                removals: Arc::clone(&self.removals),
-            }))
-        });
-        if !matches!(result, Ok(Some(_))) {
-            self.removals.begin(vec![ingest]);
-        }
-        result
+        let unpacked = fill(&path.join("fs"))?;
+        Ok(unpacked.map(|unpacked| {
+            layer.unpacked = unpacked;
+            layer
+        }))
     }
 }
 
-/// An unpacked layer in its final directory, which no record names yet. Dropping this value removes
-/// the layer from the disk.
+/// A layer that no record names yet. Dropping this value removes the layer from the disk.
 pub(crate) struct UnpackedLayer {
     path: Option<PathBuf>,
     number: u64,
@@ -95,20 +87,6 @@ impl Drop for UnpackedLayer {
     }
 }
 
-/// Removes a directory that no record names. Returns whether the removal succeeded. A failure can
-/// have a cause that passes, so the removal is repeated once.
-pub(crate) fn remove(path: &Path) -> bool {
-    let removed = layer::remove_path(path).or_else(|_| layer::remove_path(path));
-    if let Err(errno) = removed {
-        log::warn!(
-            "cannot remove {}: {}",
-            path.display(),
-            describe(&errno.into())
-        );
-    }
-    removed.is_ok()
-}
-
 #[cfg(test)]
 mod tests {
     use std::time::Duration;
@@ -121,9 +99,7 @@ mod tests {
     async fn neither_a_failed_nor_a_dropped_layer_delays_its_thread()
     -> Result<(), Box<dyn std::error::Error>> {
         let root = std::env::temp_dir().join(format!("rrun-failed-{}", std::process::id()));
-        for dir in ["layers", "ingest"] {
-            std::fs::create_dir_all(root.join(dir))?;
-        }
+        std::fs::create_dir_all(root.join("layers"))?;
         let removals = Removals::new(Handle::current());
         let directories = LayerDirectories::new(&root, removals, 1);
         let fill = |fs: &Path| {
@@ -141,7 +117,7 @@ mod tests {
         })?;
         drop(whole);
         // The runtime of this test has one thread, so the removals begin at the next `await`.
-        let left = ["ingest/1", "layers/2"].map(|path| root.join(path));
+        let left = ["layers/1", "layers/2"].map(|path| root.join(path));
         assert!(left.iter().all(|path| path.join("fs/file").exists()));
         while left.iter().any(|path| path.exists()) {
             tokio::time::sleep(Duration::from_millis(10)).await;

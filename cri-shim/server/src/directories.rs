@@ -10,7 +10,7 @@ use crate::sandbox::files::private_dir;
 use rrun_calls::error::{During, Result};
 
 /// The names of the entries that can exist in ROOT if only the server uses ROOT. An administrator
-/// creates `preload`, and mkfs(8) creates `lost+found`.
+/// creates `preload`, mkfs(8) creates `lost+found`, and earlier versions of the server created `trash`.
 const ROOT_ENTRIES: [&str; 9] = [
     "containers",
     "ingest",
@@ -33,7 +33,6 @@ pub(crate) fn make(config: &Config) -> Result<()> {
     protect_root(root)?;
     for (dir, mode) in [
         (root.join("containers"), 0o700),
-        (root.join("trash"), 0o700),
         (state.join("runtime"), 0o700),
         // The server lets other users traverse this directory if a pod has a user namespace.
         (state.join("pods"), 0o711),

@@ -11,7 +11,6 @@ use rrun_proto::v1::PodSandboxMetadata;
 
 use crate::config::Config;
 use crate::container::Container;
-use crate::container::trash::Trash;
 use crate::events::Bus;
 use crate::handlers::Handlers;
 use crate::id::by_prefix;
@@ -23,10 +22,11 @@ use crate::streaming::tickets::Streams;
 use rrun_calls::error::{Error, Result};
 use rrun_calls::lock::lock;
 use rrun_calls::singleflight::SingleFlight;
-use rrun_images::Images;
+use rrun_images::{Images, Removals};
 use rrun_network::PodNetwork;
 use rrun_network::namespace::Namespaces;
 use rrun_store::Store;
+use tokio::runtime::Handle;
 
 /// The limit on the time that a caller waits for the creation of a pod or a container. A creation
 /// takes longer only if a file system hangs.
@@ -43,8 +43,8 @@ pub(crate) struct Node {
     pub selinux: Selinux,
     pub events: Bus,
     pub stats: StatsCache,
-    /// The directory of writable layers that a background thread deletes.
-    pub trash: Arc<Trash>,
+    /// The removal of the writable layers of removed containers in the background.
+    pub removals: Arc<Removals>,
     pub handlers: Handlers,
     pub streams: Streams,
     /// The memory for the output of the commands that ExecSync runs.
@@ -66,6 +66,7 @@ struct Index {
 }
 
 impl Node {
+    /// The caller must run in the server's tokio runtime.
     pub(crate) fn new(
         config: Config,
         store: Store,
@@ -74,7 +75,7 @@ impl Node {
         selinux: Selinux,
     ) -> Self {
         Node {
-            trash: Arc::new(Trash::new(&config.root)),
+            removals: Removals::new(Handle::current()),
             handlers: Handlers::new(&config),
             namespaces: config.namespaces(),
             streams: Streams::new(config.stream_sessions()),

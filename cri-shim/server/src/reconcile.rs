@@ -48,7 +48,9 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     }
     node.network.free_ports_except(&live);
     remove_orphans(node).await?;
-    node.trash.empty_soon();
+    // Earlier versions moved the writable layers of removed containers to this directory.
+    let earlier = node.config.root.join("trash");
+    node.removals.begin_counted(vec![earlier]);
     let network = node.network.reconcile(&live).await;
     if let Err(error) = network {
         log::error!("reconcile the pods' networks with the store: {error}");
@@ -277,9 +279,8 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
         // is for an image volume, a colon and a number follow the id.
         let (container, _) = id.split_once(':').unwrap_or((&id, ""));
         if node.container(container).is_err() {
-            if let Err(error) = node.trash.put(&node.writable_layer(container), container) {
-                log::error!("{error}");
-            }
+            let writable = node.writable_layer(container);
+            node.removals.begin_counted(vec![writable]);
             if let Err(error) = node.images.release(&id).await {
                 log::error!("release the lease on the image of {id}: {error}");
             }

@@ -444,12 +444,6 @@ fn the_refusal_of_an_invalid_request_names_the_field() -> Result {
                 "the error message about the invalid {pointer} does not contain {field:?}: {message}"
             );
         }
-        let left = fs::read_dir(node.join("root/containers"))?.count();
-        ensure_eq!(
-            left,
-            0,
-            "number of writable layers after the server refused all containers"
-        );
-        Ok(())
+        node.has_no_writable_layer()
     })
 }

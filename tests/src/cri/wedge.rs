@@ -423,7 +423,7 @@ fn nothing_is_left(node: &Node) -> Result {
     wait_for(
         "the server's directories for pods and containers to be empty",
         || {
-            for dir in ["state/pods", "state/netns", "root/containers", "root/trash"] {
+            for dir in ["state/pods", "state/netns", "root/containers"] {
                 if let Ok(mut entries) = fs::read_dir(node.join(dir))
                     && let Some(entry) = entries.next()
                 {

@@ -90,6 +90,44 @@ impl SlowCopy {
         Ok(SlowCopy { _faults: faults })
     }
 
+    /// Keeps a directory locked (getdents64(2)), while a thread waits for the right to change it.
+    /// Reading of the directory then has to wait, too.
+    pub(crate) fn of_directory(directory: &Path) -> io::Result<Self> {
+        let lock = Self::of_entries(directory)?;
+        let waits = directory.join("waits");
+        thread::spawn(move || std::fs::create_dir(waits));
+        thread::sleep(BEGIN_DELAY);
+        Ok(lock)
+    }
+
+    /// Keeps the right to move files between directories of a file system (rename(2)). `directory` is
+    /// a new directory.
+    pub(crate) fn of_renames(directory: &Path) -> io::Result<Self> {
+        let [from, to] = ["from", "to"].map(|name| directory.join(name));
+        for directory in [&from, &to] {
+            std::fs::create_dir_all(directory)?;
+        }
+        std::fs::write(from.join("file"), "")?;
+        let lock = Self::of_entries(&to)?;
+        thread::spawn(move || std::fs::rename(from.join("file"), to.join("file")));
+        thread::sleep(BEGIN_DELAY);
+        Ok(lock)
+    }
+
+    fn of_entries(directory: &Path) -> io::Result<Self> {
+        let directory = File::open(directory)?;
+        let (faults, page) = missing_page()?;
+        thread::spawn(move || {
+            let fd = directory.as_raw_fd();
+            // SAFETY: the kernel writes at most PAGE_BYTES bytes to the page. No other code uses the
+            // page, and it is never unmapped.
+            let read = unsafe { libc::syscall(libc::SYS_getdents64, fd, page, PAGE_BYTES) };
+            Errno::result(read)
+        });
+        thread::sleep(BEGIN_DELAY);
+        Ok(SlowCopy { _faults: faults })
+    }
+
     /// Keeps the kernel's lock on the network devices of all network namespaces locked (SIOCGIFCONF).
     pub(crate) fn of_interfaces() -> io::Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0")?;

@@ -529,6 +529,14 @@ impl Node {
             .map_err(|error| format!("cannot read {}: {error}", path.display()).into())
     }
 
+    /// Waits until the server has removed the writable layers of all containers.
+    pub(crate) fn has_no_writable_layer(&self) -> Result {
+        let directory = self.join("root/containers");
+        wait_for("the server to remove all writable layers", || {
+            Ok(below(&directory).is_empty().then_some(()))
+        })
+    }
+
     /// Removes all pods and images, and checks that nothing remains.
     fn end(&mut self) -> Result {
         if self.server.as_mut().is_none_or(|server| !server.lives()) {
@@ -546,15 +554,10 @@ impl Node {
             "crictl still lists objects after their removal: pods {pods}, containers {containers}, images {images}"
         );
         if is_rrun() {
-            let left: Vec<String> = [
-                "state/pods",
-                "state/netns",
-                "root/containers",
-                "root/ingest",
-            ]
-            .into_iter()
-            .flat_map(|dir| below(&self.join(dir)))
-            .collect();
+            let left: Vec<String> = ["state/pods", "state/netns", "root/ingest"]
+                .into_iter()
+                .flat_map(|dir| below(&self.join(dir)))
+                .collect();
             ensure!(
                 left.is_empty(),
                 "the server left these entries behind in its directories:\n{}",
@@ -562,6 +565,7 @@ impl Node {
             );
             // The server removes layers in the background, and no CRI request waits for this
             // removal.
+            self.has_no_writable_layer()?;
             wait_for("the server to remove all layers", || {
                 let mut left = below(&self.join("root/layers"));
                 // /layers/0 is the empty lower directory for images without layers, so the server

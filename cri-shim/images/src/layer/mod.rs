@@ -32,6 +32,7 @@ pub use disk_use::DiskUse;
 pub(crate) use error::ArchiveError;
 pub use error::LayerError;
 pub use removal::remove_path;
+pub(crate) use removal::remove_path_and;
 pub use unpack::UnpackSummary;
 
 use digest::{HashingReader, drain};

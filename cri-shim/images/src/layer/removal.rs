@@ -1,34 +1,35 @@
 //! Removes directory trees of any depth. Untrusted layers and containers can contain very deep trees.
 //!
-//! Each level of directories needs an open file descriptor and a stack frame. The number of levels
-//! in a hostile tree is not limited. A directory that is nested too deep is therefore moved to the
-//! top of the tree, and removed later. The time for the removal grows linearly with the number of
-//! files: each directory is read once, even while its entries are being removed.
+//! The removal moves from directory to directory by descriptors ([`Levels`]). In a usual tree, each
+//! directory is read once, even while its entries are being removed. No directory is moved: the kernel
+//! moves only one file between directories of a file system at a time, and a container that still has a
+//! directory of the tree open can make such a move take long.
 //!
 //! A container with the capability LINUX_IMMUTABLE can make files immutable or append-only,
 //! ioctl_iflags(2). The kernel does not remove such a file, and removes no entry of such a
 //! directory. If a step fails for this reason, the flags are cleared, and the step is repeated.
 
-use std::os::fd::{AsFd, BorrowedFd};
+use std::ffi::CString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, IFlags, Mode, OFlags, RenameFlags, ioctl_getflags, ioctl_setflags,
-};
+use rustix::fs::{AtFlags, CWD, FileType, IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags};
 use rustix::io::Errno;
 
+use rrun_kernel::directory_levels::{Levels, OPEN};
 use rrun_kernel::regular_file;
-
-const OPEN: OFlags = OFlags::RDONLY
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::CLOEXEC);
-
-/// The number of levels of directories that are open at the same time.
-const MAX_DEPTH: usize = 32;
 
 /// Removes a file or a whole directory. Does nothing if `path` does not exist.
 pub fn remove_path(path: &Path) -> Result<(), Errno> {
+    remove_path_and(path, &|| Ok(()))
+}
+
+/// Like [`remove_path`], but calls `go_on` before the removal of each file. An error from `go_on` ends
+/// the removal.
+pub(crate) fn remove_path_and(
+    path: &Path,
+    go_on: &dyn Fn() -> Result<(), Errno>,
+) -> Result<(), Errno> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Errno::INVAL);
     };
@@ -36,7 +37,7 @@ pub fn remove_path(path: &Path) -> Result<(), Errno> {
         Err(Errno::NOENT) => return Ok(()),
         other => other?,
     };
-    remove(&parent, name.as_encoded_bytes(), &|| Ok(()))
+    remove(&parent, name.as_encoded_bytes(), go_on)
 }
 
 /// Removes the file or directory `name` in the directory `parent`. Calls `go_on` before the removal
@@ -52,128 +53,140 @@ pub(super) fn remove(
         Err(Errno::ISDIR | Errno::PERM) => {}
         Err(error) => return Err(error),
     }
-    let top = rustix::fs::openat(parent, name, OPEN, Mode::empty())?;
     let mut removal = Removal {
-        top: top.as_fd(),
         go_on,
-        moved: 0,
-        waiting: Vec::new(),
+        levels: Levels::default(),
+        names: Vec::new(),
+        has_removed: false,
     };
     loop {
-        let removed = removal.empty(&mut Dir::read_from(&top)?, 1)?;
-        while let Some(number) = removal.waiting.pop() {
-            match removal.remove_directory(top.as_fd(), moved_name(number).as_bytes(), 1) {
-                // The loop that reads the top directory can find a moved directory, too.
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(error) => return Err(error),
-            }
-        }
-        match unlink(parent, name, AtFlags::REMOVEDIR) {
-            Err(Errno::NOTEMPTY | Errno::EXIST) if removed => {}
-            other => return other,
+        removal.enter(open(parent, name)?, 0)?;
+        removal.empty_directories()?;
+        if !remains(remove_directory(parent, name), removal.has_removed)? {
+            return Ok(());
         }
     }
 }
 
 struct Removal<'a> {
-    /// The directory that is being removed.
-    top: BorrowedFd<'a>,
     go_on: &'a dyn Fn() -> Result<(), Errno>,
-    /// The number of directories that were moved to `top`.
-    moved: u64,
-    /// The numbers of the directories in `top` that were nested too deep and must be removed later.
-    waiting: Vec<u64>,
+    levels: Levels,
+    /// The names of the entered directories whose parent directory remains open. The first directory
+    /// is not in the list.
+    names: Vec<CString>,
+    /// True if an entry has been removed since the removal has entered a directory.
+    has_removed: bool,
 }
 
 impl Removal<'_> {
-    /// Removes the entries of a directory at the level `depth`. Returns whether the directory had
-    /// entries.
-    fn empty(&mut self, directory: &mut Dir, depth: usize) -> Result<bool, Errno> {
-        let mut removed = false;
-        while let Some(entry) = directory.read() {
+    /// Removes the entries of the current directory and of the directories below it. Returns when it
+    /// has left the first directory.
+    fn empty_directories(&mut self) -> Result<(), Errno> {
+        let mut offset = 0;
+        let mut is_again = false;
+        while let Some(directory) = self.levels.current() {
+            let Some(entry) = directory.read() else {
+                (offset, is_again) = self.leave()?;
+                continue;
+            };
             let entry = entry?;
-            let name = entry.file_name().to_bytes();
-            if name == b"." || name == b".." {
+            let (name, at) = (entry.file_name(), offset);
+            offset = entry.offset();
+            if name == c"." || name == c".." {
                 continue;
             }
-            removed = true;
             (self.go_on)()?;
-            let directory = directory.fd()?;
-            if !is_directory(directory, name, entry.file_type())? {
-                unlink(directory, name, AtFlags::empty())?;
-            } else if depth < MAX_DEPTH {
-                self.remove_directory(directory, name, depth)?;
-            } else {
-                self.move_up(directory, name)?;
+            let parent = directory.fd()?;
+            if !is_directory(parent, name.to_bytes(), entry.file_type())? {
+                unlink(parent, name.to_bytes(), AtFlags::empty())?;
+                self.has_removed = true;
+                continue;
             }
+            if std::mem::take(&mut is_again)
+                && !remains(remove_directory(parent, name.to_bytes()), self.has_removed)?
+            {
+                self.has_removed = true;
+                continue;
+            }
+            let directory = open(parent, name.to_bytes())?;
+            if !self.levels.is_deep() {
+                self.names.push(name.to_owned());
+            }
+            self.enter(directory, at)?;
+            offset = 0;
         }
-        Ok(removed)
+        Ok(())
     }
 
-    fn remove_directory(
-        &mut self,
-        parent: BorrowedFd<'_>,
-        name: &[u8],
-        depth: usize,
-    ) -> Result<(), Errno> {
-        loop {
-            let opened = rustix::fs::openat(parent, name, OPEN, Mode::empty())?;
-            let removed = self.empty(&mut Dir::new(opened)?, depth + 1)?;
-            // A file system can skip entries if a directory changes while it is being read.
-            match unlink(parent, name, AtFlags::REMOVEDIR) {
-                Err(Errno::NOTEMPTY | Errno::EXIST) if removed => {}
-                other => return other,
-            }
-        }
+    fn enter(&mut self, directory: OwnedFd, offset: i64) -> Result<(), Errno> {
+        self.has_removed = false;
+        self.levels.descend(directory, offset)
     }
 
-    /// Moves the directory `name` from `from` to `top`, under a name that is not in use in `top`.
-    fn move_up(&mut self, from: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errno> {
-        loop {
-            self.moved += 1;
-            let to = moved_name(self.moved);
-            let rename =
-                || rustix::fs::renameat_with(from, name, self.top, &to, RenameFlags::NOREPLACE);
-            match unlocked([self.top, from], (from, name), rename) {
-                Err(Errno::EXIST) => {}
-                Err(error) => return Err(error),
-                Ok(()) => {
-                    self.waiting.push(self.moved);
-                    return Ok(());
-                }
-            }
+    /// Leaves the current directory, and removes it if the directory above it is open. If not, the next
+    /// entry of the directory above it is the entry of the directory that was left. Returns the
+    /// position in the current directory, and whether the next entry is such an entry.
+    fn leave(&mut self) -> Result<(i64, bool), Errno> {
+        if let Some(offset) = self.levels.ascend()? {
+            return Ok((offset, true));
         }
+        // The position in an open directory is never used.
+        let position = (0, false);
+        let (Some(directory), Some(name)) = (self.levels.current(), self.names.pop()) else {
+            return Ok(position);
+        };
+        let parent = directory.fd()?;
+        if remains(remove_directory(parent, name.to_bytes()), self.has_removed)? {
+            let directory = open(parent, name.to_bytes())?;
+            self.names.push(name);
+            self.enter(directory, 0)?;
+        } else {
+            self.has_removed = true;
+        }
+        Ok(position)
+    }
+}
+
+fn open(parent: BorrowedFd<'_>, name: &[u8]) -> Result<OwnedFd, Errno> {
+    rustix::fs::openat(parent, name, OPEN, Mode::empty())
+}
+
+/// Removes a directory whose entries have been removed. While a process reads this directory, the
+/// kernel keeps the parent directory locked, too. For this reason, the removal empties each directory
+/// first.
+fn remove_directory(parent: BorrowedFd<'_>, name: &[u8]) -> Result<(), Errno> {
+    match unlink(parent, name, AtFlags::REMOVEDIR) {
+        Err(Errno::NOENT) => Ok(()),
+        removed => removed,
+    }
+}
+
+/// Returns whether a directory is not empty after the removal of its entries. A file system can skip
+/// entries if a directory changes while it is being read. Fails if no entry was removed.
+fn remains(removed: Result<(), Errno>, has_removed: bool) -> Result<bool, Errno> {
+    match removed {
+        Err(Errno::NOTEMPTY | Errno::EXIST) if has_removed => Ok(true),
+        removed => removed.map(|()| false),
     }
 }
 
 fn unlink(parent: BorrowedFd<'_>, name: &[u8], flags: AtFlags) -> Result<(), Errno> {
-    unlocked([parent], (parent, name), || {
-        rustix::fs::unlinkat(parent, name, flags)
-    })
-}
-
-/// Calls `act`. If `act` fails because a file is immutable or append-only, clears these flags of
-/// `directories` and of the file `name` in `parent`, and calls `act` again.
-fn unlocked<const N: usize>(
-    directories: [BorrowedFd<'_>; N],
-    (parent, name): (BorrowedFd<'_>, &[u8]),
-    act: impl Fn() -> Result<(), Errno>,
-) -> Result<(), Errno> {
-    match act() {
+    match rustix::fs::unlinkat(parent, name, flags) {
         Err(Errno::PERM) => {}
         done => return done,
     }
-    let mut cleared = false;
-    for directory in directories {
-        cleared |= unlock(directory);
-    }
+    // The file or its directory is immutable or append-only.
+    let mut cleared = unlock(parent);
     // Only regular files and directories are opened. The kernel refuses to set the flags of other
     // files with ioctl_iflags(2).
     cleared |= match rustix::fs::openat(parent, name, OPEN, Mode::empty()) {
         Ok(directory) => unlock(directory),
         Err(_) => regular_file::open_at(parent, name, OFlags::RDONLY, false).is_ok_and(unlock),
     };
-    if cleared { act() } else { Err(Errno::PERM) }
+    if !cleared {
+        return Err(Errno::PERM);
+    }
+    rustix::fs::unlinkat(parent, name, flags)
 }
 
 /// Clears the flags that prevent the removal of a file. Returns whether the file had such a flag.
@@ -182,10 +195,6 @@ fn unlock(file: impl AsFd) -> bool {
     ioctl_getflags(&file).is_ok_and(|flags| {
         flags.intersects(locked) && ioctl_setflags(&file, flags.difference(locked)).is_ok()
     })
-}
-
-fn moved_name(number: u64) -> String {
-    format!(".rrun-removed-{number}")
 }
 
 fn is_directory(parent: BorrowedFd<'_>, name: &[u8], kind: FileType) -> Result<bool, Errno> {
@@ -198,6 +207,8 @@ fn is_directory(parent: BorrowedFd<'_>, name: &[u8], kind: FileType) -> Result<b
 
 #[cfg(test)]
 mod tests {
+    use rrun_kernel::directory_levels::OPEN_LEVELS;
+
     use super::*;
 
     #[test]
@@ -207,8 +218,7 @@ mod tests {
             return Ok(());
         }
         let root = std::env::temp_dir().join(format!("rrun-immutable-{}", std::process::id()));
-        // The innermost directory is moved to the top before it is removed.
-        let deep = root.join("a/".repeat(MAX_DEPTH + 1));
+        let deep = root.join("a/".repeat(OPEN_LEVELS + 2));
         std::fs::create_dir_all(&deep)?;
         std::fs::write(root.join("file"), "")?;
         std::fs::write(deep.join("file"), "")?;
@@ -248,9 +258,16 @@ mod tests {
         let root = std::env::temp_dir().join(format!("rrun-removal-{}", std::process::id()));
         std::fs::create_dir_all(&root)?;
         let mut at = rustix::fs::openat(CWD, &root, OPEN, Mode::empty())?;
+        let mode = Mode::from_raw_mode(0o700);
         for _ in 0..1200 {
-            rustix::fs::mkdirat(&at, "deep", Mode::from_raw_mode(0o700))?;
-            rustix::fs::mkdirat(&at, ".rrun-removed-7", Mode::from_raw_mode(0o700))?;
+            // The removal reads these directories before and after the directory of the next level.
+            for name in ["a", "b", "z", "deep"] {
+                rustix::fs::mkdirat(&at, name, mode)?;
+                let full = rustix::fs::openat(&at, name, OPEN, Mode::empty())?;
+                if name != "deep" {
+                    rustix::fs::mkdirat(&full, "below", mode)?;
+                }
+            }
             at = rustix::fs::openat(&at, "deep", OPEN, Mode::empty())?;
         }
         remove_path(&root)?;

@@ -7,7 +7,7 @@
 //! the container runs as. The second step is the runtime's `create`, which runs through the pod's
 //! monitor.
 //!
-//! [`start`], [`stop`] and [`remove`] (which uses [`trash`]) are the later steps of the life cycle.
+//! [`start`], [`stop`] and [`remove`] are the later steps of the life cycle.
 //! [`status`] reports the containers to CRI clients.
 
 pub(crate) mod annotations;
@@ -35,7 +35,6 @@ pub(crate) mod spec;
 pub(crate) mod start;
 pub(crate) mod status;
 pub(crate) mod stop;
-pub(crate) mod trash;
 pub(crate) mod user;
 pub(crate) mod volumes;
 

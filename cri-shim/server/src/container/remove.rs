@@ -64,13 +64,13 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     let name = container.name();
     let bundle = node.bundle(&container.sandbox.id, &container.id);
     let writable = node.writable_layer(&container.id);
-    let (trash, id) = (Arc::clone(&node.trash), container.id.clone());
     blocking(format!("{name}: remove the container's files"), move || {
         unmount_bundle(&bundle)?;
-        remove_tree(&bundle)?;
-        trash.put(&writable, &id)
+        remove_tree(&bundle)
     })
-    .await
+    .await?;
+    node.removals.begin_counted(vec![writable]);
+    Ok(())
 }
 
 /// Unmounts the container's root file system and its image volumes. This call blocks.

@@ -262,10 +262,10 @@ impl ImageService for Image {
         // background. Kubelet removes images and pods, and then calls this method to check the disk
         // usage. If the removed images and pods still occupied the disk, kubelet would evict more
         // pods.
-        let (images, trash) = (&self.node.images, &self.node.trash);
+        let (images, containers) = (&self.node.images, &self.node.removals);
         tokio::join!(
             self.images_wait.wait(images.removed(Duration::MAX)),
-            self.containers_wait.wait(trash.emptied()),
+            self.containers_wait.wait(containers.done(Duration::MAX)),
         );
         Ok(Response::new(self.fs_info().await?))
     }

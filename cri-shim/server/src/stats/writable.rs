@@ -5,11 +5,12 @@
 mod walk;
 
 use std::collections::{HashMap, VecDeque};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use tokio::sync::MutexGuard;
+use tokio::sync::Semaphore;
 
 use self::walk::Count;
 use crate::clock::now;
@@ -30,8 +31,13 @@ const MAX_AGE: Duration = Duration::from_secs(30);
 const REFRESH_TIMEOUT: Duration = Duration::from_millis(100);
 
 /// The time after which a walk counts as long. A long walk does not delay the walks through other
-/// layers.
+/// layers. A container can also make a walk sleep in the kernel for a long time: the kernel locks a
+/// directory while a process of the container reads it.
 const LONG_WALK: Duration = Duration::from_secs(1);
+
+/// The maximum number of long walks that do not delay the walks through other layers. Each needs a
+/// thread.
+const MAX_LONG_WALKS: usize = 32;
 
 /// The time for which a long walk runs before it lets other long walks run. Only one long walk runs
 /// at a time, and it then pauses for the same time. A container with millions of files can therefore
@@ -52,11 +58,29 @@ pub(super) struct UsageCache {
     shared: Arc<Shared>,
 }
 
-#[derive(Default)]
 struct Shared {
     counts: Mutex<HashMap<String, CountedUsage>>,
-    /// The lock of the long walk that runs now. The lock is fair.
-    long_walk: tokio::sync::Mutex<()>,
+    /// The time at which the long walk that runs now began to run.
+    long_walk: Mutex<Option<Instant>>,
+    /// The permits of the long walks that do not delay the walks through other layers.
+    long_walks: Arc<Semaphore>,
+}
+
+impl Default for Shared {
+    fn default() -> Self {
+        Shared {
+            counts: Mutex::default(),
+            long_walk: Mutex::default(),
+            long_walks: Arc::new(Semaphore::new(MAX_LONG_WALKS)),
+        }
+    }
+}
+
+/// The layers that must be counted for a request.
+struct Batch {
+    due: Mutex<VecDeque<Due>>,
+    /// The number of walks that have begun.
+    begun: AtomicUsize,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -120,7 +144,6 @@ impl UsageCache {
             for id in ids {
                 let entry = counts.entry(id.to_owned()).or_default();
                 if entry.is_due(now) {
-                    entry.counting = true;
                     due.push((entry.duration, id.to_owned(), node.writable_layer(id)));
                 }
             }
@@ -131,64 +154,126 @@ impl UsageCache {
         // The layers with the shortest walks are counted first. They then do not wait for large
         // layers.
         due.sort_unstable();
-        let shared = Arc::clone(&self.shared);
-        let walks = tokio::task::spawn_blocking(move || shared.count(due.into()));
+        let batch = Arc::new(Batch {
+            due: Mutex::new(due.into()),
+            begun: AtomicUsize::new(0),
+        });
+        let walks = tokio::spawn(Arc::clone(&self.shared).count_all(batch));
         let _ = tokio::time::timeout(REFRESH_TIMEOUT, walks).await;
     }
 }
 
 impl Shared {
-    /// Counts one layer after the other. If a walk takes long, another thread counts the remaining
-    /// layers. This call blocks.
-    fn count(self: Arc<Self>, mut due: VecDeque<Due>) {
-        while let Some((_, id, dir)) = due.pop_front() {
-            let at = now();
-            let begun = Instant::now();
-            let mut turn = None;
-            let pause = |count: &Count| {
-                if begun.elapsed() < LONG_WALK {
-                    return true;
+    /// Counts all layers of a batch on one thread. If a walk takes long, another thread counts the
+    /// remaining layers.
+    async fn count_all(self: Arc<Self>, batch: Arc<Batch>) {
+        loop {
+            let (shared, layers) = (Arc::clone(&self), Arc::clone(&batch));
+            let mut walks = tokio::task::spawn_blocking(move || shared.count(&layers));
+            let mut before = 0;
+            loop {
+                if tokio::time::timeout(LONG_WALK, &mut walks).await.is_ok() {
+                    return;
                 }
-                let rest = std::mem::take(&mut due);
-                if !rest.is_empty() {
-                    let shared = Arc::clone(&self);
-                    tokio::task::spawn_blocking(move || shared.count(rest));
+                let now = batch.begun.load(Ordering::Relaxed);
+                if std::mem::replace(&mut before, now) == now {
+                    break;
                 }
-                self.slow_down(&mut turn);
-                // A container without an entry was removed during the walk.
-                let mut counts = lock(&self.counts);
-                let entry = counts.get_mut(&id);
-                entry.map(|entry| entry.raise(count)).is_some()
+            }
+            let Ok(permit) = Arc::clone(&self.long_walks).try_acquire_owned() else {
+                let _ = walks.await;
+                return;
             };
-            // The directory `work` is overlayfs's own.
-            let roots = [dir.join("upper"), dir.join("volumes")];
-            let count = Count::of(&[&roots[0], &roots[1]], pause);
-            drop(turn);
-            // A container without an entry gets no new entry.
-            if let Some(entry) = lock(&self.counts).get_mut(&id) {
-                entry.finish(at, begun.elapsed(), &count);
+            tokio::spawn(async move {
+                let _ = walks.await;
+                drop(permit);
+            });
+        }
+    }
+
+    /// Counts one layer of a batch after the other. This call blocks.
+    fn count(&self, batch: &Batch) {
+        loop {
+            let next = lock(&batch.due).pop_front();
+            let Some((_, id, dir)) = next else { return };
+            batch.begun.fetch_add(1, Ordering::Relaxed);
+            let at = now();
+            if self.begin(&id, at) {
+                self.count_layer(&id, &dir, at);
             }
         }
     }
 
-    /// Waits until no other long walk runs. If this walk has run for its slice, first pauses. `turn`
-    /// contains the time at which this walk began to run.
-    fn slow_down<'a>(&'a self, turn: &mut Option<(Instant, MutexGuard<'a, ()>)>) {
-        if let Some((since, _)) = turn {
+    /// Returns whether a count of the layer can begin. It can't if another request counts the layer, or
+    /// has counted it since, or if the container was removed.
+    fn begin(&self, id: &str, now: i64) -> bool {
+        let mut counts = lock(&self.counts);
+        let entry = counts.get_mut(id).filter(|entry| entry.is_due(now));
+        entry.map(|entry| entry.counting = true).is_some()
+    }
+
+    fn count_layer(&self, id: &str, dir: &Path, at: i64) {
+        let begun = Instant::now();
+        let mut turn = None;
+        let pause = |count: &Count| {
+            if begun.elapsed() < LONG_WALK {
+                return true;
+            }
+            self.slow_down(&mut turn);
+            // A container without an entry was removed during the walk.
+            let mut counts = lock(&self.counts);
+            let entry = counts.get_mut(id);
+            entry.map(|entry| entry.raise(count)).is_some()
+        };
+        // The directory `work` is overlayfs's own.
+        let roots = [dir.join("upper"), dir.join("volumes")];
+        let count = Count::of(&[&roots[0], &roots[1]], pause);
+        self.end_turn(&mut turn);
+        // A container without an entry gets no new entry.
+        if let Some(entry) = lock(&self.counts).get_mut(id) {
+            entry.finish(at, begun.elapsed(), &count);
+        }
+    }
+
+    /// Waits until no other long walk runs. If this walk has run for its slice, first pauses. `turn` is
+    /// the time at which this walk began to run.
+    fn slow_down(&self, turn: &mut Option<Instant>) {
+        if let Some(since) = turn {
             if since.elapsed() < LONG_WALK_SLICE {
                 return;
             }
-            *turn = None;
+            self.end_turn(turn);
             std::thread::sleep(LONG_WALK_SLICE);
         }
-        let guard = self.long_walk.blocking_lock();
-        *turn = Some((Instant::now(), guard));
+        while !self.begin_turn(turn) {
+            std::thread::sleep(LONG_WALK_SLICE / 10);
+        }
+    }
+
+    /// Returns false if another long walk runs. A walk that sleeps in the kernel for a long time does
+    /// not count.
+    fn begin_turn(&self, turn: &mut Option<Instant>) -> bool {
+        let now = Instant::now();
+        let mut running = lock(&self.long_walk);
+        let is_free = running.is_none_or(|since| now.duration_since(since) > LONG_WALK);
+        if is_free {
+            (*running, *turn) = (Some(now), Some(now));
+        }
+        is_free
+    }
+
+    fn end_turn(&self, turn: &mut Option<Instant>) {
+        let since = turn.take();
+        let mut running = lock(&self.long_walk);
+        if *running == since {
+            *running = None;
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::sync::atomic::AtomicBool;
 
     use super::*;
 
@@ -249,7 +334,7 @@ mod tests {
         let shared = Arc::new(Shared::default());
         let mut turn = None;
         shared.slow_down(&mut turn);
-        assert!(shared.long_walk.try_lock().is_err());
+        assert!(!shared.begin_turn(&mut None));
         let other_had_a_turn = Arc::new(AtomicBool::new(false));
         let (waiting, had) = (Arc::clone(&shared), Arc::clone(&other_had_a_turn));
         runtime.spawn_blocking(move || {
@@ -265,5 +350,18 @@ mod tests {
             }
         }
         Err(std::io::Error::other("the other walk never got a turn"))
+    }
+
+    #[test]
+    fn a_long_walk_that_sleeps_does_not_delay_another_one() {
+        let shared = Shared::default();
+        let (mut sleeping, mut other) = (None, None);
+        shared.slow_down(&mut sleeping);
+        shared.slow_down(&mut other);
+        assert!(other > sleeping);
+        shared.end_turn(&mut sleeping);
+        assert!(!shared.begin_turn(&mut sleeping), "two walks run");
+        shared.end_turn(&mut other);
+        assert!(shared.begin_turn(&mut sleeping));
     }
 }

@@ -1,35 +1,23 @@
 //! Counts the files and bytes in a directory tree that a container controls.
 //!
-//! The tree can be deeper than any path can express, so the walk moves from directory to directory
-//! by descriptors. It never follows a symbolic link, and never enters another mount. Its number of
-//! descriptors is limited, and its memory does not depend on the number of files. While the walk
-//! runs, the container can change the tree.
+//! The walk moves from directory to directory by descriptors ([`Levels`]). It never follows a symbolic
+//! link, and never enters another mount. Its memory does not depend on the number of files. While the
+//! walk runs, the container can change the tree.
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
+use rrun_kernel::directory_levels::{Levels, OPEN};
 use rustix::fs::{
-    AtFlags, CWD, Dir, FileType, Mode, OFlags, ResolveFlags, Stat, fstat, openat, openat2, statat,
+    AtFlags, CWD, Dir, FileType, Mode, ResolveFlags, Stat, fstat, openat, openat2, statat,
 };
 use rustix::io::Errno;
-
-/// The number of levels whose directories remain open during the walk. On the levels below, only
-/// the current directory is open. Usual trees have fewer levels.
-const OPEN_LEVELS: usize = 128;
 
 /// The maximum number of levels. Each level needs 24 bytes of memory.
 const MAX_LEVELS: usize = 1 << 20;
 
 /// The number of entries that are counted between two calls of `pause`.
 const ENTRIES_BETWEEN_PAUSES: u64 = 1024;
-
-/// With O_NOATIME, the walk does not change the directories' access times. The container can't
-/// notice when it is being counted.
-const OPEN: OFlags = OFlags::RDONLY
-    .union(OFlags::DIRECTORY)
-    .union(OFlags::NOFOLLOW)
-    .union(OFlags::NOATIME)
-    .union(OFlags::CLOEXEC);
 
 /// The result of a walk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -61,18 +49,20 @@ impl Count {
         if let Ok(stat) = fstat(&root) {
             self.add(&stat);
         }
-        let mut position = Position::default();
-        position.descend(root);
+        let mut levels = Levels::default();
+        if levels.descend(root, 0).is_err() {
+            self.incomplete = true;
+        }
         loop {
-            let Some(directory) = position.current() else {
+            let Some(directory) = levels.current() else {
                 return;
             };
             let entry = match directory.read() {
                 Some(Ok(entry)) => entry,
                 end => {
                     self.incomplete |= end.is_some();
-                    if !position.ascend() {
-                        self.give_up(&position);
+                    if levels.ascend().is_err() {
+                        self.give_up(&levels);
                     }
                     continue;
                 }
@@ -93,10 +83,9 @@ impl Count {
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                 let below = below(parent, name);
                 match below {
-                    Ok(_) if position.closed.len() >= MAX_LEVELS => self.give_up(&position),
+                    Ok(_) if levels.closed() >= MAX_LEVELS => self.give_up(&levels),
                     Ok(below) => {
-                        position.offset = entry.offset();
-                        position.descend(below);
+                        self.incomplete |= levels.descend(below, entry.offset()).is_err();
                     }
                     // The directory was removed or replaced, or it is a mount point.
                     Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP | Errno::XDEV) => {}
@@ -125,8 +114,8 @@ impl Count {
     /// Handles a directory that can't be counted, because it is nested too deep, or because the
     /// container moved a directory below the levels that remain open. Counts all used bytes of the
     /// file system: the directory can contain any of them, and only a hostile container does this.
-    fn give_up(&mut self, position: &Position) {
-        let top = position.open.first();
+    fn give_up(&mut self, levels: &Levels) {
+        let top = levels.root();
         if let Some(Ok(file_system)) = top.map(Dir::statvfs) {
             let used = file_system.f_blocks.saturating_sub(file_system.f_bfree);
             self.bytes = self.bytes.max(used.saturating_mul(file_system.f_frsize));
@@ -142,90 +131,13 @@ fn below(parent: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<OwnedFd, Errno
     openat2(parent, name, OPEN, Mode::empty(), resolve)
 }
 
-/// The directories from the root of the tree to the current directory.
-#[derive(Default)]
-struct Position {
-    /// The open directories of the first levels.
-    open: Vec<Dir>,
-    /// The directories between the open ones and the current one.
-    closed: Vec<ClosedDirectory>,
-    /// The current directory, if it is below the levels of `open`.
-    deep: Option<Dir>,
-    /// The position in the current directory after the last entry that was read.
-    offset: i64,
-}
-
-/// A directory that was closed before all its entries were read.
-struct ClosedDirectory {
-    /// The device and the inode number.
-    id: (u64, u64),
-    /// The position of the next entry.
-    offset: i64,
-}
-
-impl Position {
-    fn current(&mut self) -> Option<&mut Dir> {
-        self.deep.as_mut().or(self.open.last_mut())
-    }
-
-    fn descend(&mut self, directory: OwnedFd) {
-        let Ok(directory) = Dir::new(directory) else {
-            return;
-        };
-        if self.open.len() < OPEN_LEVELS {
-            self.open.push(directory);
-        } else if let Some(above) = self.deep.replace(directory) {
-            // If fstat(2) fails, the id matches no directory, and `ascend` does not find this one.
-            let id = above.stat().map(|stat| (stat.st_dev, stat.st_ino));
-            self.closed.push(ClosedDirectory {
-                id: id.unwrap_or_default(),
-                offset: self.offset,
-            });
-        }
-    }
-
-    /// Leaves the current directory. Returns false if the directory above it can't be found. The
-    /// walk then continues in the deepest directory that is still open.
-    fn ascend(&mut self) -> bool {
-        let Some(directory) = self.deep.take() else {
-            self.open.pop();
-            return true;
-        };
-        let Some(above) = self.closed.pop() else {
-            return true;
-        };
-        let opened = directory
-            .fd()
-            .and_then(|directory| above.open_from(directory));
-        match opened {
-            Ok(above) => self.deep = Some(above),
-            Err(_) => self.closed.clear(),
-        }
-        self.deep.is_some()
-    }
-}
-
-impl ClosedDirectory {
-    /// Opens the directory as the parent of `directory`. Fails if `directory` was moved.
-    fn open_from(&self, directory: BorrowedFd<'_>) -> Result<Dir, Errno> {
-        // O_DIRECTORY makes this call fail for a device before its driver is called.
-        let above = openat(directory, c"..", OPEN, Mode::empty())?;
-        let stat = fstat(&above)?;
-        if (stat.st_dev, stat.st_ino) != self.id {
-            return Err(Errno::STALE);
-        }
-        let mut above = Dir::new(above)?;
-        above.seek(self.offset)?;
-        Ok(above)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::cell::Cell;
     use std::path::PathBuf;
 
-    use rustix::fs::{mkdirat, renameat};
+    use rrun_kernel::directory_levels::OPEN_LEVELS;
+    use rustix::fs::{OFlags, mkdirat, renameat};
 
     use super::*;
 
