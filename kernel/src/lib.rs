@@ -9,6 +9,7 @@ pub mod date;
 pub mod descriptor_limit;
 pub mod device_number;
 pub mod directory_levels;
+pub mod empty_tmpfs;
 pub mod errno;
 pub mod heap;
 pub mod id;

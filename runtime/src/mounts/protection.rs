@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::tree::{clone_descriptor, clone_tree, move_mount};
 use crate::error::{Context, Result, refuse};
 use crate::mounts::rootfs::{Protected, Rootfs};
 use crate::process::null_device::is_null_device;
 use crate::sys::path::cleaned;
+use rrun_kernel::empty_tmpfs;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 use rrun_kernel::namespace_limits::beyond_limit;
 
@@ -40,8 +40,8 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
         // rrun attaches the mount to the first path, and attaches copies to the other paths.
         let cover = match attached {
             Some(attached) => clone_descriptor(attached, false).doing(doing)?,
-            None if is_directory => beyond_limit(|| empty_tmpfs(label)).doing(doing)?,
-            None => null_device(doing)?,
+            None if is_directory => beyond_limit(|| empty_tmpfs::create(label)).doing(doing)?,
+            None => null_device(rootfs, doing)?,
         };
         move_mount(&cover, &target).doing(doing)?;
         attached.get_or_insert(cover);
@@ -49,16 +49,26 @@ pub(crate) fn mask(rootfs: &Rootfs, paths: &[String], label: Option<&str>) -> Re
     Ok(())
 }
 
-/// Returns a mount of the host's /dev/null. rrun must use the host's /dev/null, because the
-/// container's /dev/null could be a link to another file (CVE-2025-31133). The mount is read-only,
-/// because otherwise root in the container could change the owner and the mode of the host's
-/// /dev/null. A read-only mount does not prevent writing to a device.
-fn null_device(doing: impl Fn() -> String + Copy) -> Result<OwnedFd> {
-    let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
-    let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
-    if !is_null_device(&stat) {
-        refuse!("{}: the host's /dev/null is not the null device", doing());
-    }
+/// Returns a mount of the container's own /dev/null. rrun checks the descriptor of this file, because
+/// the path could lead to another file (CVE-2025-31133). Returns a mount of the host's /dev/null only
+/// if the container has no null device: a program in the container that watches the host's device
+/// with inotify(7) slows down every program of the node that uses the device. In a user namespace,
+/// the container's /dev/null is itself a mount of the host's.
+///
+/// The mount is read-only, because otherwise root in the container could change the owner and the
+/// mode of the host's /dev/null. A read-only mount does not prevent writing to a device.
+fn null_device(rootfs: &Rootfs, doing: impl Fn() -> String + Copy) -> Result<OwnedFd> {
+    let null = match rootfs.null_device().doing(doing)? {
+        Some(null) => clone_descriptor(&null, false).doing(doing)?,
+        None => {
+            let null = clone_tree(Path::new("/dev/null"), false).doing(doing)?;
+            let stat = rustix::fs::statat(&null, "", AtFlags::EMPTY_PATH).doing(doing)?;
+            if !is_null_device(&stat) {
+                refuse!("{}: the host's /dev/null is not the null device", doing());
+            }
+            null
+        }
+    };
     mount_setattr(null.as_fd(), false, &MountAttr::READ_ONLY).doing(doing)?;
     Ok(null)
 }
@@ -93,24 +103,4 @@ fn distinct(paths: &[String]) -> impl Iterator<Item = PathBuf> {
     let mut seen = BTreeSet::new();
     let paths = paths.iter().map(|path| cleaned(Path::new(path)));
     paths.filter(move |path| seen.insert(path.clone()))
-}
-
-/// Creates an empty, read-only tmpfs without attaching it. The limits leave no room for files,
-/// because a container with CAP_SYS_ADMIN can make the tmpfs writable.
-fn empty_tmpfs(label: Option<&str>) -> std::result::Result<OwnedFd, Errno> {
-    let fs = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    if let Some(label) = label {
-        rustix::mount::fsconfig_set_string(&fs, "context", label)?;
-    }
-    rustix::mount::fsconfig_set_string(&fs, "nr_blocks", "1")?;
-    rustix::mount::fsconfig_set_string(&fs, "nr_inodes", "1")?;
-    rustix::mount::fsconfig_create(&fs)?;
-    rustix::mount::fsmount(
-        &fs,
-        FsMountFlags::FSMOUNT_CLOEXEC,
-        MountAttrFlags::MOUNT_ATTR_RDONLY
-            | MountAttrFlags::MOUNT_ATTR_NOSUID
-            | MountAttrFlags::MOUNT_ATTR_NODEV
-            | MountAttrFlags::MOUNT_ATTR_NOEXEC,
-    )
 }

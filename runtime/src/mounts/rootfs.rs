@@ -16,6 +16,7 @@ use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags
 use rustix::io::Errno;
 
 use crate::error::{Context, Error, Reason as _, Result, refuse};
+use crate::process::null_device::is_null_device;
 use rrun_kernel::in_root;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 
@@ -194,6 +195,19 @@ impl Rootfs {
                 "/dev in the container is a symbolic link, and rrun creates device files only in a directory of the container"
             ),
             found => found.map(Some).doing(|| "open /dev in the container"),
+        }
+    }
+
+    /// Returns a descriptor (O_PATH) of /dev/null in the container. Returns `None` if it is missing, or
+    /// if it is not the null device.
+    pub(crate) fn null_device(&self) -> std::result::Result<Option<OwnedFd>, Errno> {
+        match self.open_without_links(Path::new("/dev/null"), OFlags::PATH) {
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
+            found => {
+                let found = found?;
+                let is_null = is_null_device(&rustix::fs::fstat(&found)?);
+                Ok(is_null.then_some(found))
+            }
         }
     }
 

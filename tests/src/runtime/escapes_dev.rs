@@ -49,6 +49,7 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_volume_must_not_replace_dev_through_a_link, Need::Rrun),
     test!(the_runtime_does_not_change_the_hosts_dev, Need::Rrun),
     test!(a_standard_stream_is_not_the_hosts_null_device, Need::Rrun),
+    test!(a_masked_file_is_not_the_hosts_null_device, Need::Rrun),
     test!(
         a_link_at_dev_does_not_lead_exec_to_the_hosts_null_device,
         Need::Rrun
@@ -574,6 +575,28 @@ fn null_change_time() -> std::io::Result<(i64, i64)> {
 
 /// The caller's standard input is the host's /dev/null. In a container without a user namespace, the
 /// program is the owner of this file, and could change its mode with fchmod(2).
+/// A program that watches the host's /dev/null with inotify(7) slows down all programs that use it.
+fn a_masked_file_is_not_the_hosts_null_device() -> Result {
+    let bundle = Bundle::new(&["sleep", "1000"])?;
+    bundle.start()?;
+    let id = |path: &Path| {
+        let stat = fs::metadata(path)?;
+        Ok::<_, std::io::Error>((stat.dev(), stat.ino()))
+    };
+    let root = PathBuf::from(format!("/proc/{}/root", bundle.pid()?));
+    let masked = id(&root.join("proc/keys"))?;
+    ensure!(
+        masked != id(Path::new("/dev/null"))?,
+        "the masked /proc/keys is the host's /dev/null"
+    );
+    ensure_eq!(
+        masked,
+        id(&root.join("dev/null"))?,
+        "the file that masks /proc/keys"
+    );
+    bundle.end().map(drop)
+}
+
 fn a_standard_stream_is_not_the_hosts_null_device() -> Result {
     let before = null_change_time()?;
     let change = ["call", &libc::SYS_fchmod.to_string(), "0", "438"];
