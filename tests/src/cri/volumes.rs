@@ -1,13 +1,15 @@
 //! Tests of volumes: images as volumes, volumes that images declare, mount propagation, and
 //! recursive read-only mounts.
 
+use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
-use crate::support::images::build::{Archive, ITEM, Item};
+use crate::support::images::build::{Archive, ITEM, Item, image};
 use crate::support::images::{pull_built, push_with, with_one_layer};
 use crate::support::machine::{Result, command, wait_for};
 use crate::support::needs::{Need, Test};
@@ -16,6 +18,11 @@ use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(an_image_can_be_a_volume, A_NODE),
+    test!(
+        the_volume_of_an_image_without_layers_is_no_directory_of_the_server,
+        A_NODE,
+        Need::RrunCri
+    ),
     test!(
         many_volumes_of_one_image_are_one_mount_of_the_node,
         A_NODE,
@@ -144,6 +151,34 @@ fn an_image_can_be_a_volume() -> Result {
                 "the error message does not name the missing image of the volume: {message}"
             );
         }
+        Ok(())
+    })
+}
+
+/// A process can lock a directory while it reads it. It must not lock a directory that other pods use.
+fn the_volume_of_an_image_without_layers_is_no_directory_of_the_server() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let empty = pull_built(node, "empty", &image(&[], json!({})))?;
+        let pod = node.pod("empty");
+        let pod_id = node.runp(&pod)?;
+        let mut ids = Vec::new();
+        for name in ["a", "b"] {
+            let volume = json!({
+                "container_path": "/data", "readonly": true, "image": { "image": empty },
+            });
+            let id = node.run(&pod_id, &pod, &with_mount(node, name, volume))?;
+            let refused = inside(node, &id, "ls -A /data; touch /data/file 2>&1 || true")?;
+            ensure!(
+                refused.starts_with("touch") && refused.contains("Read-only"),
+                "the output of reading and changing the empty volume: {refused}"
+            );
+            let directory = format!("/proc/{}/root/data", node.pid(&id)?);
+            ids.push(fs::metadata(directory)?.dev());
+        }
+        ids.push(fs::metadata(node.join("root/layers/0/fs"))?.dev());
+        let (count, distinct) = (ids.len(), BTreeSet::from_iter(ids).len());
+        ensure_eq!(distinct, count, "number of different file systems");
         Ok(())
     })
 }

@@ -9,7 +9,6 @@ use std::path::{Component, Path, PathBuf};
 
 use futures_util::future::try_join_all;
 use rrun_proto::v1::Mount;
-use rustix::mount::OpenTreeFlags;
 
 use super::idmap;
 use super::in_root::InRoot;
@@ -18,6 +17,7 @@ use crate::sandbox::files::private_dir;
 use crate::selinux::label::Label;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::slow;
+use rrun_kernel::empty_tmpfs;
 use rrun_kernel::errno::describe;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 use rrun_kernel::namespace_limits::beyond_limit;
@@ -176,25 +176,27 @@ pub(crate) fn mount(
     Ok(())
 }
 
-/// Mounts the image with the layers `layers` at `target`.
+/// Mounts the image with the layers `lower` at `target`.
 fn mount_image(
     node: &Node,
-    layers: &[PathBuf],
+    lower: &[PathBuf],
     users: Option<&idmap::Users>,
     label: Option<&Label>,
     target: &Path,
 ) -> Result<()> {
-    // A read-only overlay needs at least two layers, so an empty layer is added to a single layer.
-    let mut lower = layers.to_vec();
     let empty = rrun_images::empty_layer(&node.config.root);
-    if lower.len() < 2 && !lower.contains(&empty) {
-        lower.push(empty.clone());
-    }
-    let tree = if lower.len() < 2 {
-        // The image has no layers, so its volume is an empty directory.
-        // Ours: the server created this directory, so opening it by its path is safe.
-        clone(&std::fs::File::open(&empty).during(|| format!("open {}", empty.display()))?)?
+    let tree = if lower == [empty.clone()] {
+        // The image has no layers. The directory of the empty layer must not be mounted: a container
+        // could lock it, and the volumes of other pods use it, too.
+        let context = label.map(ToString::to_string);
+        beyond_limit(|| empty_tmpfs::create(context.as_deref()))
+            .during(|| "mount an empty directory".to_owned())?
     } else {
+        let mut lower = lower.to_vec();
+        // A read-only overlay needs at least two layers.
+        if lower.len() < 2 {
+            lower.push(empty);
+        }
         idmap::overlay(&lower, None, users, label, target)?
     };
     protect(&tree)?;
@@ -234,14 +236,6 @@ fn resolve(mounted: &Path, sub_path: &str) -> Result<String> {
             path.display()
         ))
     })
-}
-
-fn clone(dir: &impl AsFd) -> Result<OwnedFd> {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    beyond_limit(|| rustix::mount::open_tree(dir, "", flags))
-        .during(|| "clone the image's mount".to_owned())
 }
 
 /// Makes the mount read-only, and disables devices, set-user-ID and execution on it. Kubernetes
