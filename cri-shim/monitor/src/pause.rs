@@ -257,6 +257,9 @@ pub(crate) fn run() {
     if let Err(errno) = pause_filter::load() {
         return failed("load the seccomp filter of the pause process", errno.into());
     }
+    if keep_capabilities(CapabilitySet::empty()).is_err() {
+        return;
+    }
     close_from(0);
     loop {
         nix::unistd::pause();
@@ -271,15 +274,24 @@ fn isolate() -> Result<(), (&'static str, std::io::Error)> {
     unsafe { nix::sys::signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }
         .map_err(|errno| ("ignore SIGCHLD", errno.into()))?;
     empty_root().map_err(at("create an empty root directory"))?;
-    let none = CapabilitySets {
-        effective: CapabilitySet::empty(),
-        permitted: CapabilitySet::empty(),
-        inheritable: CapabilitySet::empty(),
-    };
-    rustix::thread::set_capabilities(None, none).map_err(at("drop its capabilities"))?;
+    // With CAP_SYS_ADMIN in the node's user namespace, the kernel loads the filter even if containers
+    // have used up the memory for BPF programs. The capability must be in the permitted set.
+    keep_capabilities(CapabilitySet::SYS_ADMIN)
+        .or_else(|_| keep_capabilities(CapabilitySet::empty()))
+        .map_err(at("drop its capabilities"))?;
     rustix::thread::set_no_new_privs(true).map_err(at("set no_new_privs"))?;
     rustix::process::set_dumpable_behavior(DumpableBehavior::NotDumpable)
         .map_err(at("clear the dumpable flag of the pause process"))
+}
+
+/// Drops all capabilities of this process except `kept`.
+fn keep_capabilities(kept: CapabilitySet) -> Result<(), Errno> {
+    let sets = CapabilitySets {
+        effective: kept,
+        permitted: kept,
+        inheritable: CapabilitySet::empty(),
+    };
+    rustix::thread::set_capabilities(None, sets)
 }
 
 fn empty_root() -> Result<(), Errno> {

@@ -3,7 +3,7 @@
 //!
 //! A container with CAP_SYS_PTRACE that shares the pause process's PID namespace can trace the pause
 //! process, and make system calls in its name. The filter therefore allows only the system calls
-//! with which the pause process waits. A tracer cannot remove the filter, because the kernel
+//! with which the pause process waits, and with which it drops its capabilities. A tracer cannot remove the filter, because the kernel
 //! filters a system call after the tracer has changed it. The option PTRACE_O_SUSPEND_SECCOMP
 //! requires CAP_SYS_ADMIN in the node's user namespace.
 
@@ -29,6 +29,9 @@ const ARCHITECTURE_OFFSET: u32 = 4;
 
 const DENY: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
 
+/// The kernel's own errno ENOTSUPP, which means here that it can't compile a BPF program.
+const ENOTSUPP: i32 = 524;
+
 const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
 const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
 const RETURN: u32 = libc::BPF_RET | libc::BPF_K;
@@ -44,19 +47,22 @@ const fn instruction(code: u32, if_true: u8, if_false: u8, value: u32) -> sock_f
     }
 }
 
-const PROGRAM: [sock_filter; 7] = [
+const PROGRAM: [sock_filter; 8] = [
     instruction(LOAD, 0, 0, ARCHITECTURE_OFFSET),
-    instruction(IF_EQUAL, 0, 3, ARCHITECTURE),
+    instruction(IF_EQUAL, 0, 4, ARCHITECTURE),
     instruction(LOAD, 0, 0, NUMBER_OFFSET),
-    instruction(IF_EQUAL, 2, 0, PAUSE as u32),
-    instruction(IF_EQUAL, 1, 0, libc::SYS_close_range as u32),
+    instruction(IF_EQUAL, 3, 0, PAUSE as u32),
+    instruction(IF_EQUAL, 2, 0, libc::SYS_close_range as u32),
+    instruction(IF_EQUAL, 1, 0, libc::SYS_capset as u32),
     instruction(RETURN, 0, 0, DENY),
     instruction(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
 ];
 
-/// Loads the filter. All system calls except pause(2), or ppoll(2) on arm64, and close_range(2)
-/// then fail with EPERM. The process must have set no_new_privs. Does nothing if the kernel does not
-/// support filters. The containers then have no filters either.
+/// Loads the filter. All system calls except pause(2), or ppoll(2) on arm64, close_range(2) and
+/// capset(2) then fail with EPERM. The process must have set no_new_privs. Does nothing if the kernel does not
+/// support filters. The containers then have no filters either. Also does nothing if the node's
+/// memory for BPF programs is used up (net.core.bpf_jit_limit) and the process has no CAP_SYS_ADMIN
+/// in the node's user namespace.
 pub(crate) fn load() -> Result<(), Errno> {
     let mut program = PROGRAM;
     let program = sock_fprog {
@@ -77,6 +83,7 @@ pub(crate) fn load() -> Result<(), Errno> {
     let error = std::io::Error::last_os_error();
     match Errno::from_io_error(&error) {
         Some(Errno::INVAL) => Ok(()),
+        Some(errno) if errno.raw_os_error() == ENOTSUPP => Ok(()),
         errno => Err(errno.unwrap_or(Errno::IO)),
     }
 }

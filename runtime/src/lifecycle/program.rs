@@ -54,7 +54,7 @@ pub(crate) fn apply_process(
     // rrun ignores SIGPIPE. Without this call, the program would also ignore SIGPIPE, because
     // execve(2) preserves ignored signals.
     syscalls::default_signal(libc::SIGPIPE).doing(|| "reset SIGPIPE to its default action")?;
-    process.become_user(will_be_filtered && !process.no_new_privileges)?;
+    process.become_user(will_be_filtered)?;
     if entered.is_err() {
         enter_cwd(&process.cwd)?;
     }

@@ -132,6 +132,12 @@ impl CapabilityMasks {
         Ok(())
     }
 
+    /// Returns whether execve(2) with no_new_privs takes CAP_SYS_ADMIN away from every process. If
+    /// the capability is in the bounding set, a process of root that has it keeps it.
+    pub(crate) fn executes_without_sys_admin(&self) -> bool {
+        self.bounding & SYS_ADMIN == 0
+    }
+
     /// Sets the effective, the permitted, the inheritable and the ambient set of the calling
     /// process. If `until_execution` is true, a process that has CAP_SYS_ADMIN keeps this
     /// capability until execve(2).

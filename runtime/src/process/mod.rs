@@ -190,9 +190,13 @@ impl Process {
     }
 
     /// Permanently sets the group ids, the user ids and the capabilities of the calling process. If
-    /// `until_execution` is true, the process keeps CAP_SYS_ADMIN until it executes its program.
-    /// The process needs CAP_SYS_ADMIN to load a seccomp filter.
-    pub(crate) fn become_user(&self, until_execution: bool) -> Result<()> {
+    /// `will_be_filtered` is true, the process keeps CAP_SYS_ADMIN until it executes its program.
+    /// The process needs CAP_SYS_ADMIN to load a seccomp filter. With no_new_privs, it does not need
+    /// the capability, but the kernel then limits the memory for all filters of the node
+    /// (net.core.bpf_jit_limit), and a container can use up this memory.
+    pub(crate) fn become_user(&self, will_be_filtered: bool) -> Result<()> {
+        let until_execution = will_be_filtered
+            && (!self.no_new_privileges || self.capabilities.executes_without_sys_admin());
         self.capabilities.drop_bounding()?;
         let groups: Vec<Gid> = self.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
         match rustix::thread::set_thread_groups(&groups) {

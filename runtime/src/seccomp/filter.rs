@@ -9,7 +9,7 @@ use super::compile;
 use super::listener::Listener;
 use super::shared_page::Reporter;
 use crate::config::spec::SeccompProfile;
-use crate::error::{Context, Result, refuse};
+use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::log;
 use crate::sys::child::{exit_now, trap};
 use crate::sys::syscalls::{self, SockFilter};
@@ -31,6 +31,8 @@ pub(crate) const FLAGS: [(&str, u32); 4] = [
 /// name but sets no flag for it, because the process has only one thread.
 const TSYNC: &str = "SECCOMP_FILTER_FLAG_TSYNC";
 const WAIT_KILLABLE_RECV: u32 = libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV as u32;
+/// The kernel's own errno ENOTSUPP, which means here that it can't compile a BPF program.
+const ENOTSUPP: i32 = 524;
 const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
 
 /// A filter that is ready to load. The JSON form of a filter is part of a container's state.
@@ -82,8 +84,15 @@ impl Filter {
     /// Loads the filter, which then applies to all system calls of this process and cannot be
     /// removed. Returns the listener, if the filter has one.
     pub(crate) fn load(&self) -> Result<Option<OwnedFd>> {
-        syscalls::load_seccomp_filter(&self.program, self.flags)
-            .doing(|| "load the seccomp filter (linux.seccomp)")
+        syscalls::load_seccomp_filter(&self.program, self.flags).map_err(|errno| {
+            let doing = "load the seccomp filter (linux.seccomp)";
+            if errno.raw_os_error() == ENOTSUPP {
+                return Error::new(format!(
+                    "{doing}: the node's memory for BPF programs is used up (net.core.bpf_jit_limit)"
+                ));
+            }
+            Error::new(format!("{doing}: {}", errno.reason()))
+        })
     }
 
     /// Loads the filter like [`Filter::load`]. If the filter has a listener, this function returns

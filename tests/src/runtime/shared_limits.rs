@@ -34,6 +34,11 @@ pub(crate) const TESTS: &[Test] = &[
         a_container_is_the_same_if_the_kernel_refuses_each_first_namespace,
         Need::Rrun
     ),
+    test!(
+        a_process_with_no_new_privs_loads_its_filter_with_cap_sys_admin,
+        Need::Rrun,
+        Need::Program("strace")
+    ),
 ];
 
 /// The ids that only these tests use. Otherwise, the tests would disturb other processes on this
@@ -253,4 +258,38 @@ fn printed(mut running: Running, line: &str) -> Result {
         let output = running.stdout();
         Ok((output.trim() == line).then_some(()))
     })
+}
+
+/// The kernel's limit on the memory for BPF programs (net.core.bpf_jit_limit), which containers can use
+/// up, does not apply to a process that has CAP_SYS_ADMIN.
+fn a_process_with_no_new_privs_loads_its_filter_with_cap_sys_admin() -> Result {
+    let mut bundle = Bundle::new(&["report"])?;
+    let filter = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{ "names": ["acct"], "action": "SCMP_ACT_ERRNO" }],
+    });
+    bundle.set("/linux/seccomp", filter);
+    bundle.set("/process/noNewPrivileges", json!(true));
+    bundle.write_config()?;
+    let trace = bundle.join("trace");
+    let run = command("strace", ["-f", "-e", "trace=capset,seccomp", "-o"]).arg(&trace);
+    let run = run.arg(runtime_program()).arg("--root").arg(bundle.root());
+    let run = run.args(["run", bundle.id()]).dir(bundle.path());
+    let report = run.ok()?.json()?;
+    ensure_eq!(
+        report["status"]["CapEff"],
+        report["status"]["CapBnd"],
+        "the capabilities of the program"
+    );
+    let trace = std::fs::read_to_string(trace)?;
+    let mut lines = trace.lines().rev();
+    let loads = lines.find(|line| line.contains("SECCOMP_SET_MODE_FILTER"));
+    let loads = loads.ok_or(format!("no process loaded a filter:\n{trace}"))?;
+    let process = loads.split(' ').next().unwrap_or_default();
+    let capabilities = lines.find(|line| line.starts_with(process) && line.contains("capset("));
+    ensure!(
+        capabilities.is_some_and(|line| line.contains("CAP_SYS_ADMIN")),
+        "the process that loads the filter does not have CAP_SYS_ADMIN:\n{trace}"
+    );
+    Ok(())
 }
