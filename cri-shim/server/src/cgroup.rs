@@ -12,6 +12,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 
 use rrun_calls::error::{During, Error, Result};
+use rrun_calls::wait::blocking;
 use rrun_kernel::cgroup::{self, Survivors};
 use rrun_kernel::errno::describe;
 
@@ -192,8 +193,17 @@ pub(crate) fn remove_dirs(made: &[PathBuf]) {
 }
 
 /// Kills every process in the cgroup and in its descendants, waits until the processes have exited,
-/// and removes the cgroups. A missing cgroup is not an error.
+/// and removes the cgroups. A missing cgroup is not an error. A container can hold locks of the kernel
+/// that this needs, so a separate thread does it.
 pub(crate) async fn destroy(dir: &Path) -> Result<()> {
+    let (what, dir) = (
+        format!("remove the cgroup {}", dir.display()),
+        dir.to_owned(),
+    );
+    blocking(what, move || destroy_now(&dir)).await
+}
+
+fn destroy_now(dir: &Path) -> Result<()> {
     cgroup::kill(dir).during(|| format!("kill the cgroup {}", dir.display()))?;
     let mut survivors = Survivors::new();
     let mut pause = Duration::from_millis(1);
@@ -203,7 +213,7 @@ pub(crate) async fn destroy(dir: &Path) -> Result<()> {
         match cgroup::remove_tree(dir) {
             Ok(()) => return Ok(()),
             Err((_, Errno::BUSY)) => {
-                tokio::time::sleep(pause).await;
+                std::thread::sleep(pause);
                 survivors.kill_if_due(dir);
                 pause = (pause * 2).min(Duration::from_millis(100));
             }

@@ -49,11 +49,5 @@ pub(super) async fn remove(sandbox: &Sandbox) -> Result<()> {
     if !namespaces::sharing(&sandbox.config)?.has_pause_process() {
         return Ok(());
     }
-    let dir = cgroup::of_pause(&sandbox.cgroup, &sandbox.id);
-    let removed = cgroup::destroy(&dir);
-    slow(
-        format!("{}: remove the cgroup of the pause process", sandbox.name()),
-        removed,
-    )
-    .await
+    cgroup::destroy(&cgroup::of_pause(&sandbox.cgroup, &sandbox.id)).await
 }

@@ -274,22 +274,19 @@ pub(crate) async fn roll_back(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let parent = node.config.default_cgroup_parent();
     if sandbox.cgroup == cgroup::own(parent, &sandbox.id) {
         let dir = cgroup::directory(&sandbox.cgroup);
-        slow(format!("{name}: remove the pod's cgroup"), async {
-            if dir.try_exists().is_ok_and(|exists| !exists) {
-                return Ok(());
-            }
+        if dir.try_exists().unwrap_or(true) {
             cgroup::destroy(&dir).await?;
             if cgroup::slice::is_slice(&sandbox.cgroup) {
-                cgroup::slice::stop(&sandbox.cgroup).await
-            } else {
-                Ok(())
+                let stopped = cgroup::slice::stop(&sandbox.cgroup);
+                slow(format!("{name}: stop the pod's slice"), stopped).await?;
             }
-        })
-        .await?;
+        }
         if !cgroup::slice::is_slice(parent) {
             // The removal of the last pod also removes the parent cgroup. The kernel refuses to
             // remove the parent cgroup while it contains the cgroups of other pods.
-            cgroup::remove_dirs(&[cgroup::directory(parent)]);
+            let parent = [cgroup::directory(parent)];
+            let what = format!("{name}: remove the parent cgroup");
+            blocking(what, move || cgroup::remove_dirs(&parent)).await;
         }
     }
     let made = sandbox.cgroups_made.clone();
