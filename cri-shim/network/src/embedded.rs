@@ -10,7 +10,8 @@
 //! The module `state` manages the addresses and host ports of pods. It keeps them in memory and in
 //! the server's store, and configures the kernel with [`crate::bridge`]. `pod_lock` ensures that
 //! only one call at a time changes a pod's network. `bridge_check` checks the bridge and the rules for
-//! kubelet. `teardown` removes pods' networks in the background. `watch` restores the nftables tables if another program deletes them.
+//! kubelet. `teardown` removes pods' networks in the background. `watch` restores the nftables tables
+//! if another program deletes them.
 
 mod bridge_check;
 mod pod_lock;

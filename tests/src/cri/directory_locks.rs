@@ -14,12 +14,12 @@ use crate::{ensure, test};
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
-        a_locked_directory_delays_only_the_removal_of_its_own_container,
+        a_locked_directory_delays_only_the_removal_of_one_container,
         A_NODE,
         Need::RrunCri
     ),
     test!(
-        a_locked_directory_freezes_only_the_disk_usage_of_its_own_container,
+        a_locked_directory_freezes_only_the_disk_usage_of_one_container,
         A_NODE,
         Need::RrunCri
     ),
@@ -37,7 +37,7 @@ fn start(node: &Node, name: &str) -> Result<String> {
     node.run(&pod_id, &pod, &node.container("c", &["/inside", "wait"]))
 }
 
-fn a_locked_directory_delays_only_the_removal_of_its_own_container() -> Result {
+fn a_locked_directory_delays_only_the_removal_of_one_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let [locked, other] = [start(node, "locked")?, start(node, "other")?];
@@ -61,7 +61,7 @@ fn a_locked_directory_delays_only_the_removal_of_its_own_container() -> Result {
     })
 }
 
-fn a_locked_directory_freezes_only_the_disk_usage_of_its_own_container() -> Result {
+fn a_locked_directory_freezes_only_the_disk_usage_of_one_container() -> Result {
     const WRITTEN: u64 = 5_000_000;
     on_a_node(|node| {
         node.pull(BUSYBOX)?;

@@ -19,7 +19,7 @@ use crate::{ensure, ensure_eq, test};
 pub(crate) const TESTS: &[Test] = &[
     test!(an_image_can_be_a_volume, A_NODE),
     test!(
-        the_volume_of_an_image_without_layers_is_no_directory_of_the_server,
+        the_volume_of_an_image_without_layers_is_a_separate_file_system,
         A_NODE,
         Need::RrunCri
     ),
@@ -156,7 +156,7 @@ fn an_image_can_be_a_volume() -> Result {
 }
 
 /// A process can lock a directory while it reads it. It must not lock a directory that other pods use.
-fn the_volume_of_an_image_without_layers_is_no_directory_of_the_server() -> Result {
+fn the_volume_of_an_image_without_layers_is_a_separate_file_system() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let empty = pull_built(node, "empty", &image(&[], json!({})))?;

@@ -1,4 +1,5 @@
-//! The channels between the server and the pod's monitor for the streams and the terminal of a command.
+//! The channels between the server and the pod's monitor for the streams or the terminal of a
+//! command.
 
 use std::io;
 use std::os::fd::OwnedFd;
