@@ -4,6 +4,10 @@ use std::io;
 
 use nix::errno::Errno;
 
+/// An errno of the kernel that is not part of POSIX. For a seccomp filter, it means that the kernel
+/// can't compile the BPF program (linux/errno.h).
+pub const ENOTSUPP: i32 = 524;
+
 /// Returns the description and the name of an errno, such as `Operation not permitted (EPERM)`.
 pub fn text(raw: i32) -> String {
     let errno = Errno::from_raw(raw);

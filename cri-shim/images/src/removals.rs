@@ -42,8 +42,8 @@ const OVERTIME: Duration = Duration::from_millis(500);
 /// needs a thread until the kernel has removed the file.
 const MAX_LATE: usize = 32;
 
-/// The pause after a late turn, divided by the turn's delay. The removals of a pod that are always late
-/// then rarely use up the permits.
+/// The pause after a late turn is this number multiplied by the delay of the turn. Removals that are
+/// always late then rarely use up the permits.
 const LATE_PAUSE: u32 = 20;
 const MAX_LATE_PAUSE: Duration = Duration::from_secs(300);
 
@@ -182,7 +182,11 @@ fn remove(path: &Path, is_over: &AtomicBool) -> Turn {
         Ok(())
     };
     let remove = || layer::remove_path_and(path, &go_on);
-    match remove().or_else(|_| remove()) {
+    let removed = match remove() {
+        Err(errno) if errno != Errno::CANCELED => remove(),
+        removed => removed,
+    };
+    match removed {
         Ok(()) => Turn::Removed,
         Err(Errno::CANCELED) => Turn::Over,
         Err(errno) => {

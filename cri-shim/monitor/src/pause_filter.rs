@@ -3,11 +3,12 @@
 //!
 //! A container with CAP_SYS_PTRACE that shares the pause process's PID namespace can trace the pause
 //! process, and make system calls in its name. The filter therefore allows only the system calls
-//! with which the pause process waits, and with which it drops its capabilities. A tracer cannot remove the filter, because the kernel
-//! filters a system call after the tracer has changed it. The option PTRACE_O_SUSPEND_SECCOMP
-//! requires CAP_SYS_ADMIN in the node's user namespace.
+//! with which the pause process waits, and with which it drops its capabilities. A tracer cannot
+//! remove the filter, because the kernel filters a system call after the tracer has changed it. The
+//! option PTRACE_O_SUSPEND_SECCOMP requires CAP_SYS_ADMIN in the node's user namespace.
 
 use libc::{sock_filter, sock_fprog};
+use rrun_kernel::errno::ENOTSUPP;
 use rustix::io::Errno;
 
 /// The value of `seccomp_data.arch` for system calls of this architecture (linux/audit.h). 32-bit
@@ -28,9 +29,6 @@ const NUMBER_OFFSET: u32 = 0;
 const ARCHITECTURE_OFFSET: u32 = 4;
 
 const DENY: u32 = libc::SECCOMP_RET_ERRNO | libc::EPERM as u32;
-
-/// The kernel's own errno ENOTSUPP, which means here that it can't compile a BPF program.
-const ENOTSUPP: i32 = 524;
 
 const LOAD: u32 = libc::BPF_LD | libc::BPF_W | libc::BPF_ABS;
 const IF_EQUAL: u32 = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
@@ -59,10 +57,10 @@ const PROGRAM: [sock_filter; 8] = [
 ];
 
 /// Loads the filter. All system calls except pause(2), or ppoll(2) on arm64, close_range(2) and
-/// capset(2) then fail with EPERM. The process must have set no_new_privs. Does nothing if the kernel does not
-/// support filters. The containers then have no filters either. Also does nothing if the node's
-/// memory for BPF programs is used up (net.core.bpf_jit_limit) and the process has no CAP_SYS_ADMIN
-/// in the node's user namespace.
+/// capset(2) then fail with EPERM. The process must have set no_new_privs. Does nothing if the kernel
+/// does not support filters. The containers then have no filters either. Also does nothing if the
+/// node's memory for BPF programs is used up (net.core.bpf_jit_limit) and the process has no
+/// CAP_SYS_ADMIN in the node's user namespace.
 pub(crate) fn load() -> Result<(), Errno> {
     let mut program = PROGRAM;
     let program = sock_fprog {

@@ -331,9 +331,9 @@ impl Relays {
         Some((client, Ok(code)))
     }
 
-    /// Handles the exit of an exec. Its pipes or its terminal contain all output that it wrote. Processes that it has
-    /// started can write more output, which the client does not get. Returns whether the client has all
-    /// output. If not, [`Relays::ready`] returns the exit status later.
+    /// Handles the exit of an exec. Its pipes or its terminal contain all output that it wrote.
+    /// Processes that it has started can write more output, which the client does not get. Returns
+    /// whether the client has all output. If not, [`Relays::ready`] returns the exit status later.
     pub(crate) fn exec_exited(
         &mut self,
         client: ClientId,
@@ -560,6 +560,12 @@ mod tests {
         (relays, poller, slave, theirs)
     }
 
+    fn received(socket: &mut UnixStream, count: usize) -> Vec<u8> {
+        let mut bytes = vec![0; count];
+        socket.read_exact(&mut bytes).unwrap();
+        bytes
+    }
+
     const TERMINAL_INPUT: u64 = PIPE;
     const TERMINAL_OUTPUT: u64 = PIPE + 1;
 
@@ -573,8 +579,7 @@ mod tests {
         assert_eq!(&text, b"typed");
         rustix::io::write(&slave, b"shown").unwrap();
         assert_eq!(relays.ready(TERMINAL_OUTPUT, &poller), None);
-        socket.read_exact(&mut text).unwrap();
-        assert_eq!(&text, b"shown");
+        assert_eq!(received(&mut socket, 5), b"shown");
         let size = Winsize {
             ws_row: 31,
             ws_col: 101,
@@ -602,9 +607,7 @@ mod tests {
                 .values()
                 .all(|relay| relay.direction == Direction::Input)
         );
-        let mut text = [0; 3];
-        socket.read_exact(&mut text).unwrap();
-        assert_eq!(&text, b"one");
+        assert_eq!(received(&mut socket, 3), b"one");
     }
 
     #[test]
@@ -619,9 +622,7 @@ mod tests {
         std::thread::sleep(check.saturating_duration_since(Instant::now()));
         let ended = relays.ready(TERMINAL_OUTPUT, &poller);
         assert_eq!(ended, Some((CLIENT, Ok(3))));
-        let mut text = [0; 4];
-        socket.read_exact(&mut text).unwrap();
-        assert_eq!(&text, b"last");
+        assert_eq!(received(&mut socket, 4), b"last");
     }
 
     #[test]

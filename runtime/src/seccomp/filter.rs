@@ -13,6 +13,7 @@ use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::log;
 use crate::sys::child::{exit_now, trap};
 use crate::sys::syscalls::{self, SockFilter};
+use rrun_kernel::errno::ENOTSUPP;
 
 /// The names and values of the filter flags. See seccomp(2).
 pub(crate) const FLAGS: [(&str, u32); 4] = [
@@ -31,8 +32,6 @@ pub(crate) const FLAGS: [(&str, u32); 4] = [
 /// name but sets no flag for it, because the process has only one thread.
 const TSYNC: &str = "SECCOMP_FILTER_FLAG_TSYNC";
 const WAIT_KILLABLE_RECV: u32 = libc::SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV as u32;
-/// The kernel's own errno ENOTSUPP, which means here that it can't compile a BPF program.
-const ENOTSUPP: i32 = 524;
 const NEW_LISTENER: u32 = libc::SECCOMP_FILTER_FLAG_NEW_LISTENER as u32;
 
 /// A filter that is ready to load. The JSON form of a filter is part of a container's state.

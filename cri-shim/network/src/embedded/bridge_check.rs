@@ -60,7 +60,12 @@ impl BridgeCheck {
         let known = checks.wait_for(|checks| checks.last.is_some());
         let known = tokio::time::timeout(MAX_FIRST_WAIT, known).await;
         let last = known.ok().and_then(|known| known.ok()?.last.clone());
-        last.unwrap_or_else(|| Err("the first check of the bridge has not ended yet".to_owned()))
+        last.unwrap_or_else(|| {
+            Err(format!(
+                "the check of the embedded network's bridge and nftables rules has not ended within {} s",
+                MAX_FIRST_WAIT.as_secs()
+            ))
+        })
     }
 }
 

@@ -111,13 +111,8 @@ pub(crate) async fn delete_from_runtime(node: &Node, container: &Container) -> R
 /// Deletes the container without its monitor: kills the container's cgroup and runs the runtime's
 /// `delete`.
 async fn delete_without_monitor(node: &Node, container: &Container) -> Result<()> {
-    let dir = container.cgroup_dir();
     let name = container.name();
-    slow(
-        format!("{name}: kill the container's cgroup"),
-        cgroup::destroy(&dir),
-    )
-    .await?;
+    cgroup::destroy(&container.cgroup_dir()).await?;
     let Some(runtime) = container.runtime_command(node) else {
         return Ok(());
     };
