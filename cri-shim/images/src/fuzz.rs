@@ -144,11 +144,11 @@ fn challenge(input: &[u8]) {
 
 /// Parses the answer of a token server, and the error message of a registry.
 fn token(input: &[u8]) {
-    match registry::token_of(input) {
+    match registry::token::token_of(input) {
         Ok(token) => assert!(token.is_sensitive()),
         Err(failure) => assert_short(&failure.error),
     }
-    let explained = registry::explanation(input);
+    let explained = registry::answer::explanation(input);
     assert!(explained.chars().count() <= 201);
     assert!(!explained.chars().any(char::is_control));
 }

@@ -4,25 +4,25 @@
 //! registry is shortened, and its control characters are replaced, before it is logged. Tokens and
 //! passwords are never logged.
 
+pub(crate) mod answer;
+pub(crate) mod token;
+
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
 use reqwest::header::{
-    ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE,
-    RETRY_AFTER, WWW_AUTHENTICATE,
+    ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE, RETRY_AFTER,
+    WWW_AUTHENTICATE,
 };
-use reqwest::{RequestBuilder, Response, StatusCode, Url};
-use serde::Deserialize;
+use reqwest::{Response, StatusCode, Url};
 
+use self::answer::{Blob, Timeouts, bounded, transport};
 use crate::auth::Credential;
-use crate::challenge::{self, Challenge};
+use crate::challenge;
 use crate::client::Clients;
-use crate::documents::{DocumentShare, DocumentText, SMALL_BYTES};
+use crate::documents::{DocumentShare, DocumentText};
 use crate::error::{ImageError, Kind};
-use crate::failure::{RequestFailure, cause, clean};
+use crate::failure::{RequestFailure, clean};
 use crate::hosts::Endpoint;
 use crate::limits::{MinRate, RegistryLimits};
 use crate::manifest;
@@ -33,9 +33,6 @@ use rrun_calls::lock::lock;
 /// The maximum number of redirections for one request.
 const MAX_REDIRECTIONS: usize = 10;
 
-/// The maximum number of bytes of a token server's answer. A pull keeps its token until it ends.
-const TOKEN_BYTES: u64 = 64 << 10;
-
 /// The maximum number of bytes in the body of an answer with an error status.
 const EXPLANATION_BYTES: u64 = 16 << 10;
 
@@ -44,14 +41,6 @@ const EXPLANATION_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The upper limit for the delay that a registry requests with `Retry-After`.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(10);
-
-/// The time limit for opening a connection, and the time limit for the next bytes to arrive on the
-/// connection.
-#[derive(Clone, Copy)]
-struct Timeouts {
-    connect: Duration,
-    silence: Duration,
-}
 
 /// One repository at one endpoint, used for one pull.
 pub(crate) struct Registry {
@@ -409,63 +398,6 @@ impl Registry {
         )))
     }
 
-    /// Returns the `Authorization` header that answers `challenge`. Returns `None` if the
-    /// credentials can't answer the challenge, or if the credentials were already rejected.
-    async fn answer_challenge(
-        &self,
-        challenge: Option<Challenge>,
-        watch: &RateWatch,
-    ) -> Result<Option<HeaderValue>, RequestFailure> {
-        match (challenge, &self.credential) {
-            (Some(Challenge::Basic), Some(Credential::Basic { username, password })) => {
-                Ok(Some(basic(username, password)))
-            }
-            (Some(Challenge::Bearer { .. }), Some(Credential::Bearer(_))) => Ok(None),
-            (
-                Some(Challenge::Bearer {
-                    realm,
-                    service,
-                    scope,
-                }),
-                _,
-            ) => self.token(&realm, service, scope, watch).await.map(Some),
-            _ => Ok(None),
-        }
-    }
-
-    async fn token(
-        &self,
-        realm: &str,
-        service: Option<String>,
-        scope: Option<String>,
-        watch: &RateWatch,
-    ) -> Result<HeaderValue, RequestFailure> {
-        let url = self.token_server(realm)?;
-        let scope = scope.unwrap_or_else(|| format!("repository:{}:pull", self.repository));
-        let mut fields = vec![("scope", scope.as_str())];
-        if let Some(service) = &service {
-            fields.push(("service", service));
-        }
-        let host = clean(url.host_str().unwrap_or_default());
-        let named = |failure: RequestFailure| RequestFailure {
-            error: failure
-                .error
-                .context(format_args!("the token server {host}")),
-            ..failure
-        };
-        let request = self.token_request(url, fields)?;
-        let response = watch
-            .wait(Phase::Head, request.send())
-            .await
-            .map_err(named)?
-            .map_err(|error| named(transport(error, self.timeouts)))?;
-        let quoted = self.is_at_home(response.url());
-        let response = self.accepted(response, quoted).await.map_err(named)?;
-        let body = self.receive(response, TOKEN_BYTES, "the token", watch);
-        let body = body.await.map_err(named)?;
-        token_of(&body)
-    }
-
     /// Returns `response` unchanged if its status reports success. Otherwise returns an error. The
     /// error contains the explanation in the answer only if `quoted` is true. If the registry has
     /// chosen another host, `quoted` must be false: the error must not show the answers of hosts
@@ -506,7 +438,7 @@ impl Registry {
             let body = tokio::time::timeout(EXPLANATION_TIMEOUT, body).await;
             body.ok()
                 .and_then(Result::ok)
-                .map_or_else(String::new, |body| explanation(&body))
+                .map_or_else(String::new, |body| answer::explanation(&body))
         } else {
             String::new()
         };
@@ -526,33 +458,6 @@ impl Registry {
         })
     }
 
-    /// Parses the address of the token server, and checks that a request to it does not expose the
-    /// credentials.
-    fn token_server(&self, realm: &str) -> Result<Url, RequestFailure> {
-        let url = Url::parse(realm).map_err(|_| token_server_failed("has an invalid address"))?;
-        if !matches!(url.scheme(), "http" | "https") {
-            return Err(token_server_failed(
-                "has an address that is neither http nor https",
-            ));
-        }
-        if !self.is_at_home(&url) {
-            let host = host_of(&url);
-            self.reach
-                .check(&url)
-                .map_err(|why| token_server_failed(&format!("has the address {host}, {why}")))?;
-        }
-        // The credentials must not be sent without TLS if the registry uses TLS, or if they would
-        // reach another host. Only the registry chooses this host.
-        let exposed = url.scheme() == "http"
-            && (self.endpoint.base.starts_with("https:") || !self.is_same_host(&url));
-        if exposed && self.credential.is_some() && !self.plain_token_servers {
-            return Err(token_server_failed(
-                "has an address without TLS, so the credentials are not sent (image.plain_token_servers is not set)",
-            ));
-        }
-        Ok(url)
-    }
-
     /// Returns whether `url` belongs to this endpoint.
     fn is_at_home(&self, url: &Url) -> bool {
         Url::parse(&self.endpoint.base).is_ok_and(|base| base.origin() == url.origin())
@@ -562,107 +467,6 @@ impl Registry {
     fn is_same_host(&self, url: &Url) -> bool {
         Url::parse(&self.endpoint.base).is_ok_and(|base| base.host() == url.host())
     }
-
-    fn token_request<'a>(
-        &'a self,
-        mut url: Url,
-        mut fields: Vec<(&'a str, &'a str)>,
-    ) -> Result<RequestBuilder, RequestFailure> {
-        let client = if self.is_at_home(&url) {
-            &self.clients.home
-        } else {
-            &self.clients.elsewhere
-        };
-        match &self.credential {
-            // RFC 6749, section 6, and the distribution project's OAuth2 token specification define
-            // this request.
-            Some(Credential::Identity(token)) => {
-                fields.extend([
-                    ("grant_type", "refresh_token"),
-                    ("client_id", "rrun"),
-                    ("refresh_token", token),
-                ]);
-                let body = form(&fields).ok_or_else(|| {
-                    token_server_failed(
-                        "can't be queried, because the form fields can't be encoded",
-                    )
-                })?;
-                Ok(client
-                    .post(url)
-                    .header(CONTENT_TYPE, "application/x-www-form-urlencoded")
-                    .body(body))
-            }
-            other => {
-                url.query_pairs_mut().extend_pairs(&fields);
-                Ok(match other {
-                    Some(Credential::Basic { username, password }) => client
-                        .get(url)
-                        .header(AUTHORIZATION, basic(username, password)),
-                    _ => client.get(url),
-                })
-            }
-        }
-    }
-}
-
-fn token_server_failed(what: &str) -> RequestFailure {
-    ImageError::new(Kind::Unavailable, format!("the token server {what}")).into()
-}
-
-/// Parses a token server's answer. Returns the token as an `Authorization` header.
-pub(crate) fn token_of(body: &[u8]) -> Result<HeaderValue, RequestFailure> {
-    #[derive(Deserialize)]
-    struct TokenAnswer {
-        token: Option<String>,
-        access_token: Option<String>,
-    }
-    let malformed = || token_server_failed("sent an answer without a valid token");
-    // The parser's own message is dropped, because it could quote the token.
-    let answer: TokenAnswer = serde_json::from_slice(body).map_err(|_| malformed())?;
-    answer
-        .token
-        .or(answer.access_token)
-        .and_then(|token| secret(&format!("Bearer {token}")))
-        .ok_or_else(malformed)
-}
-
-/// A blob that is being received.
-pub(crate) struct Blob {
-    response: Response,
-    /// The offset, in the blob, of the first byte that the registry sends.
-    pub begins: u64,
-    timeouts: Timeouts,
-    /// The host that sends the blob. Error messages contain this host.
-    host: String,
-    watch: Arc<RateWatch>,
-}
-
-impl Blob {
-    /// Returns the next bytes of the blob, or `None` at the end of the blob.
-    pub(crate) async fn chunk(&mut self) -> Result<Option<Bytes>, RequestFailure> {
-        next(&mut self.response, self.timeouts, &self.watch)
-            .await
-            .map_err(|failure| RequestFailure {
-                error: failure
-                    .error
-                    .context(format_args!("registry {}", self.host)),
-                ..failure
-            })
-    }
-}
-
-/// Returns the next bytes of an answer, or `None` at the end of the answer.
-async fn next(
-    response: &mut Response,
-    timeouts: Timeouts,
-    watch: &RateWatch,
-) -> Result<Option<Bytes>, RequestFailure> {
-    let chunk = watch.wait(Phase::Body, response.chunk()).await?;
-    let chunk = chunk.map_err(|error| transport(error, timeouts))?;
-    if let Some(chunk) = &chunk {
-        watch.count_received(chunk.len() as u64)?;
-    }
-    Ok(chunk)
 }
 
 /// Returns the host of a URL, with the port if it is not the default port of the scheme.
@@ -681,103 +485,6 @@ fn secret(text: &str) -> Option<HeaderValue> {
     Some(value)
 }
 
-fn basic(username: &str, password: &str) -> HeaderValue {
-    let encoded = STANDARD.encode(format!("{username}:{password}"));
-    // Base64 text is always a valid header value, so the fallback is never used.
-    secret(&format!("Basic {encoded}")).unwrap_or_else(|| HeaderValue::from_static("Basic"))
-}
-
-/// Encodes `fields` as the body of a request with a URL-encoded form.
-fn form(fields: &[(&str, &str)]) -> Option<String> {
-    let mut url = Url::parse("http://form/").ok()?;
-    url.query_pairs_mut().extend_pairs(fields);
-    url.query().map(str::to_owned)
-}
-
 fn redirection_error(why: &str) -> RequestFailure {
     ImageError::new(Kind::Unavailable, why).into()
-}
-
-/// Extracts the first error message from the body of an answer with an error status (distribution
-/// specification, "Error Codes").
-pub(crate) fn explanation(body: &[u8]) -> String {
-    #[derive(Deserialize)]
-    struct ErrorsBody {
-        errors: Vec<ErrorEntry>,
-    }
-    #[derive(Deserialize)]
-    struct ErrorEntry {
-        #[serde(default)]
-        code: String,
-        #[serde(default)]
-        message: String,
-    }
-    match serde_json::from_slice::<ErrorsBody>(body) {
-        Ok(ErrorsBody { errors }) => match errors.into_iter().next() {
-            Some(first) if first.message.is_empty() => clean(&first.code),
-            Some(first) => clean(&first.message),
-            None => String::new(),
-        },
-        Err(_) => String::new(),
-    }
-}
-
-/// Reads the body of `response`. Fails if the body has more than `most` bytes.
-async fn bounded(
-    mut response: Response,
-    most: u64,
-    what: &str,
-    timeouts: Timeouts,
-    watch: &RateWatch,
-    documents: &Arc<DocumentShare>,
-) -> Result<DocumentText, RequestFailure> {
-    // The code below does not read the headers, which can occupy 400 KiB.
-    drop(std::mem::take(response.headers_mut()));
-    let mut body = Vec::new();
-    let mut room = documents.room();
-    while let Some(chunk) = next(&mut response, timeouts, watch).await? {
-        let length = body.len() + chunk.len();
-        if length as u64 > most {
-            return Err(ImageError::new(
-                Kind::DataLoss,
-                format!("{what} is longer than the limit of {most} bytes"),
-            )
-            .into());
-        }
-        let room = room.grow(length).await?;
-        if length > SMALL_BYTES && length > body.capacity() {
-            body.reserve_exact(room - body.len());
-        }
-        body.extend_from_slice(&chunk);
-    }
-    Ok(DocumentText::new(body.into(), room))
-}
-
-/// Describes a failure of the connection or of the transfer. The message omits the URL, because the
-/// URL of a redirection can contain a signature.
-fn transport(error: reqwest::Error, timeouts: Timeouts) -> RequestFailure {
-    let what = if error.is_connect() {
-        "connect"
-    } else if error.is_body() || error.is_decode() {
-        "the answer broke off"
-    } else {
-        "send the request"
-    };
-    let why = if error.is_timeout() && error.is_connect() {
-        format!("no connection within {:?}", timeouts.connect)
-    } else if error.is_timeout() && what == "send the request" {
-        // The time limit applies to the whole response head. The message is therefore also correct
-        // if a part of the head arrived.
-        format!("no answer within {} s", timeouts.silence.as_secs())
-    } else if error.is_timeout() {
-        format!("no data arrived for {} s", timeouts.silence.as_secs())
-    } else {
-        cause(&error)
-    };
-    RequestFailure {
-        retry: !error.is_builder() && !error.is_redirect(),
-        error: ImageError::new(Kind::Unavailable, format!("{what}: {why}")),
-        wait: None,
-        slow: false,
-    }
 }

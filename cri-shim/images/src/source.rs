@@ -18,7 +18,8 @@ use crate::layer::digest_of;
 use crate::limits::RegistryLimits;
 use crate::pace::RateWatch;
 use crate::reference::{Name, Target};
-use crate::registry::{Blob, Registry};
+use crate::registry::Registry;
+use crate::registry::answer::Blob;
 
 /// The pauses before the second and each later round of requests to all endpoints.
 const ROUND_DELAYS: [Duration; 3] = [
