@@ -4,7 +4,8 @@
 //! symbolic link can't lead out of the directory. If any file of the system is renamed or mounted
 //! while openat2(2) resolves a `..`, it fails with EAGAIN. An attacker can rename files all the time,
 //! so a lookup that has failed a few times resolves the path without the kernel's help: component by
-//! component, and for a `..` it goes back to the directory from which it came.
+//! component, and for a `..` it goes back to the directory from which it came. Only such a lookup fails
+//! with ENAMETOOLONG if the path leads through more than [`MAX_DEPTH`] directories.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
@@ -19,6 +20,11 @@ const MAX_LINKS: usize = 40;
 
 /// The maximum length in bytes of a path and of a link's target, with the zero byte at its end.
 const PATH_MAX: usize = 4096;
+
+/// The maximum number of directories between the root and the file that a lookup by components opens.
+/// Each needs a descriptor. A path of `PATH_MAX` bytes with many links can lead through 80,000
+/// directories.
+const MAX_DEPTH: usize = 512;
 
 /// The `f_type` of procfs (statfs(2)).
 const PROC_SUPER_MAGIC: u64 = 0x9fa0;
@@ -72,6 +78,7 @@ fn open_by_components(
         let current = above.last().map_or(root, AsFd::as_fd);
         let found = open_one(current, &name, resolve)?;
         match FileType::from_raw_mode(fstat(&found)?.st_mode) {
+            FileType::Directory if above.len() == MAX_DEPTH => return Err(Errno::NAMETOOLONG),
             FileType::Directory => above.push(found),
             FileType::Symlink if rest.is_empty() && flags.contains(OFlags::NOFOLLOW) => {
                 return finish(found, flags);
@@ -155,7 +162,7 @@ fn finish(found: OwnedFd, flags: OFlags) -> Result<OwnedFd, Errno> {
 mod tests {
     use std::path::Path;
 
-    use rustix::fs::{CWD, openat};
+    use rustix::fs::{CWD, mkdirat, openat};
 
     use super::*;
 
@@ -237,6 +244,24 @@ mod tests {
                     }
                 }
             }
+        });
+    }
+
+    #[test]
+    fn a_lookup_by_components_opens_a_limited_number_of_directories() {
+        in_a_tree("deep", |root| {
+            let flags = OFlags::PATH | OFlags::CLOEXEC;
+            let find = |depth: usize| {
+                let path = "d/".repeat(depth);
+                open_by_components(root.as_fd(), path.as_bytes(), flags, ResolveFlags::empty())
+            };
+            let mut directory = root.try_clone().unwrap();
+            for _ in 0..=MAX_DEPTH {
+                mkdirat(&directory, "d", Mode::RWXU).unwrap();
+                directory = openat(&directory, "d", flags, Mode::empty()).unwrap();
+            }
+            assert!(find(MAX_DEPTH).is_ok());
+            assert_eq!(find(MAX_DEPTH + 1).map(drop), Err(Errno::NAMETOOLONG));
         });
     }
 
