@@ -16,6 +16,7 @@ pub mod id;
 pub mod in_root;
 pub mod mount_setattr;
 pub mod namespace_limits;
+pub mod netlink;
 pub mod own_cgroup;
 pub mod process_stat;
 pub mod procfs;

@@ -10,7 +10,7 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
+use rustix::net::{RecvFlags, SendFlags, netlink};
 
 use crate::error::NetworkError;
 
@@ -307,25 +307,21 @@ impl Answer {
 impl Socket {
     /// Opens a netlink socket for requests about links, addresses, routes and traffic control.
     pub(crate) fn route() -> Result<Self, NetworkError> {
-        Self::open(None, "open an rtnetlink socket")
+        Self::open(None, 0, "open an rtnetlink socket")
     }
 
     /// Opens a netlink socket for requests to nf_tables and to connection tracking.
     pub(crate) fn netfilter() -> Result<Self, NetworkError> {
-        Self::open(Some(netlink::NETFILTER), "open a netfilter socket")
+        Self::open(Some(netlink::NETFILTER), 0, "open a netfilter socket")
     }
 
     fn open(
         protocol: Option<rustix::net::Protocol>,
+        groups: u32,
         action: &'static str,
     ) -> Result<Self, NetworkError> {
-        let fd = rustix::net::socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC,
-            protocol,
-        )
-        .map_err(|errno| kernel_error(action, errno))?;
+        let fd = rrun_kernel::netlink::open(protocol, groups)
+            .map_err(|errno| kernel_error(action, errno))?;
         // With these options, an error message contains an explanation in words, and no copy of the
         // failed request. The socket also works if the kernel does not support the options.
         let _ = set_option(&fd, libc::SOL_NETLINK, libc::NETLINK_EXT_ACK, 1);
@@ -341,20 +337,13 @@ impl Socket {
     /// of the group must be from 1 to 32.
     pub(crate) fn netfilter_events(group: u32) -> Result<Self, NetworkError> {
         let action = "open a socket for events of netfilter";
-        let socket = Self::open(Some(netlink::NETFILTER), action)?;
-        let address = netlink::SocketAddrNetlink::new(0, 1 << (group - 1));
-        rustix::net::bind(&socket.fd, &address).map_err(|errno| kernel_error(action, errno))?;
-        Ok(socket)
+        Self::open(Some(netlink::NETFILTER), 1 << (group - 1), action)
     }
 
     /// Returns the number that identifies this socket in the events about its changes.
     pub(crate) fn port(&self) -> Result<u32, NetworkError> {
-        let failed = |errno| kernel_error("read the address of a netlink socket", errno);
-        let any = netlink::SocketAddrNetlink::new(0, 0);
-        rustix::net::bind(&self.fd, &any).map_err(failed)?;
-        let address = rustix::net::getsockname(&self.fd).map_err(failed)?;
-        let address = netlink::SocketAddrNetlink::try_from(address).map_err(failed)?;
-        Ok(address.pid())
+        rrun_kernel::netlink::port(&self.fd)
+            .map_err(|errno| kernel_error("read the address of a netlink socket", errno))
     }
 
     /// Reads the events that have arrived, and calls `each` for each of them. Returns the error that
