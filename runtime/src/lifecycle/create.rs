@@ -151,13 +151,15 @@ impl Drop for Rollback<'_> {
         if let Some(child) = &self.child {
             kill_and_reap(child);
         }
-        log_failure(self.net_devices.give_back());
         if let Some(path) = self.pid_file {
             log_failure(remove_pid_file(path));
         }
+        let mut killed = Ok(());
         if self.has_cgroup {
-            log_failure(cgroup::remove(&self.location.path, self.location.unit()));
+            killed = cgroup::remove(&self.location.path, self.location.unit());
         }
+        // A process of the container that is still alive could replace a device.
+        log_failure(killed.and_then(|()| self.net_devices.give_back()));
         log_failure(self.resctrl.remove());
         log_failure(self.dir.remove());
         if let Some((hooks, state)) = &self.hooks {

@@ -156,7 +156,8 @@ impl Task<'_> {
                     }
                     config.process.apply_limits(state.pid)?;
                 }
-                net_devices::attach(&config.net_devices, state.pid, net_devices)?;
+                let (devices, namespaces) = (&config.net_devices, &config.namespaces);
+                net_devices::attach(devices, state.pid, namespaces, net_devices)?;
                 if let Some(resctrl) = &config.resctrl {
                     let applied = resctrl.apply(&state.id, state.pid, &mut state.resctrl);
                     // Save the state even if a step failed. Then `delete` can remove the resctrl

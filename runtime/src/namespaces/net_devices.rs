@@ -5,18 +5,22 @@
 //! permanent, global addresses again and brings the device up, as runc does. When the container's
 //! network namespace is destroyed, the kernel moves hardware devices back to the host, but deletes
 //! virtual devices. So if the creation of the container fails, rrun itself moves all devices back,
-//! and restores their addresses and routes.
+//! and restores their addresses and routes. It does so only if no other process can have changed the
+//! devices in the network namespace. Otherwise a process could give another device the name of
+//! the moved one, and this device would become a device of the host.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
+use oci_spec::runtime::LinuxNamespaceType as Type;
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::net::{RecvFlags, SendFlags};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use crate::config::spec;
 use crate::error::{Context, Error, Result, refuse};
+use crate::namespaces::Namespaces;
 
 /// The size of the receive buffer, which is enough for any single reply of the kernel
 /// (NLMSG_GOODSIZE is at most 8 kB).
@@ -93,6 +97,9 @@ pub(crate) fn from_spec(devices: &BTreeMap<String, spec::NetDeviceSpec>) -> Resu
 pub(crate) struct Attached {
     namespaces: Option<NetworkNamespaces>,
     moved: Vec<MovedDevice>,
+    /// True if only the container's processes can be in its network namespace and have rights over
+    /// it.
+    is_alone: bool,
 }
 
 struct NetworkNamespaces {
@@ -115,16 +122,22 @@ struct MovedDevice {
     routes: Vec<Vec<u8>>,
 }
 
-/// Moves devices from rrun's network namespace to the network namespace of process `pid`. Records
-/// each device in `attached` before it moves the device.
+/// Moves devices from rrun's network namespace to the network namespace of process `pid`. `namespaces`
+/// are the namespaces of this process. Records each device in `attached` before it moves the device.
 ///
 /// # Errors
 /// Fails before the first device is moved if a device does not exist, or if its name is in use in
 /// the container.
-pub(crate) fn attach(devices: &[NetDevice], pid: i32, attached: &mut Attached) -> Result<()> {
+pub(crate) fn attach(
+    devices: &[NetDevice],
+    pid: i32,
+    namespaces: &Namespaces,
+    attached: &mut Attached,
+) -> Result<()> {
     if devices.is_empty() {
         return Ok(());
     }
+    attached.is_alone = namespaces.is_new(Type::Network) && !namespaces.is_joined(Type::User);
     let open = |path: &str| {
         rustix::fs::open(path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
             .doing(|| format!("open {path}"))
@@ -158,14 +171,15 @@ pub(crate) fn attach(devices: &[NetDevice], pid: i32, attached: &mut Attached) -
 impl Attached {
     /// Moves all devices back to the host, and restores their addresses and routes. If a step for
     /// one device fails, this function continues with the other devices, and returns the first
-    /// error.
+    /// error. All processes of the container must have ended.
     pub(crate) fn give_back(&self) -> Result<()> {
         let Some(namespaces) = &self.namespaces else {
             return Ok(());
         };
         let mut result = Ok(());
         for device in self.moved.iter().rev() {
-            result = result.and(device.give_back(namespaces).map_err(|error| {
+            let given_back = device.give_back(namespaces, self.is_alone);
+            result = result.and(given_back.map_err(|error| {
                 error.while_doing(format!(
                     "move the network device {} back to the host (linux.netDevices)",
                     device.host
@@ -266,11 +280,16 @@ fn missing_on_host() -> Error {
 }
 
 impl MovedDevice {
-    fn give_back(&self, namespaces: &NetworkNamespaces) -> Result<()> {
+    fn give_back(&self, namespaces: &NetworkNamespaces, is_alone: bool) -> Result<()> {
         let (host, inside) = (&namespaces.host, &namespaces.inside);
         if host.find(&self.host)?.is_some() {
             // The kernel has refused to move the device, which is therefore unchanged.
             return Ok(());
+        }
+        if !is_alone {
+            refuse!(
+                "it stays in the container's network namespace, because other containers use the same network or user namespace and could have given its name to another device"
+            );
         }
         // If the kernel has moved the device but could not change its name, the device still has
         // the name from the host.
@@ -462,14 +481,7 @@ struct NetlinkSocket {
 
 impl NetlinkSocket {
     fn open() -> Result<NetlinkSocket> {
-        let fd = rustix::net::socket_with(
-            AddressFamily::NETLINK,
-            SocketType::RAW,
-            SocketFlags::CLOEXEC,
-            // NETLINK_ROUTE is 0.
-            None,
-        )
-        .doing(|| "open a netlink socket")?;
+        let fd = rrun_kernel::netlink::open(None, 0).doing(|| "open a netlink socket")?;
         Ok(NetlinkSocket { fd })
     }
 

@@ -27,6 +27,10 @@ pub(crate) const TESTS: &[Test] = &[
         NEEDS
     ),
     test!(network_devices_return_if_the_creation_fails, NEEDS),
+    test!(
+        a_network_device_does_not_return_from_the_network_namespace_of_others,
+        NEEDS
+    ),
     test!(a_network_device_gets_the_first_free_number, NEEDS),
 ];
 
@@ -277,6 +281,38 @@ fn network_devices_return_if_the_creation_fails() -> Result {
         other,
         "the addresses, flags and routes of the other device"
     );
+    Ok(())
+}
+
+/// Another container in the network namespace can rename the device, and give its name to another
+/// device. This other device must not become a device of the host.
+fn a_network_device_does_not_return_from_the_network_namespace_of_others() -> Result {
+    let _device = with_routes("e2e-joined0")?;
+    let first = Bundle::new(&["sleep", "600"])?;
+    first.start()?;
+    let pid = first.pid()?;
+    let mut bundle = Bundle::new(&["exit", "0"])?;
+    bundle
+        .set("/process/args", json!(["/bin/missing"]))
+        .without_namespace("network")
+        .add(
+            "/linux/namespaces",
+            json!({ "type": "network", "path": format!("/proc/{pid}/ns/net") }),
+        )
+        .set(
+            "/linux/netDevices",
+            json!({ "e2e-joined0": { "name": "net5" } }),
+        );
+    bundle
+        .call(&["create"])?
+        .exits(1)?
+        .fails_with("it stays in the container's network namespace")?;
+    ensure!(
+        !std::fs::exists("/sys/class/net/e2e-joined0")?,
+        "a device with the name of the moved device is on the host"
+    );
+    inside(pid, "net5")?;
+    first.end()?;
     Ok(())
 }
 
