@@ -358,12 +358,17 @@ pub(super) fn wait_until_empty(
     })
 }
 
+/// The interval at which [`wait_for_event`] reads cgroup.events although the kernel has reported no
+/// change. The kernel does not wake the polling process when the cgroup is removed.
+const LOOK_AGAIN_INTERVAL: Duration = Duration::from_millis(500);
+
 /// Waits until cgroup.events contains the line `wanted`, or the cgroup no longer exists. Returns
 /// false if the time limit `within` expires first. This function calls poll(2) on cgroup.events.
 /// The kernel wakes the polling process at every change of this file.
 fn wait_for_event(path: &Path, wanted: &str, within: Duration) -> Result<bool> {
     let deadline = Instant::now() + within;
-    let found = wait_for_event_meanwhile(path, wanted, deadline, || deadline)?;
+    let look_again = || Instant::now() + LOOK_AGAIN_INTERVAL;
+    let found = wait_for_event_meanwhile(path, wanted, deadline, look_again)?;
     if !found {
         log::warning(&format!(
             "watch cgroup.events of {}: the line \"{wanted}\" did not appear within the time limit",
