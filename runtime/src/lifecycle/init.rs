@@ -254,11 +254,9 @@ impl Init<'_> {
         };
 
         // If the container's root is shared, later mounts below a bind mount must still propagate
-        // to the host. With --no-pivot, the container's root will cover the sources of bind mounts.
-        // In both cases, open the sources of the bind mounts now. Later, mount_change turns all
-        // mounts into slaves, so new mounts no longer propagate to the host. After that, rrun
-        // attaches the container's root, which can cover the sources.
-        if config.root_is_shared() || self.no_pivot {
+        // to the host. Below, mount_change turns all mounts into slaves, so new mounts no longer
+        // propagate to the host. The sources of the bind mounts are therefore opened before.
+        if config.root_is_shared() {
             self.host_mounts
                 .open(&config.mount_sources(), Mount::is_bind)?;
         }
@@ -289,28 +287,27 @@ impl Init<'_> {
         Ok(rootfs)
     }
 
-    /// Attaches the container's root file system to the mounts of this process.
+    /// Attaches the container's root file system to the mounts of this process, at root.path. The
+    /// root must not be attached on `/` before the prestart and createRuntime hooks have run. A hook
+    /// that enters the mount namespace (setns(2)) would then have the container's root as `/`, and
+    /// could execute a program of the image with the rights of rrun's caller.
     fn attach_own_root(&mut self) -> Result<Rootfs> {
         let config = self.config;
-        let old_root = Path::new("/");
-        match self.host_mounts.root.take() {
-            // Attach the container's root on `/`: every process can reach `/`, but not every
-            // process can reach `config.rootfs`. The container's root is allowed to cover the old
-            // root, because rrun has already opened the sources of all bind mounts.
-            Some(root) => attach_root(root, old_root),
-            // Attach the container's root at its own path on the host, unless --no-pivot requires
-            // `/`. If the root were attached on `/`, a recursive bind mount of `/` would include
-            // the container's root.
-            None => {
-                let clone = clone_root(&config.rootfs, config.root_is_slave())?;
-                let path = if self.no_pivot {
-                    old_root
-                } else {
-                    &config.rootfs
-                };
-                attach_root(clone, path)
-            }
+        let path = &config.rootfs;
+        let is_at_working_directory = self
+            .host_mounts
+            .root_is_at_working_directory(&config.namespaces);
+        let root = match self.host_mounts.root.take() {
+            Some(root) => root,
+            None => clone_root(path, config.root_is_slave())?,
+        };
+        if !is_at_working_directory {
+            return attach_root(root, path, path);
         }
+        let rootfs = attach_root(root, path, Path::new(""))?;
+        // The working directory is now hidden below the container's root.
+        rustix::process::chdir("/").doing(|| "leave root.path")?;
+        Ok(rootfs)
     }
 
     fn make_terminal(&self, rootfs: &Rootfs) -> Result<Option<Terminal>> {
@@ -419,9 +416,9 @@ impl Init<'_> {
         let doing = || format!("change the root to {}", self.config.rootfs.display());
         rustix::process::fchdir(rootfs).doing(doing)?;
         if self.no_pivot {
-            // The container's root is already mounted on top of the old root, so chroot is
-            // sufficient. The old root remains mounted, so rrun must unmount the old root's procfs
-            // and sysfs.
+            // The old root remains mounted below the container's root, so rrun must unmount the old
+            // root's procfs and sysfs.
+            tree::move_to_root(rootfs).doing(doing)?;
             tree::unmount_host_proc_and_sys()?;
             rustix::process::chroot(".").doing(doing)?;
         } else {

@@ -55,6 +55,14 @@ impl HostMounts {
         Ok(host_mounts)
     }
 
+    /// Returns whether the first process attaches the container's root at its working directory,
+    /// because it could not reach root.path in its user namespace. rrun enters root.path before it
+    /// creates the first process. In the new mount namespace, the working directory is the same
+    /// directory (mount_namespaces(7)).
+    pub(crate) fn root_is_at_working_directory(&self, namespaces: &Namespaces) -> bool {
+        self.root.is_some() && namespaces.is_new(Type::Mount)
+    }
+
     /// Opens the sources of the bind mounts that `wanted` selects. Skips the sources that are
     /// already open.
     pub(crate) fn open(

@@ -23,6 +23,7 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_hook_does_not_need_to_read_a_large_state, Need::Rrun),
     test!(hooks_on_the_host_are_not_in_the_containers_namespaces),
     test!(poststop_hooks_run_although_the_joined_pid_namespace_has_ended),
+    test!(a_hook_in_the_containers_mount_namespace_has_the_hosts_root),
 ];
 
 /// The kinds of hooks that run in the host's root, in their order.
@@ -195,6 +196,43 @@ fn hooks_on_the_host_are_not_in_the_containers_namespaces() -> Result {
         );
     }
     first.end()?;
+    Ok(())
+}
+
+/// If a hook that enters the mount namespace had the container's root, it would execute the image's
+/// programs with root's rights. The hook must also find the container's mounts below root.path.
+fn a_hook_in_the_containers_mount_namespace_has_the_hosts_root() -> Result {
+    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+    for (options, has_user_namespace) in [
+        (&["run"][..], false),
+        (&["run", "--no-pivot"], false),
+        (&["run"], true),
+    ] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        if has_user_namespace {
+            bundle
+                .add("/linux/namespaces", json!({ "type": "user" }))
+                .set("/linux/uidMappings", map.clone())
+                .set("/linux/gidMappings", map.clone());
+        }
+        let look = format!(
+            "stat -c %i /; stat -f -c %T {}/proc",
+            bundle.rootfs().display()
+        );
+        let log = bundle.join("seen");
+        let line = format!(
+            "pid=$(sed 's/.*\"pid\": *\\([0-9]*\\).*/\\1/'); nsenter --mount --target $pid /bin/sh -c '{look}' > {}",
+            log.display()
+        );
+        bundle.set("/hooks/createRuntime", shell(&line));
+        bundle.call(options)?.ok()?;
+        let root = command("stat", ["-c", "%i", "/"]).ok()?.stdout;
+        ensure_eq!(
+            fs::read_to_string(&log)?,
+            format!("{root}proc\n"),
+            "the inode of `/` and the file system at root.path/proc for a hook of a container with {options:?} (user namespace: {has_user_namespace})"
+        );
+    }
     Ok(())
 }
 
