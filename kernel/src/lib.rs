@@ -11,6 +11,7 @@ pub mod device_number;
 pub mod directory_levels;
 pub mod empty_tmpfs;
 pub mod errno;
+pub mod file_handle;
 pub mod heap;
 pub mod id;
 pub mod in_root;

@@ -94,7 +94,10 @@ impl ImageStore {
         self.sweep_with(Removals::begin_counted).await
     }
 
-    async fn sweep_with(&self, begin: fn(&Arc<Removals>, Vec<PathBuf>)) -> Result<(), ImageError> {
+    async fn sweep_with(
+        &self,
+        begin: fn(&Arc<Removals>, &str, Vec<PathBuf>),
+    ) -> Result<(), ImageError> {
         let (layers, written) = {
             let (layers, changes) = lock(&self.catalog).sweep();
             if layers.is_empty() {
@@ -107,7 +110,8 @@ impl ImageStore {
             .iter()
             .map(|layer| directory(&self.root, layer.number))
             .collect();
-        begin(&self.queues.directories.removals, directories);
+        let removals = &self.queues.directories.removals;
+        begin(removals, &removals.new_owner(), directories);
         Ok(written?)
     }
 }

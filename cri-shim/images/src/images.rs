@@ -80,7 +80,9 @@ impl Images {
         drop(store.commit(changes));
         let Leavings { paths, next } = leavings(root, &catalog)?;
         let removals = Removals::new(runtime);
-        removals.begin(paths);
+        for path in paths {
+            removals.begin(&path.to_string_lossy(), vec![path.clone()]);
+        }
         let directories = LayerDirectories::new(root, removals, next);
         Ok(Images {
             store: Arc::new(ImageStore {

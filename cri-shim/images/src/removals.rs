@@ -5,24 +5,25 @@
 //! removed, no record names this directory, and the next start of the server begins the removal
 //! again.
 //!
-//! The removals take turns, and only one of them runs. But a container can make the removal of a file
+//! Each removal has a thread, and the threads take turns. A container can make the removal of a file
 //! take long: the kernel locks a directory while a process reads it, and a process can still have a
-//! directory of a removed image or container open. It can also create files there while they are
-//! being removed. If a removal does not end its turn in time, the next turn begins, and the removal
-//! continues after a pause.
+//! directory of a removed image or container open. The removals of an owner, such as a pod, therefore
+//! run one after the other, and an owner can make at most one thread hang.
 
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
 use std::path::{Path, PathBuf};
-use std::pin::pin;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
-use futures_util::future::join_all;
 use rustix::io::Errno;
 use tokio::runtime::Handle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{Semaphore, oneshot, watch};
 
 use crate::layer;
+use rrun_calls::lock::lock;
+use rrun_calls::turns::{TurnTimes, Turns};
 use rrun_calls::wait::slow;
 use rrun_kernel::errno::describe;
 
@@ -31,129 +32,168 @@ use rrun_kernel::errno::describe;
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 const MAX_DOUBLINGS: u32 = 10;
 
-/// The length of a turn. A removal that takes longer continues in a later turn.
-const TURN: Duration = Duration::from_secs(1);
+/// A node that is short of disk space can have many layers to remove. One thread removes files faster
+/// than three threads unpack them.
+const TIMES: TurnTimes = TurnTimes {
+    turn: Duration::from_secs(1),
+    overtime: Duration::from_millis(500),
+    pause: Duration::ZERO,
+    late_pause_factor: 10,
+};
 
-/// The time after a turn in which a removal must end it. If it does not, one file takes very long, and
-/// the next turn begins.
-const OVERTIME: Duration = Duration::from_millis(500);
-
-/// The maximum number of removals that did not end their turn in time and do not delay others. Each
-/// needs a thread until the kernel has removed the file.
-const MAX_LATE: usize = 32;
-
-/// The pause after a late turn is this number multiplied by the delay of the turn. Removals that are
-/// always late then rarely use up the permits.
-const LATE_PAUSE: u32 = 20;
-const MAX_LATE_PAUSE: Duration = Duration::from_secs(300);
+/// The maximum number of threads. Each waits for its turn, or for a file that the kernel has not
+/// removed yet.
+const MAX_THREADS: usize = 256;
 
 pub struct Removals {
-    /// A node that is short of disk space can have many layers to remove. With this permit, only one
-    /// removal runs at a time. One thread removes files faster than three threads unpack them. The
-    /// semaphore is fair.
-    turn: Semaphore,
-    /// The permits of the removals that did not end their turn in time.
-    late: Semaphore,
+    /// The removals that have not begun, by owner. An owner has an entry as long as a task removes its
+    /// layers.
+    waiting: Mutex<HashMap<String, VecDeque<LayerRemoval>>>,
+    turns: Arc<Turns>,
+    threads: Semaphore,
     /// The number of removals in progress of layers of removed images or containers, including the
     /// removals that wait for their turn.
-    count: watch::Sender<usize>,
+    count: Arc<watch::Sender<usize>>,
+    /// The number of owners that [`Removals::new_owner`] has returned.
+    owners: AtomicU64,
     /// The runtime of the server. The threads that unpack layers do not belong to it.
     runtime: Handle,
 }
 
+struct LayerRemoval {
+    path: PathBuf,
+    failures: u32,
+    counted: Option<Counted>,
+}
+
+/// Increments the number of removals in progress. Dropping this value decrements the number.
+struct Counted(Arc<watch::Sender<usize>>);
+
+impl Counted {
+    fn new(count: &Arc<watch::Sender<usize>>) -> Self {
+        count.send_modify(|count| *count += 1);
+        Counted(Arc::clone(count))
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.send_modify(|count| *count = count.saturating_sub(1));
+    }
+}
+
 impl Removals {
     pub fn new(runtime: Handle) -> Arc<Self> {
+        Removals::with_times(runtime, TIMES)
+    }
+
+    fn with_times(runtime: Handle, times: TurnTimes) -> Arc<Self> {
         Arc::new(Removals {
-            turn: Semaphore::new(1),
-            late: Semaphore::new(MAX_LATE),
-            count: watch::Sender::default(),
+            waiting: Mutex::default(),
+            turns: Arc::new(Turns::new(times)),
+            threads: Semaphore::new(MAX_THREADS),
+            count: Arc::default(),
+            owners: AtomicU64::new(0),
             runtime,
         })
     }
 
+    /// Returns an owner for the layers of one image, which are removed one after the other.
+    pub(crate) fn new_owner(&self) -> String {
+        let number = self.owners.fetch_add(1, Ordering::Relaxed);
+        format!("image {number}")
+    }
+
     /// Removes the files of layers that were never complete. If one of them can't be removed, tries
     /// again later. Any thread can call this function, and the call does not block.
-    pub(crate) fn begin(self: &Arc<Self>, paths: Vec<PathBuf>) {
-        if !paths.is_empty() {
-            let removals = Arc::clone(self);
-            self.runtime.spawn(async move {
-                let left = removals.attempt(paths).await;
-                removals.retry(left).await;
-            });
+    pub(crate) fn begin(self: &Arc<Self>, owner: &str, paths: Vec<PathBuf>) {
+        for path in paths {
+            self.add(owner, path, 0, None);
         }
     }
 
     /// Removes the layers of removed images or containers like [`Removals::begin`]. [`Removals::done`]
     /// waits for the first attempt.
-    pub fn begin_counted(self: &Arc<Self>, paths: Vec<PathBuf>) {
-        let removals = Arc::clone(self);
-        removals.count.send_modify(|count| *count += 1);
-        self.runtime.spawn(async move {
-            let left = removals.attempt(paths).await;
-            let counted = |count: &mut usize| *count = count.saturating_sub(1);
-            removals.count.send_modify(counted);
-            removals.retry(left).await;
-        });
+    pub fn begin_counted(self: &Arc<Self>, owner: &str, paths: Vec<PathBuf>) {
+        for path in paths {
+            self.add(owner, path, 0, Some(Counted::new(&self.count)));
+        }
     }
 
-    /// Removes the paths, and returns those that can't be removed.
-    async fn attempt(&self, paths: Vec<PathBuf>) -> Vec<PathBuf> {
-        let attempts = paths.into_iter().map(async |path| {
-            loop {
-                let (what, removed) = (format!("remove {}", path.display()), path.clone());
-                let removal = move |is_over: &AtomicBool| remove(&removed, is_over);
-                match self.in_turn(what, removal).await {
-                    Turn::Removed => return None,
-                    Turn::Over => {}
-                    Turn::Failed => return Some(path),
-                }
+    fn add(self: &Arc<Self>, owner: &str, path: PathBuf, failures: u32, counted: Option<Counted>) {
+        let removal = LayerRemoval {
+            path,
+            failures,
+            counted,
+        };
+        let mut waiting = lock(&self.waiting);
+        if let Some(queue) = waiting.get_mut(owner) {
+            queue.push_back(removal);
+            return;
+        }
+        waiting.insert(owner.to_owned(), VecDeque::from([removal]));
+        let (removals, owner) = (Arc::clone(self), owner.to_owned());
+        self.runtime.spawn(async move {
+            while let Some(removal) = removals.next(&owner) {
+                removals.attempt(&owner, removal).await;
             }
         });
-        join_all(attempts).await.into_iter().flatten().collect()
     }
 
-    /// Calls `removal` on a separate thread when no other removal has its turn. The argument of
-    /// `removal` becomes true when its turn is over. `what` describes the removal for the log.
-    async fn in_turn(
-        &self,
-        what: String,
-        removal: impl FnOnce(&AtomicBool) -> Turn + Send + 'static,
-    ) -> Turn {
-        // The semaphores are never closed.
-        let Ok(turn) = self.turn.acquire().await else {
-            return Turn::Failed;
-        };
-        let is_over = Arc::new(AtomicBool::new(false));
-        let over = Arc::clone(&is_over);
-        let removal = tokio::task::spawn_blocking(move || removal(&over));
-        let mut removal = pin!(removal);
-        if let Ok(ended) = tokio::time::timeout(TURN, &mut removal).await {
-            return ended.unwrap_or(Turn::Failed);
+    fn next(&self, owner: &str) -> Option<LayerRemoval> {
+        let mut waiting = lock(&self.waiting);
+        let next = waiting.get_mut(owner).and_then(VecDeque::pop_front);
+        if next.is_none() {
+            waiting.remove(owner);
         }
-        is_over.store(true, Ordering::Relaxed);
-        if let Ok(ended) = tokio::time::timeout(OVERTIME, &mut removal).await {
-            return ended.unwrap_or(Turn::Failed);
-        }
-        let begun = Instant::now();
-        let late = self.late.try_acquire();
-        let turn = late.is_err().then_some(turn);
-        let ended = slow(what, removal).await.unwrap_or(Turn::Failed);
-        drop((turn, late));
-        if ended == Turn::Over {
-            // The next turn of this removal will probably be late, too.
-            let pause = begun.elapsed() * LATE_PAUSE;
-            tokio::time::sleep(pause.min(MAX_LATE_PAUSE)).await;
-        }
-        ended
+        next
     }
 
-    async fn retry(&self, mut left: Vec<PathBuf>) {
-        let mut failures = 0;
-        while !left.is_empty() {
+    /// Removes a layer. If this fails, tries again later.
+    async fn attempt(self: &Arc<Self>, owner: &str, removal: LayerRemoval) {
+        let LayerRemoval {
+            path,
+            failures,
+            counted,
+        } = removal;
+        let is_removed = self.remove(&path).await;
+        drop(counted);
+        if is_removed {
+            return;
+        }
+        let (removals, owner) = (Arc::clone(self), owner.to_owned());
+        self.runtime.spawn(async move {
             tokio::time::sleep(RETRY_INTERVAL * (1 << failures)).await;
-            failures = (failures + 1).min(MAX_DOUBLINGS);
-            left = self.attempt(left).await;
+            let failures = (failures + 1).min(MAX_DOUBLINGS);
+            removals.add(&owner, path, failures, None);
+        });
+    }
+
+    /// Removes a directory that no record names, on a separate thread. The process can end while the
+    /// thread runs. Returns whether the directory was removed.
+    async fn remove(&self, path: &Path) -> bool {
+        // The semaphore is never closed.
+        let _thread = self.threads.acquire().await;
+        let (sender, removed) = oneshot::channel();
+        let (turns, removed_path) = (Arc::clone(&self.turns), path.to_owned());
+        let removal = move || {
+            let turn = RefCell::new(turns.wait());
+            let go_on = || {
+                turn.borrow_mut().go_on();
+                Ok(())
+            };
+            let _ = sender.send(remove(&removed_path, &go_on));
+        };
+        if let Err(error) = std::thread::Builder::new().spawn(removal) {
+            let reason = describe(&error);
+            log::warn!(
+                "cannot remove {}: create a thread: {reason}",
+                path.display()
+            );
+            return false;
         }
+        let removed = slow(format!("remove {}", path.display()), removed).await;
+        removed.unwrap_or(false)
     }
 
     /// Waits until no layer of a removed image or container is being removed, but at most for `limit`.
@@ -163,88 +203,81 @@ impl Removals {
     }
 }
 
-/// The result of a turn of a removal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Turn {
-    Removed,
-    /// The turn is over, and files remain.
-    Over,
-    Failed,
-}
-
-/// Removes a directory that no record names, until `is_over` becomes true. A failure can have a cause
-/// that passes, so the removal is repeated once.
-fn remove(path: &Path, is_over: &AtomicBool) -> Turn {
-    let go_on = || {
-        if is_over.load(Ordering::Relaxed) {
-            return Err(Errno::CANCELED);
-        }
-        Ok(())
-    };
-    let remove = || layer::remove_path_and(path, &go_on);
-    let removed = match remove() {
-        Err(errno) if errno != Errno::CANCELED => remove(),
-        removed => removed,
-    };
-    match removed {
-        Ok(()) => Turn::Removed,
-        Err(Errno::CANCELED) => Turn::Over,
+/// Removes a directory. A failure can have a cause that passes, so the removal is repeated once.
+/// Returns whether the directory was removed.
+fn remove(path: &Path, go_on: &dyn Fn() -> Result<(), Errno>) -> bool {
+    let removed = layer::remove_path_and(path, go_on);
+    match removed.or_else(|_| layer::remove_path_and(path, go_on)) {
+        Ok(()) => true,
         Err(errno) => {
             let reason = describe(&errno.into());
             log::warn!("cannot remove {}: {reason}", path.display());
-            Turn::Failed
+            false
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::mpsc::{Sender, channel};
-    use std::thread::sleep;
+    use rustix::fs::{CWD, Mode, OFlags, mkdirat, openat};
 
     use super::*;
 
-    const STEP: Duration = Duration::from_millis(10);
+    const STEP: Duration = Duration::from_millis(1);
 
-    #[tokio::test]
-    async fn a_removal_that_takes_long_is_continued_in_a_later_turn() {
-        let removals = Removals::new(Handle::current());
-        let endless = |is_over: &AtomicBool| {
-            while !is_over.load(Ordering::Relaxed) {
-                sleep(STEP);
-            }
-            Turn::Over
-        };
-        let (first, second) = tokio::join!(
-            removals.in_turn("remove without end".to_owned(), endless),
-            removals.in_turn("remove".to_owned(), |_| Turn::Removed),
-        );
-        assert_eq!((first, second), (Turn::Over, Turn::Removed));
-        assert_eq!(removals.late.available_permits(), MAX_LATE);
+    type Outcome = Result<(), Box<dyn std::error::Error>>;
+
+    /// Creates a directory that contains a directory, and so on.
+    fn make_deep(name: &str, levels: usize) -> Result<PathBuf, Box<dyn std::error::Error>> {
+        let root = std::env::temp_dir().join(format!("rrun-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&root)?;
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let mut at = openat(CWD, &root, flags, Mode::empty())?;
+        for _ in 0..levels {
+            mkdirat(&at, "d", Mode::RWXU)?;
+            at = openat(&at, "d", flags, Mode::empty())?;
+        }
+        Ok(root)
     }
 
-    /// Begins a removal that hangs until the returned sender is dropped.
-    fn begin_hanging(removals: &Arc<Removals>) -> Sender<()> {
-        let (end, ended) = channel();
-        let removals = Arc::clone(removals);
-        tokio::spawn(async move {
-            let removal = move |_: &AtomicBool| {
-                let _ = ended.recv();
-                Turn::Over
-            };
-            removals.in_turn("hang".to_owned(), removal).await
-        });
-        end
+    fn with_short_turns() -> Arc<Removals> {
+        Removals::with_times(
+            Handle::current(),
+            TurnTimes {
+                turn: STEP,
+                overtime: STEP,
+                pause: Duration::ZERO,
+                late_pause_factor: 1,
+            },
+        )
+    }
+
+    /// The way down to the first directory without entries takes longer than a turn.
+    #[tokio::test]
+    async fn trees_that_need_many_turns_are_removed() -> Outcome {
+        let removals = with_short_turns();
+        let paths = [make_deep("deep-1", 10_000)?, make_deep("deep-2", 10_000)?];
+        for path in &paths {
+            removals.begin_counted(&path.to_string_lossy(), vec![path.clone()]);
+        }
+        removals.done(Duration::from_secs(60)).await;
+        assert!(!paths.iter().any(|path| path.exists()));
+        Ok(())
     }
 
     #[tokio::test]
-    async fn a_removal_that_hangs_does_not_delay_the_next_one() {
-        let removals = Removals::new(Handle::current());
-        let hanging = begin_hanging(&removals);
-        tokio::task::yield_now().await;
-        let removed = removals.in_turn("remove".to_owned(), |_| Turn::Removed);
-        assert_eq!(removed.await, Turn::Removed);
-        assert_eq!(removals.late.available_permits(), MAX_LATE - 1);
+    async fn a_removal_that_hangs_delays_only_its_owner() -> Outcome {
+        let removals = with_short_turns();
+        let paths = [make_deep("hang-1", 1)?, make_deep("hang-2", 1)?];
+        // This queue has no task, as if the first removal of the owner hung.
+        lock(&removals.waiting).insert("pod".to_owned(), VecDeque::new());
+        let turns = Arc::clone(&removals.turns);
+        let hanging = turns.wait();
+        removals.begin("pod", vec![paths[0].clone()]);
+        removals.begin_counted("other pod", vec![paths[1].clone()]);
+        removals.done(Duration::from_secs(60)).await;
         drop(hanging);
+        assert_eq!(paths.each_ref().map(|path| path.exists()), [true, false]);
+        Ok(std::fs::remove_dir_all(&paths[0])?)
     }
 }

@@ -82,7 +82,8 @@ impl UnpackedLayer {
 impl Drop for UnpackedLayer {
     fn drop(&mut self) {
         if let Some(path) = self.path.take() {
-            self.removals.begin(vec![path]);
+            let owner = path.to_string_lossy().into_owned();
+            self.removals.begin(&owner, vec![path]);
         }
     }
 }

@@ -50,7 +50,8 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     remove_orphans(node).await?;
     // Earlier versions moved the writable layers of removed containers to this directory.
     let earlier = node.config.root.join("trash");
-    node.removals.begin_counted(vec![earlier]);
+    node.removals
+        .begin_counted("earlier versions", vec![earlier]);
     let network = node.network.reconcile(&live).await;
     if let Err(error) = network {
         log::error!("reconcile the pods' networks with the store: {error}");
@@ -280,7 +281,7 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
         let (container, _) = id.split_once(':').unwrap_or((&id, ""));
         if node.container(container).is_err() {
             let writable = node.writable_layer(container);
-            node.removals.begin_counted(vec![writable]);
+            node.removals.begin_counted(container, vec![writable]);
             if let Err(error) = node.images.release(&id).await {
                 log::error!("release the lease on the image of {id}: {error}");
             }

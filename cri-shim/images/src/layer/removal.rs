@@ -16,7 +16,7 @@ use std::path::Path;
 use rustix::fs::{AtFlags, CWD, FileType, IFlags, Mode, OFlags, ioctl_getflags, ioctl_setflags};
 use rustix::io::Errno;
 
-use rrun_kernel::directory_levels::{Levels, OPEN};
+use rrun_kernel::directory_levels::{Ascent, Levels, OPEN};
 use rrun_kernel::regular_file;
 
 /// Removes a file or a whole directory. Does nothing if `path` does not exist.
@@ -127,8 +127,10 @@ impl Removal<'_> {
     /// entry of the directory above it is the entry of the directory that was left. Returns the
     /// position in the current directory, and whether the next entry is such an entry.
     fn leave(&mut self) -> Result<(i64, bool), Errno> {
-        if let Some(offset) = self.levels.ascend()? {
-            return Ok((offset, true));
+        match self.levels.ascend()? {
+            Ascent::Open => {}
+            Ascent::Closed { offset } => return Ok((offset, true)),
+            Ascent::Forgotten => return Ok((0, false)),
         }
         // The position in an open directory is never used.
         let position = (0, false);
@@ -207,7 +209,7 @@ fn is_directory(parent: BorrowedFd<'_>, name: &[u8], kind: FileType) -> Result<b
 
 #[cfg(test)]
 mod tests {
-    use rrun_kernel::directory_levels::OPEN_LEVELS;
+    use rrun_kernel::directory_levels::{MAX_CLOSED, OPEN_LEVELS};
 
     use super::*;
 
@@ -250,6 +252,32 @@ mod tests {
         ioctl_setflags(&file, ioctl_getflags(&file)? | IFlags::IMMUTABLE)?;
         remove_path(&root)?;
         assert!(!root.exists());
+        Ok(())
+    }
+
+    /// The removal forgets directories on its way down.
+    #[test]
+    fn a_tree_deeper_than_the_remembered_directories_is_removed()
+    -> Result<(), Box<dyn std::error::Error>> {
+        // So many directories take minutes on a disk.
+        let name = format!("rrun-deepest-{}", std::process::id());
+        let root = Path::new("/dev/shm").join(name);
+        std::fs::create_dir_all(&root)?;
+        let mut at = rustix::fs::openat(CWD, &root, OPEN, Mode::empty())?;
+        for _ in 0..3 * MAX_CLOSED {
+            rustix::fs::mkdirat(&at, "deep", Mode::RWXU)?;
+            rustix::fs::mkdirat(&at, "other", Mode::RWXU)?;
+            at = rustix::fs::openat(&at, "deep", OPEN, Mode::empty())?;
+        }
+        // While a process has a directory open, each removal above it takes the kernel longer.
+        drop(at);
+        let steps = std::cell::Cell::new(0);
+        remove_path_and(&root, &|| {
+            steps.set(steps.get() + 1);
+            Ok(())
+        })?;
+        assert!(!root.exists());
+        assert!(steps.get() < 20 * MAX_CLOSED, "{steps:?} steps");
         Ok(())
     }
 

@@ -69,7 +69,8 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
         remove_tree(&bundle)
     })
     .await?;
-    node.removals.begin_counted(vec![writable]);
+    let pod = &container.sandbox.id;
+    node.removals.begin_counted(pod, vec![writable]);
     Ok(())
 }
 

@@ -69,8 +69,7 @@ impl StatsCache {
     /// Counts the disk usage of `containers` again. If the count takes too long, the previous disk
     /// usage is reported.
     pub(crate) async fn refresh(&self, node: &Node, containers: &[Arc<Container>]) {
-        let ids = containers.iter().map(|container| container.id.as_str());
-        self.writable.refresh(node, ids).await;
+        self.writable.refresh(node, containers).await;
     }
 
     /// Returns the average CPU usage since the stored reading, in nanoseconds of CPU time per

@@ -4,8 +4,8 @@
 
 mod walk;
 
-use std::collections::{HashMap, VecDeque};
-use std::path::{Path, PathBuf};
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,8 +14,10 @@ use tokio::sync::Semaphore;
 
 use self::walk::Count;
 use crate::clock::now;
+use crate::container::Container;
 use crate::node::Node;
 use rrun_calls::lock::lock;
+use rrun_calls::turns::{Turn, TurnTimes, Turns};
 
 /// The factor between the duration of a layer's count and the pause before the next count. The
 /// counts of a layer therefore use at most a hundredth of one CPU's time, unless `MAX_AGE` shortens
@@ -30,19 +32,24 @@ const MAX_AGE: Duration = Duration::from_secs(30);
 /// The maximum time that a request for statistics waits for walks through layers.
 const REFRESH_TIMEOUT: Duration = Duration::from_millis(100);
 
-/// The time after which a walk counts as long. A long walk does not delay the walks through other
-/// layers. A container can also make a walk sleep in the kernel for a long time: the kernel locks a
-/// directory while a process of the container reads it.
+/// The time after which a walk counts as long. A long walk does not delay the walks through the layers
+/// of other pods. A container can also make a walk sleep in the kernel for a long time: the kernel
+/// locks a directory while a process of the container reads it.
 const LONG_WALK: Duration = Duration::from_secs(1);
 
 /// The maximum number of long walks that do not delay the walks through other layers. Each needs a
-/// thread.
-const MAX_LONG_WALKS: usize = 32;
+/// thread. A pod has at most one walk at a time.
+const MAX_LONG_WALKS: usize = 256;
 
-/// The time for which a long walk runs before it lets other long walks run. Only one long walk runs
-/// at a time, and it then pauses for the same time. A container with millions of files can therefore
-/// use at most one CPU's time for its counts, together with all other such containers.
-const LONG_WALK_SLICE: Duration = Duration::from_millis(100);
+/// The turns of long walks. Only one long walk runs at a time, and it then pauses for the same time. A
+/// container with millions of files can therefore use at most one CPU's time for its counts, together
+/// with all other such containers.
+const LONG_WALK_TIMES: TurnTimes = TurnTimes {
+    turn: Duration::from_millis(100),
+    overtime: Duration::from_millis(900),
+    pause: Duration::from_millis(100),
+    late_pause_factor: 1,
+};
 
 /// The number of bytes and inodes in a container's writable layer. `at` is the time at which they
 /// were counted, in nanoseconds since the epoch. Before the first count, `at` is 0.
@@ -59,18 +66,26 @@ pub(super) struct UsageCache {
 }
 
 struct Shared {
-    counts: Mutex<HashMap<String, CountedUsage>>,
-    /// The time at which the long walk that runs now began to run.
-    long_walk: Mutex<Option<Instant>>,
+    counts: Mutex<Counts>,
+    /// The turns of the long walks.
+    turns: Turns,
     /// The permits of the long walks that do not delay the walks through other layers.
     long_walks: Arc<Semaphore>,
+}
+
+#[derive(Default)]
+struct Counts {
+    /// The usage of each container, by the container's id.
+    usages: HashMap<String, CountedUsage>,
+    /// The ids of the pods with a walk in progress.
+    busy_pods: HashSet<String>,
 }
 
 impl Default for Shared {
     fn default() -> Self {
         Shared {
             counts: Mutex::default(),
-            long_walk: Mutex::default(),
+            turns: Turns::new(LONG_WALK_TIMES),
             long_walks: Arc::new(Semaphore::new(MAX_LONG_WALKS)),
         }
     }
@@ -87,7 +102,6 @@ struct Batch {
 struct CountedUsage {
     usage: Usage,
     duration: Duration,
-    counting: bool,
 }
 
 impl CountedUsage {
@@ -95,7 +109,7 @@ impl CountedUsage {
         let age = u128::from(now.saturating_sub(self.usage.at).unsigned_abs());
         let rest = self.duration.saturating_mul(WALK_SHARE);
         let rest = rest.min(MAX_AGE.max(self.duration));
-        !self.counting && age > rest.as_nanos()
+        age > rest.as_nanos()
     }
 
     fn finish(&mut self, at: i64, duration: Duration, count: &Count) {
@@ -108,7 +122,6 @@ impl CountedUsage {
         }
         self.usage.at = at;
         self.duration = duration;
-        self.counting = false;
     }
 
     /// Raises the usage to the numbers of an unfinished or incomplete walk. Numbers that are lower
@@ -119,40 +132,54 @@ impl CountedUsage {
     }
 }
 
-/// A container whose layer must be counted: the duration of the last count, the container's id, and
-/// the directory of its layer.
-type Due = (Duration, String, PathBuf);
+/// A container whose layer must be counted. The layers with the shortest walks are counted first. They
+/// then do not wait for large layers.
+#[derive(PartialEq, Eq, PartialOrd, Ord)]
+struct Due {
+    /// The duration of the last count.
+    duration: Duration,
+    container: String,
+    pod: String,
+    layer: PathBuf,
+}
 
 impl UsageCache {
     pub(super) fn forget(&self, id: &str) {
-        lock(&self.shared.counts).remove(id);
+        lock(&self.shared.counts).usages.remove(id);
     }
 
     /// Returns the bytes and inodes that the last count found in the writable layer of the
     /// container `id`.
     pub(super) fn of(&self, id: &str) -> Usage {
         let counts = lock(&self.shared.counts);
-        counts.get(id).map(|entry| entry.usage).unwrap_or_default()
+        counts
+            .usages
+            .get(id)
+            .map(|entry| entry.usage)
+            .unwrap_or_default()
     }
 
-    /// Counts each writable layer of the containers `ids` again, if the layer's last count is old
-    /// enough. Waits at most `REFRESH_TIMEOUT` for the results.
-    pub(super) async fn refresh(&self, node: &Node, ids: impl IntoIterator<Item = &str>) {
-        let mut due: Vec<Due> = Vec::new();
+    /// Counts the writable layers of the containers again, if their last counts are old enough. Waits
+    /// at most `REFRESH_TIMEOUT` for the results.
+    pub(super) async fn refresh(&self, node: &Node, containers: &[Arc<Container>]) {
+        let mut due = Vec::new();
         {
             let (mut counts, now) = (lock(&self.shared.counts), now());
-            for id in ids {
-                let entry = counts.entry(id.to_owned()).or_default();
+            for container in containers {
+                let entry = counts.usages.entry(container.id.clone()).or_default();
                 if entry.is_due(now) {
-                    due.push((entry.duration, id.to_owned(), node.writable_layer(id)));
+                    due.push(Due {
+                        duration: entry.duration,
+                        container: container.id.clone(),
+                        pod: container.sandbox.id.clone(),
+                        layer: node.writable_layer(&container.id),
+                    });
                 }
             }
         }
         if due.is_empty() {
             return;
         }
-        // The layers with the shortest walks are counted first. They then do not wait for large
-        // layers.
         due.sort_unstable();
         let batch = Arc::new(Batch {
             due: Mutex::new(due.into()),
@@ -195,86 +222,52 @@ impl Shared {
     fn count(&self, batch: &Batch) {
         loop {
             let next = lock(&batch.due).pop_front();
-            let Some((_, id, dir)) = next else { return };
+            let Some(due) = next else { return };
             batch.begun.fetch_add(1, Ordering::Relaxed);
             let at = now();
-            if self.begin(&id, at) {
-                self.count_layer(&id, &dir, at);
+            if self.begin(&due, at) {
+                self.count_layer(&due, at);
+                lock(&self.counts).busy_pods.remove(&due.pod);
             }
         }
     }
 
-    /// Returns whether a count of the layer can begin. It can't if another request counts the layer, or
-    /// has counted it since, or if the container was removed.
-    fn begin(&self, id: &str, now: i64) -> bool {
+    /// Returns whether a count of the layer can begin. It can't if another layer of the pod is being
+    /// counted, or if another request has counted the layer since, or if the container was removed.
+    fn begin(&self, due: &Due, now: i64) -> bool {
         let mut counts = lock(&self.counts);
-        let entry = counts.get_mut(id).filter(|entry| entry.is_due(now));
-        entry.map(|entry| entry.counting = true).is_some()
+        let entry = counts.usages.get(&due.container);
+        entry.is_some_and(|entry| entry.is_due(now)) && counts.busy_pods.insert(due.pod.clone())
     }
 
-    fn count_layer(&self, id: &str, dir: &Path, at: i64) {
-        let begun = Instant::now();
-        let mut turn = None;
+    fn count_layer(&self, due: &Due, at: i64) {
+        let (id, begun) = (&due.container, Instant::now());
+        let mut turn: Option<Turn<'_>> = None;
         let pause = |count: &Count| {
             if begun.elapsed() < LONG_WALK {
                 return true;
             }
-            self.slow_down(&mut turn);
+            match &mut turn {
+                Some(turn) => turn.go_on(),
+                None => turn = Some(self.turns.wait()),
+            }
             // A container without an entry was removed during the walk.
             let mut counts = lock(&self.counts);
-            let entry = counts.get_mut(id);
+            let entry = counts.usages.get_mut(id);
             entry.map(|entry| entry.raise(count)).is_some()
         };
         // The directory `work` is overlayfs's own.
-        let roots = [dir.join("upper"), dir.join("volumes")];
+        let roots = [due.layer.join("upper"), due.layer.join("volumes")];
         let count = Count::of(&[&roots[0], &roots[1]], pause);
-        self.end_turn(&mut turn);
         // A container without an entry gets no new entry.
-        if let Some(entry) = lock(&self.counts).get_mut(id) {
+        if let Some(entry) = lock(&self.counts).usages.get_mut(id) {
             entry.finish(at, begun.elapsed(), &count);
-        }
-    }
-
-    /// Waits until no other long walk runs. If this walk has run for its slice, first pauses. `turn` is
-    /// the time at which this walk began to run.
-    fn slow_down(&self, turn: &mut Option<Instant>) {
-        if let Some(since) = turn {
-            if since.elapsed() < LONG_WALK_SLICE {
-                return;
-            }
-            self.end_turn(turn);
-            std::thread::sleep(LONG_WALK_SLICE);
-        }
-        while !self.begin_turn(turn) {
-            std::thread::sleep(LONG_WALK_SLICE / 10);
-        }
-    }
-
-    /// Returns false if another long walk runs. A walk that sleeps in the kernel for a long time does
-    /// not count.
-    fn begin_turn(&self, turn: &mut Option<Instant>) -> bool {
-        let now = Instant::now();
-        let mut running = lock(&self.long_walk);
-        let is_free = running.is_none_or(|since| now.duration_since(since) > LONG_WALK);
-        if is_free {
-            (*running, *turn) = (Some(now), Some(now));
-        }
-        is_free
-    }
-
-    fn end_turn(&self, turn: &mut Option<Instant>) {
-        let since = turn.take();
-        let mut running = lock(&self.long_walk);
-        if *running == since {
-            *running = None;
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::atomic::AtomicBool;
-
     use super::*;
 
     #[test]
@@ -285,7 +278,6 @@ mod tests {
                 ..Usage::default()
             },
             duration,
-            counting: false,
         };
         let second = 1_000_000_000;
         let now = 1000 * second;
@@ -299,11 +291,6 @@ mod tests {
         let long = Duration::from_secs(3);
         assert!(!entry(long, now - 29 * second).is_due(now));
         assert!(entry(long, now - 31 * second).is_due(now));
-        let counting = CountedUsage {
-            counting: true,
-            ..CountedUsage::default()
-        };
-        assert!(!counting.is_due(now));
         let very_long = Duration::from_secs(100);
         assert!(!entry(very_long, now - 99 * second).is_due(now));
         assert!(entry(very_long, now - 101 * second).is_due(now));
@@ -329,39 +316,23 @@ mod tests {
     }
 
     #[test]
-    fn long_walks_take_turns() -> Result<(), std::io::Error> {
-        let runtime = tokio::runtime::Builder::new_multi_thread().build()?;
-        let shared = Arc::new(Shared::default());
-        let mut turn = None;
-        shared.slow_down(&mut turn);
-        assert!(!shared.begin_turn(&mut None));
-        let other_had_a_turn = Arc::new(AtomicBool::new(false));
-        let (waiting, had) = (Arc::clone(&shared), Arc::clone(&other_had_a_turn));
-        runtime.spawn_blocking(move || {
-            let mut turn = None;
-            waiting.slow_down(&mut turn);
-            had.store(true, Ordering::SeqCst);
-        });
-        for _ in 0..1000 {
-            std::thread::sleep(LONG_WALK_SLICE / 2);
-            shared.slow_down(&mut turn);
-            if other_had_a_turn.load(Ordering::SeqCst) {
-                return Ok(());
-            }
-        }
-        Err(std::io::Error::other("the other walk never got a turn"))
-    }
-
-    #[test]
-    fn a_long_walk_that_sleeps_does_not_delay_another_one() {
+    fn a_pod_has_one_count_at_a_time() {
         let shared = Shared::default();
-        let (mut sleeping, mut other) = (None, None);
-        shared.slow_down(&mut sleeping);
-        shared.slow_down(&mut other);
-        assert!(other > sleeping);
-        shared.end_turn(&mut sleeping);
-        assert!(!shared.begin_turn(&mut sleeping), "two walks run");
-        shared.end_turn(&mut other);
-        assert!(shared.begin_turn(&mut sleeping));
+        let due = |container: &str, pod: &str| {
+            let entry = CountedUsage::default();
+            lock(&shared.counts)
+                .usages
+                .insert(container.to_owned(), entry);
+            Due {
+                duration: Duration::ZERO,
+                container: container.to_owned(),
+                pod: pod.to_owned(),
+                layer: PathBuf::from("/nonexistent"),
+            }
+        };
+        assert!(shared.begin(&due("a", "pod 1"), now()));
+        assert!(!shared.begin(&due("a", "pod 1"), now()));
+        assert!(!shared.begin(&due("b", "pod 1"), now()));
+        assert!(shared.begin(&due("c", "pod 2"), now()));
     }
 }

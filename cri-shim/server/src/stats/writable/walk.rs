@@ -7,17 +7,15 @@
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rrun_kernel::directory_levels::{Levels, OPEN};
+use rrun_kernel::directory_levels::{Levels, MAX_CLOSED, OPEN};
 use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Mode, ResolveFlags, Stat, fstat, openat, openat2, statat,
 };
 use rustix::io::Errno;
 
-/// The maximum number of levels. Each level needs 24 bytes of memory.
-const MAX_LEVELS: usize = 1 << 20;
-
-/// The number of entries that are counted between two calls of `pause`.
-const ENTRIES_BETWEEN_PAUSES: u64 = 1024;
+/// The number of steps between two calls of `pause`. Reading an entry is a step, and so is leaving a
+/// directory.
+const STEPS_BETWEEN_PAUSES: u64 = 1024;
 
 /// The result of a walk.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -53,7 +51,12 @@ impl Count {
         if levels.descend(root, 0).is_err() {
             self.incomplete = true;
         }
+        let mut steps = 0_u64;
         loop {
+            steps += 1;
+            if steps.is_multiple_of(STEPS_BETWEEN_PAUSES) && !pause(self) {
+                return;
+            }
             let Some(directory) = levels.current() else {
                 return;
             };
@@ -77,13 +80,10 @@ impl Count {
                 continue;
             };
             self.add(&stat);
-            if self.inodes.is_multiple_of(ENTRIES_BETWEEN_PAUSES) && !pause(self) {
-                return;
-            }
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                 let below = below(parent, name);
                 match below {
-                    Ok(_) if levels.closed() >= MAX_LEVELS => self.give_up(&levels),
+                    Ok(_) if levels.closed() >= MAX_CLOSED => self.give_up(&levels),
                     Ok(below) => {
                         self.incomplete |= levels.descend(below, entry.offset()).is_err();
                     }
@@ -133,7 +133,6 @@ fn below(parent: BorrowedFd<'_>, name: &std::ffi::CStr) -> Result<OwnedFd, Errno
 
 #[cfg(test)]
 mod tests {
-    use std::cell::Cell;
     use std::path::PathBuf;
 
     use rrun_kernel::directory_levels::OPEN_LEVELS;
@@ -216,34 +215,64 @@ mod tests {
         Ok(())
     }
 
+    /// The walk finds the directory above, although `..` now leads to another directory.
     #[test]
-    fn a_directory_that_moves_during_the_walk_does_not_hide_files() -> Outcome {
-        let tree = Tree::new("moved")?;
-        let root = tree.open()?;
-        let mut at = tree.open()?;
-        for _ in 0..OPEN_LEVELS + 2 {
-            at = make_below(&at, "d")?;
+    fn a_walk_continues_above_a_directory_that_was_moved() -> Outcome {
+        let (tree, other) = (Tree::new("moved")?, Tree::new("other")?);
+        let elsewhere = other.open()?;
+        let levels = OPEN_LEVELS as u64 + 2;
+        let mut above = tree.open()?;
+        for _ in 0..levels {
+            above = make_below(&above, "d")?;
         }
-        // The walk can read the two directories in any order.
-        for name in ["a", "b"] {
-            let below = make_below(&at, name)?;
-            for file in 0..ENTRIES_BETWEEN_PAUSES {
-                write(&below, &file.to_string(), 0)?;
-            }
+        // Some of these files are read after the directory `moved`.
+        for file in 0..20 {
+            write(&above, &file.to_string(), 0)?;
         }
-        let moved = Cell::new(false);
+        let moved = make_below(&above, "moved")?;
+        let files = 2 * STEPS_BETWEEN_PAUSES;
+        for file in 0..files {
+            write(&make_below(&moved, &file.to_string())?, "file", 0)?;
+        }
         let count = Count::of(&[&tree.0], |_| {
-            if !moved.replace(true) {
-                for name in ["a", "b"] {
-                    let _ = renameat(&at, name, &root, format!("moved-{name}"));
+            let _ = renameat(&above, "moved", &elsewhere, "moved");
+            true
+        });
+        let expected = levels + 22 + 2 * files;
+        assert_eq!((count.inodes, count.incomplete), (expected, false));
+        Ok(())
+    }
+
+    #[test]
+    fn a_walk_continues_above_directories_that_were_removed() -> Outcome {
+        let tree = Tree::new("removed-above")?;
+        let mut chain = vec![tree.open()?];
+        for _ in 0..OPEN_LEVELS + 4 {
+            let below = make_below(&chain[chain.len() - 1], "d")?;
+            chain.push(below);
+        }
+        let levels = chain.len() as u64;
+        for file in 0..2 * STEPS_BETWEEN_PAUSES {
+            write(&chain[chain.len() - 1], &file.to_string(), 0)?;
+        }
+        let chain = std::cell::RefCell::new(chain);
+        let count = Count::of(&[&tree.0], |_| {
+            let mut chain = chain.borrow_mut();
+            if chain.len() as u64 == levels {
+                for file in 0..2 * STEPS_BETWEEN_PAUSES {
+                    let below = &chain[chain.len() - 1];
+                    let _ = rustix::fs::unlinkat(below, file.to_string(), AtFlags::empty());
+                }
+                for _ in 0..3 {
+                    chain.pop();
+                    let above = &chain[chain.len() - 1];
+                    let _ = rustix::fs::unlinkat(above, "d", AtFlags::REMOVEDIR);
                 }
             }
             true
         });
-        assert!(count.incomplete, "{count:?}");
-        let file_system = rustix::fs::fstatvfs(&root)?;
-        let used = (file_system.f_blocks - file_system.f_bfree) * file_system.f_frsize;
-        assert!(count.bytes > used / 2, "{count:?}");
+        // The walk has not counted all bytes of the file system instead.
+        assert!(count.inodes > levels && count.bytes < 16 << 20, "{count:?}");
         Ok(())
     }
 
@@ -266,11 +295,11 @@ mod tests {
     #[test]
     fn a_walk_ends_early_if_the_container_was_removed() -> Outcome {
         let tree = Tree::new("removed")?;
-        for number in 0..2 * ENTRIES_BETWEEN_PAUSES {
+        for number in 0..2 * STEPS_BETWEEN_PAUSES {
             std::fs::write(tree.0.join(number.to_string()), "")?;
         }
         let count = Count::of(&[&tree.0], |_| false);
-        assert_eq!(count.inodes, ENTRIES_BETWEEN_PAUSES);
+        assert!(count.inodes < STEPS_BETWEEN_PAUSES, "{count:?}");
         Ok(())
     }
 }
