@@ -60,6 +60,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        the_configurations_of_a_pods_containers_have_a_limit,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         a_pod_whose_container_nests_cgroups_deeply_is_removed,
         A_NODE,
         Need::RrunCri
@@ -381,6 +386,33 @@ fn the_number_of_terminals_of_a_container_is_limited() -> Result {
             output.ends_with("refused") && output.contains("No space left on device"),
             "the third terminal is not refused: {output}"
         );
+        Ok(())
+    })
+}
+
+fn the_configurations_of_a_pods_containers_have_a_limit() -> Result {
+    on_a_node(|node| {
+        node.restart_with("pod_configuration_bytes = 100000")?;
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("large");
+        let pod_id = node.runp(&pod)?;
+        let large = |name: &str, variables: usize| {
+            let mut container = node.container(name, &["sleep", "600"]);
+            let variable = |number| json!({ "key": format!("V{number}"), "value": "x" });
+            container["envs"] = (0..variables).map(variable).collect();
+            container
+        };
+        let first = node.run(&pod_id, &pod, &large("first", 1000))?;
+        let refused = node.try_create(&pod_id, &pod, &large("second", 1000))?;
+        ensure!(
+            refused
+                .stderr
+                .contains("the limit is 100000 bytes (pod_configuration_bytes)"),
+            "the error about a second container with 1,000 variables is: {}",
+            refused.stderr
+        );
+        node.asks(&["rm", "--force", &first])?;
+        node.run(&pod_id, &pod, &large("second", 1000))?;
         Ok(())
     })
 }

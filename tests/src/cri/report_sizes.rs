@@ -79,8 +79,10 @@ fn run_container(calls: &Calls, pod_id: &str, config: ContainerConfig) -> Result
     })?
 }
 
+/// An operator can permit such configurations, and a pod of an earlier version can have them.
 fn a_pod_with_very_long_reports_is_seen_and_stopped() -> Result {
     on_a_node(|node| {
+        node.restart_with("pod_configuration_bytes = 100000000")?;
         node.pull(BUSYBOX)?;
         let calls = Calls::new(node)?;
         let mut client = kubelet(&calls);

@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use prost::Message as _;
 use rrun_proto::v1::{
     ContainerConfig, ContainerEventType, LinuxContainerSecurityContext, NamespaceMode,
 };
@@ -25,6 +26,9 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_images::Image;
 use rrun_protocol::Create;
+
+/// The memory in bytes that each entry of a list in a configuration needs in addition to its bytes.
+const ENTRY_BYTES: usize = 64;
 
 /// Returns the key that identifies the requested container. A retry of a CreateContainer call has
 /// the same key.
@@ -58,6 +62,7 @@ pub(crate) async fn create(
     }
     check(&config, &sandbox)?;
     check_mounts(&node, &config)?;
+    check_size(&node, &sandbox, &config)?;
     // Count this call before the pod's state is checked. A removal of the pod can then wait for
     // every CreateContainer call that found the pod ready.
     let _creating = sandbox.begin_create();
@@ -163,6 +168,36 @@ fn check_mounts(node: &Node, config: &ContainerConfig) -> Result<()> {
         )));
     }
     Ok(())
+}
+
+/// Refuses a container if the configurations of its pod's containers are too large. Copies of them are
+/// in memory and in the state directory until the containers are removed.
+fn check_size(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Result<()> {
+    let others = node.containers_of(&sandbox.id);
+    let others = others.iter().map(|container| size(&container.config));
+    let (size, limit) = (
+        size(config) + others.sum::<usize>(),
+        node.config.pod_configuration_bytes.get(),
+    );
+    if size > limit {
+        return Err(Error::invalid(format!(
+            "the configurations of all containers of the pod would have {size} bytes, and the limit is {limit} bytes (pod_configuration_bytes)"
+        )));
+    }
+    Ok(())
+}
+
+/// Returns the size of a configuration in bytes. Each entry of a list needs further memory.
+fn size(config: &ContainerConfig) -> usize {
+    let entries = config.envs.len()
+        + config.command.len()
+        + config.args.len()
+        + config.mounts.len()
+        + config.devices.len()
+        + config.cdi_devices.len()
+        + config.labels.len()
+        + config.annotations.len();
+    config.encoded_len() + entries * ENTRY_BYTES
 }
 
 /// Checks that the container requests its pod's user namespace. If the pod has its own user
