@@ -80,9 +80,7 @@ impl Images {
         drop(store.commit(changes));
         let Leavings { paths, next } = leavings(root, &catalog)?;
         let removals = Removals::new(runtime);
-        for path in paths {
-            removals.begin(&path.to_string_lossy(), vec![path.clone()]);
-        }
+        removals.begin("leftovers", paths);
         let directories = LayerDirectories::new(root, removals, next);
         Ok(Images {
             store: Arc::new(ImageStore {

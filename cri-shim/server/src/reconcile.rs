@@ -15,6 +15,10 @@ use rrun_monitor_client::MonitorError;
 use rrun_network::namespace as netns;
 use rrun_store::Table;
 
+/// The owner of the layers of containers that were removed before the server started. Their pods are
+/// not known any more.
+const LEFTOVERS: &str = "leftovers";
+
 /// Loads the store's records, and queries every monitor about its containers. Pods and containers
 /// without a record in the store are then removed.
 pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
@@ -50,8 +54,7 @@ pub(crate) async fn run(node: &Arc<Node>) -> Result<()> {
     remove_orphans(node).await?;
     // Earlier versions moved the writable layers of removed containers to this directory.
     let earlier = node.config.root.join("trash");
-    node.removals
-        .begin_counted("earlier versions", vec![earlier]);
+    node.removals.begin_counted(LEFTOVERS, vec![earlier]);
     let network = node.network.reconcile(&live).await;
     if let Err(error) = network {
         log::error!("reconcile the pods' networks with the store: {error}");
@@ -281,7 +284,7 @@ async fn remove_orphans(node: &Arc<Node>) -> Result<()> {
         let (container, _) = id.split_once(':').unwrap_or((&id, ""));
         if node.container(container).is_err() {
             let writable = node.writable_layer(container);
-            node.removals.begin_counted(container, vec![writable]);
+            node.removals.begin_counted(LEFTOVERS, vec![writable]);
             if let Err(error) = node.images.release(&id).await {
                 log::error!("release the lease on the image of {id}: {error}");
             }
