@@ -1,8 +1,8 @@
 //! clone3(2): a fork that places the child in new namespaces and in a cgroup.
 
-use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
+use crate::errno;
 use rustix::io::Errno;
 
 use crate::namespace_limits::fork_beyond_limit;
@@ -97,6 +97,6 @@ unsafe fn fork(args: &mut CloneArgs) -> Result<i32, Errno> {
     // SAFETY: `args` is a valid clone_args of the given length and outlives the call.
     match unsafe { libc::syscall(libc::SYS_clone3, args, size) } {
         pid @ 0.. => Ok(pid as i32),
-        _ => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+        _ => Err(errno::last()),
     }
 }

@@ -24,6 +24,9 @@ pub const MAX_CLOSED: usize = 1 << 13;
 /// The maximum number of other directories that a walk remembers.
 const MAX_FAR: usize = 1 << 13;
 
+/// The distance between the other directories, until there are [`MAX_FAR`] of them.
+const FIRST_STRIDE: usize = 64;
+
 /// With O_NOATIME, a walk does not change the directories' access times. A container can't notice when
 /// its files are being counted.
 pub const OPEN: OFlags = OFlags::RDONLY
@@ -97,7 +100,7 @@ impl Levels {
     }
 
     /// Returns the number of directories between the open ones and the current one.
-    pub fn closed(&self) -> usize {
+    pub fn depth_below_open(&self) -> usize {
         self.depth
     }
 
@@ -187,7 +190,7 @@ impl Default for Levels {
             open: Vec::new(),
             closed: VecDeque::new(),
             far: Vec::new(),
-            stride: 64,
+            stride: FIRST_STRIDE,
             depth: 0,
             deep: None,
         }

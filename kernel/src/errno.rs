@@ -8,6 +8,11 @@ use nix::errno::Errno;
 /// can't compile the BPF program (linux/errno.h).
 pub const ENOTSUPP: i32 = 524;
 
+/// Returns the errno of the last system call of this thread that failed.
+pub fn last() -> rustix::io::Errno {
+    rustix::io::Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)
+}
+
 /// Returns the description and the name of an errno, such as `Operation not permitted (EPERM)`.
 pub fn text(raw: i32) -> String {
     let errno = Errno::from_raw(raw);

@@ -1,10 +1,11 @@
 //! File handles, open_by_handle_at(2). A handle finds a file without a path.
 
-use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::fs::OFlags;
 use rustix::io::Errno;
+
+use crate::errno::last;
 
 /// The length of the longest handle in bytes. The handles of ext4, XFS, btrfs and tmpfs are shorter.
 const HANDLE_BYTES: usize = 24;
@@ -41,7 +42,7 @@ impl FileHandle {
             )
         };
         if returned < 0 {
-            return Err(last_errno());
+            return Err(last());
         }
         Ok(handle)
     }
@@ -60,13 +61,9 @@ impl FileHandle {
         };
         let descriptor = i32::try_from(returned).map_err(|_| Errno::IO)?;
         if descriptor < 0 {
-            return Err(last_errno());
+            return Err(last());
         }
         // SAFETY: the kernel has just returned this descriptor, and nothing else owns it.
         Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
     }
-}
-
-fn last_errno() -> Errno {
-    Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)
 }

@@ -1,9 +1,10 @@
 //! The system call mount_setattr(2), which rustix lacks.
 
-use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 use rustix::io::Errno;
+
+use crate::errno::last;
 
 /// The `struct mount_attr` of mount_setattr(2). A field with the value 0 changes no attribute of
 /// the mount.
@@ -56,7 +57,7 @@ pub fn mount_setattr(
         )
     };
     if returned < 0 {
-        return Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO));
+        return Err(last());
     }
     Ok(())
 }

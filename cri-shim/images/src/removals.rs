@@ -169,9 +169,14 @@ impl Removals {
         });
     }
 
-    /// Removes a directory that no record names, on a separate thread. The process can end while the
-    /// thread runs. Returns whether the directory was removed.
+    /// Removes a directory that no record names. Returns whether the directory was removed.
     async fn remove(&self, path: &Path) -> bool {
+        let what = format!("remove {}", path.display());
+        slow(what, self.remove_on_a_thread(path)).await
+    }
+
+    /// The process can end while the thread runs.
+    async fn remove_on_a_thread(&self, path: &Path) -> bool {
         // The semaphore is never closed.
         let _thread = self.threads.acquire().await;
         let (sender, removed) = oneshot::channel();
@@ -192,8 +197,7 @@ impl Removals {
             );
             return false;
         }
-        let removed = slow(format!("remove {}", path.display()), removed).await;
-        removed.unwrap_or(false)
+        removed.await.unwrap_or(false)
     }
 
     /// Waits until no layer of a removed image or container is being removed, but at most for `limit`.

@@ -26,6 +26,10 @@ pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum time for which [`kill_all_and_survivors`] waits for an empty cgroup.
 const SURVIVORS_TIMEOUT: Duration = Duration::from_secs(1);
 
+/// The interval at which [`wait_for_event`] reads cgroup.events although the kernel has reported no
+/// change. The kernel does not wake the polling process when the cgroup is removed.
+const LOOK_AGAIN_INTERVAL: Duration = Duration::from_millis(500);
+
 /// The mode of a container's cgroup. The sticky bit marks the cgroup as the cgroup of a container.
 /// rrun creates no second container in a marked cgroup, because the deletion of one container kills
 /// all processes in its cgroup.
@@ -357,10 +361,6 @@ pub(super) fn wait_until_empty(
         survivors.next
     })
 }
-
-/// The interval at which [`wait_for_event`] reads cgroup.events although the kernel has reported no
-/// change. The kernel does not wake the polling process when the cgroup is removed.
-const LOOK_AGAIN_INTERVAL: Duration = Duration::from_millis(500);
 
 /// Waits until cgroup.events contains the line `wanted`, or the cgroup no longer exists. Returns
 /// false if the time limit `within` expires first. This function calls poll(2) on cgroup.events.

@@ -306,7 +306,7 @@ impl Init<'_> {
         }
         let rootfs = attach_root(root, path, Path::new(""))?;
         // The working directory is now hidden below the container's root.
-        rustix::process::chdir("/").doing(|| "leave root.path")?;
+        rustix::process::chdir("/").doing(|| "enter the host's root directory")?;
         Ok(rootfs)
     }
 

@@ -5,18 +5,15 @@ use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr::NonNull;
 
+use rrun_kernel::errno::last;
 use rrun_kernel::signal::NONE_IGNORED;
 use rustix::io::Errno;
 
 use crate::sys::number_list::NumberSet;
 
-fn last_errno() -> Errno {
-    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
-}
-
 pub(super) fn check(returned: libc::c_long) -> Result<libc::c_long, Errno> {
     if returned < 0 {
-        Err(last_errno())
+        Err(last())
     } else {
         Ok(returned)
     }
@@ -111,7 +108,7 @@ fn set_disposition(signal: i32, disposition: libc::sighandler_t) -> Result<(), E
     // rrun.
     let previous = unsafe { libc::signal(signal, disposition) };
     if previous == libc::SIG_ERR {
-        return Err(last_errno());
+        return Err(last());
     }
     Ok(())
 }
@@ -164,7 +161,7 @@ pub(crate) fn end_at_signal(signal: i32) -> Result<(), Errno> {
     // SAFETY: the handler calls only _exit, which is allowed at every moment.
     let previous = unsafe { libc::signal(signal, handler as libc::sighandler_t) };
     if previous == libc::SIG_ERR {
-        return Err(last_errno());
+        return Err(last());
     }
     Ok(())
 }
@@ -254,7 +251,7 @@ impl<'a> Execution<'a> {
         // SAFETY: all strings are NUL-terminated and outlive `self`, and both arrays end with a
         // null pointer.
         unsafe { libc::execve(self.path.as_ptr(), self.argv.as_ptr(), self.envp.as_ptr()) };
-        last_errno()
+        last()
     }
 }
 
@@ -278,7 +275,7 @@ pub(crate) fn execveat(file: BorrowedFd<'_>, args: &[&CStr]) -> Errno {
             libc::AT_EMPTY_PATH,
         )
     };
-    last_errno()
+    last()
 }
 
 /// Sets the hard and soft limits of one resource for process `pid`. `resource` is a `RLIMIT_*`
@@ -414,7 +411,7 @@ pub(crate) fn has_seccomp_flags(flags: u32) -> Result<bool, Errno> {
             std::ptr::null::<libc::sock_fprog>(),
         )
     };
-    match last_errno() {
+    match last() {
         _ if returned >= 0 => Ok(false),
         Errno::FAULT => Ok(true),
         Errno::INVAL | Errno::NOSYS => Ok(false),
@@ -504,7 +501,7 @@ pub(crate) fn map_shared(
     };
     match NonNull::new(address) {
         Some(mapped) if address != libc::MAP_FAILED => Ok(mapped),
-        _ => Err(last_errno()),
+        _ => Err(last()),
     }
 }
 

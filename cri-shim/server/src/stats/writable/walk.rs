@@ -83,7 +83,7 @@ impl Count {
             if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
                 let below = below(parent, name);
                 match below {
-                    Ok(_) if levels.closed() >= MAX_CLOSED => self.give_up(&levels),
+                    Ok(_) if levels.depth_below_open() >= MAX_CLOSED => self.give_up(&levels),
                     Ok(below) => {
                         self.incomplete |= levels.descend(below, entry.offset()).is_err();
                     }
