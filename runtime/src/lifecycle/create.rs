@@ -14,7 +14,6 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use oci_spec::runtime::{Hooks, LinuxNamespaceType as Type};
-use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 
 use crate::cgroup::{self, Cgroup, CgroupLocation};
@@ -262,18 +261,7 @@ impl<'a> Creation<'a> {
             session_keyring::protect()
                 .doing(|| "protect the session keyring of rrun's caller from the container")?;
         }
-        let callers_directory = if host_mounts.root_is_at_working_directory(&config.namespaces) {
-            Some(self.enter_rootfs()?)
-        } else {
-            None
-        };
-        let cloned = self.clone_first_process(before_clone);
-        let returned = match (&cloned, callers_directory) {
-            (Ok(Cloned::Child), _) | (_, None) => Ok(()),
-            (_, Some(directory)) => rustix::process::fchdir(directory)
-                .doing(|| "return to the working directory of rrun's caller"),
-        };
-        match cloned? {
+        match self.clone_first_process(before_clone)? {
             Cloned::Child => {
                 drop(channel);
                 if !self.request.waits {
@@ -287,7 +275,6 @@ impl<'a> Creation<'a> {
                 drop(start_socket);
                 log::debug(|| format!("created the container's first process, process id {pid}"));
                 self.rollback.child = Some(pidfd);
-                returned?;
                 if let Some(cgroup) = &mut self.cgroup {
                     cgroup.complete(&config.resources)?;
                 }
@@ -302,16 +289,6 @@ impl<'a> Creation<'a> {
                 Ok((self, channel))
             }
         }
-    }
-
-    /// Enters the container's root directory. Returns the working directory of rrun's caller.
-    fn enter_rootfs(&self) -> Result<OwnedFd> {
-        let rootfs = &self.request.config.rootfs;
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let callers_directory = rustix::fs::open(".", flags, Mode::empty())
-            .doing(|| "open the working directory of rrun's caller")?;
-        rustix::process::chdir(rootfs).doing(|| format!("enter root.path {}", rootfs.display()))?;
-        Ok(callers_directory)
     }
 
     fn clone_first_process(&self, before_clone: Vec<&OpenNamespace>) -> Result<Cloned> {

@@ -194,10 +194,15 @@ impl Init<'_> {
         }
     }
 
-    fn enter_namespaces(&self, new_user: bool) -> Result<()> {
+    fn enter_namespaces(&mut self, new_user: bool) -> Result<()> {
         let config = self.config;
         for join in &self.joins {
             join.enter()?;
+        }
+        // The parent later sets this process's limits. With a low limit on open files, this process
+        // could not receive the mounts any more.
+        if !self.unprivileged && config.mount_sources().are_opened_after_clone() {
+            self.host_mounts = self.channel.wait_for_mounts()?;
         }
         if config.needs_parent() {
             self.wait_for_parent()?;
@@ -292,22 +297,16 @@ impl Init<'_> {
     /// that enters the mount namespace (setns(2)) would then have the container's root as `/`, and
     /// could execute a program of the image with the rights of rrun's caller.
     fn attach_own_root(&mut self) -> Result<Rootfs> {
-        let config = self.config;
-        let path = &config.rootfs;
-        let is_at_working_directory = self
-            .host_mounts
-            .root_is_at_working_directory(&config.namespaces);
+        if let Some(root) = self.host_mounts.attached_root.take() {
+            return Rootfs::of_new_container(root);
+        }
+        let path = &self.config.rootfs;
         let root = match self.host_mounts.root.take() {
             Some(root) => root,
-            None => clone_root(path, config.root_is_slave())?,
+            None => clone_root(path, self.config.root_is_slave())?,
         };
-        if !is_at_working_directory {
-            return attach_root(root, path, path);
-        }
-        let rootfs = attach_root(root, path, Path::new(""))?;
-        // The working directory is now hidden below the container's root.
-        rustix::process::chdir("/").doing(|| "enter the host's root directory")?;
-        Ok(rootfs)
+        attach_root(&root, path)?;
+        Rootfs::of_new_container(root)
     }
 
     fn make_terminal(&self, rootfs: &Rootfs) -> Result<Option<Terminal>> {

@@ -13,6 +13,7 @@ use crate::lifecycle::container_dir::ContainerDir;
 use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::state::{State, Status};
 use crate::log;
+use crate::mounts::HostMounts;
 use crate::namespaces::net_devices;
 use crate::process::Process;
 use crate::process::terminal::send_to_console;
@@ -74,6 +75,10 @@ fn serve(
             foreground.await_ready(channel.as_fd())?;
         }
         match channel.receive(pidfd)? {
+            ChildMessage::NeedsMounts => {
+                channel.send_mounts(&task.open_mounts(pidfd)?)?;
+                channel.answer()?;
+            }
             ChildMessage::NeedsParent => {
                 task.do_parents_part()?;
                 channel.answer()?;
@@ -125,6 +130,14 @@ impl Task<'_> {
             Task::Create { state, .. } => (state.pid, state.oci_state_for_others(Status::Creating)),
             Task::Exec { state, pid, .. } => (*pid, state.oci_state_for_others(Status::Running)),
         }
+    }
+
+    /// Opens the container's root and the sources of its bind mounts in the child's mount namespace.
+    fn open_mounts(&self, pidfd: &OwnedFd) -> Result<HostMounts> {
+        let Task::Create { config, state, .. } = self else {
+            return Err(unsupported_by_exec());
+        };
+        HostMounts::in_namespace_of(pidfd, state.pid, &config.mount_sources())
     }
 
     /// Performs the steps that need rights on the host. In its namespaces, the child does not have

@@ -23,6 +23,8 @@ const ATTR_NOSYMFOLLOW: u64 = 0x0020_0000;
 /// The attributes that restrict the use of a mount.
 pub(crate) const RESTRICTIONS: u64 =
     ATTR_RDONLY | ATTR_NOSUID | ATTR_NODEV | ATTR_NOEXEC | ATTR_NOSYMFOLLOW;
+/// The attributes that determine when the kernel updates the access times of files.
+pub(super) const ACCESS_TIMES: u64 = ATTR_ATIME | ATTR_NODIRATIME;
 /// The attribute that maps the ids of a mount. The user namespace with the mappings is passed to
 /// mount_setattr(2) together with the attribute.
 pub(crate) const ATTR_IDMAP: u64 = 0x0010_0000;

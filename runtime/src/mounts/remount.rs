@@ -1,16 +1,17 @@
 //! The option `remount`, which changes the options of an existing mount.
 
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use rustix::fs::{AtFlags, OFlags, StatxAttributes, StatxFlags};
 use rustix::mount::FsPickFlags;
 
+use super::attributes::set_unlocked;
 use super::entry::Mount;
 use super::file_system::{kernel_log, set_parameters};
 use crate::error::{Context, Error, Reason as _, Result, refuse};
 use crate::mounts::options::{self, Bind};
 use crate::mounts::rootfs::Rootfs;
-use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
+use rrun_kernel::mount_setattr::MountAttr;
 
 /// Sets the options of `mount` on the existing mount at the destination. Like MS_REMOUNT of
 /// mount(2), this function clears all options that `mount` does not list. It does not clear the
@@ -39,7 +40,7 @@ pub(super) fn remount(mount: &Mount, rootfs: &Rootfs) -> Result<()> {
         attr_clr: options.attr.attr_clr | (options::RESTRICTIONS & !set),
         ..MountAttr::default()
     };
-    mount_setattr(mounted.as_fd(), false, &attr).doing(|| "set the mount's options")?;
+    set_unlocked(&mounted, false, &attr).doing(|| "set the mount's options")?;
     mount.set_wider_attributes(&mounted)
 }
 

@@ -89,6 +89,16 @@ impl Rootfs {
         }
     }
 
+    /// Returns the root of a container to which rrun adds mounts. Mounts on the root directory are
+    /// refused. Such a mount would not be the root of the container's first process, but it would
+    /// be the root of processes that `exec` creates.
+    pub(crate) fn of_new_container(fd: OwnedFd) -> Result<Rootfs> {
+        let stat = rustix::fs::fstat(&fd).doing(|| "stat the container's root directory")?;
+        let mut rootfs = Rootfs::new(fd);
+        rootfs.root = Some(FileId::of(&stat));
+        Ok(rootfs)
+    }
+
     /// Records that `mount` is attached at `path`. `is_kernel_mount` is true if the mount contains
     /// the kernel's own files, such as /proc and /sys.
     pub(crate) fn record_attached(&mut self, path: &Path, mount: OwnedFd, is_kernel_mount: bool) {
@@ -215,15 +225,6 @@ impl Rootfs {
     /// on this directory are refused, because they would replace the directory.
     pub(crate) fn record_dev(&mut self, stat: &Stat) {
         self.dev = Some(FileId::of(stat));
-    }
-
-    /// Records the root directory. After this call, mounts on the root directory are refused. Such
-    /// a mount would not be the root of the container's first process, but it would be the root of
-    /// processes that `exec` creates.
-    pub(crate) fn record_root(&mut self) -> Result<()> {
-        let stat = rustix::fs::fstat(&self.fd).doing(|| "stat the container's root directory")?;
-        self.root = Some(FileId::of(&stat));
-        Ok(())
     }
 
     /// Returns a descriptor (O_PATH) of the mount point at `path`. If the mount point is missing,

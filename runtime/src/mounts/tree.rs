@@ -79,16 +79,13 @@ pub(crate) fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
     mount_setattr(mount.as_fd(), true, &attr)
 }
 
-/// Attaches the container's root at `at`, because pivot_root(2) requires the root to be a mount in
-/// this namespace. The root then hides the previous content of `at`. An empty path is the working
-/// directory. `root_path` is root.path of config.json, for the error message.
-pub(crate) fn attach_root(root: OwnedFd, root_path: &Path, at: &Path) -> Result<Rootfs> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
-    rustix::mount::move_mount(&root, "", CWD, at, flags)
-        .doing(|| format!("mount the container's root on {}", root_path.display()))?;
-    let mut rootfs = Rootfs::new(root);
-    rootfs.record_root()?;
-    Ok(rootfs)
+/// Attaches the container's root at `path`, which is root.path of config.json, because
+/// pivot_root(2) requires the root to be a mount in this namespace. The root then hides the previous
+/// content of the directory.
+pub(crate) fn attach_root(root: &OwnedFd, path: &Path) -> Result<()> {
+    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+    rustix::mount::move_mount(root, "", CWD, path, flags)
+        .doing(|| format!("mount the container's root on {}", path.display()))
 }
 
 /// Moves the container's root from root.path to `/`, on top of the old root.

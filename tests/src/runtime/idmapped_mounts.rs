@@ -1,5 +1,5 @@
-//! Tests of bind mounts with id mappings. In such a mount, the container and the host see different
-//! owners for the same file.
+//! Tests of bind mounts with id mappings, and of bind mounts in a user namespace. In a mount with id
+//! mappings, the container and the host see different owners for the same file.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, chown};
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
 use crate::support::machine::{Directory, Result};
-use crate::support::needs::Test;
+use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
 pub(crate) const TESTS: &[Test] = &[
@@ -22,6 +22,16 @@ pub(crate) const TESTS: &[Test] = &[
     test!(two_mounts_can_have_different_id_mappings),
     test!(an_idmapped_mount_also_has_its_other_options),
     test!(invalid_id_mappings_are_refused),
+    test!(a_user_namespace_cannot_change_the_mounts_of_the_host),
+    test!(
+        a_user_namespace_keeps_the_restrictions_of_the_hosts_mounts,
+        Need::Rrun
+    ),
+    test!(a_bind_mount_in_a_user_namespace_can_be_without_the_mounts_below_it),
+    test!(
+        mounts_in_a_shared_volume_propagate_from_a_user_namespace_to_the_host,
+        Need::Rrun
+    ),
 ];
 
 fn maps(host: u32, size: u32) -> Value {
@@ -315,5 +325,116 @@ fn invalid_id_mappings_are_refused() -> Result {
             output.told()
         );
     }
+    Ok(())
+}
+
+/// A volume that the host has mounted read-only, like a volume of a storage driver. The volume also
+/// contains a tmpfs of the host.
+struct ReadOnly(Below);
+
+impl ReadOnly {
+    fn new() -> Result<Self> {
+        let volume = ReadOnly(Below::new()?);
+        let none: Option<&str> = None;
+        let path = volume.path();
+        let bind = MsFlags::MS_BIND | MsFlags::MS_REC;
+        mount(Some(path), path, none, bind, none)?;
+        let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+        mount(none, path, none, flags | MsFlags::MS_NODEV, none)?;
+        Ok(volume)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.0.path()
+    }
+}
+
+impl Drop for ReadOnly {
+    fn drop(&mut self) {
+        let _ = umount2(self.path(), MntFlags::MNT_DETACH);
+    }
+}
+
+/// The kernel locks the mounts of the host in the mount namespace of another user namespace. The
+/// container's CAP_SYS_ADMIN then does not permit changes to these mounts.
+fn a_user_namespace_cannot_change_the_mounts_of_the_host() -> Result {
+    let source = ReadOnly::new()?;
+    let mappings = (maps(100_000, 65_536), maps(200_000, 65_536));
+    for mappings in [None, Some(mappings)] {
+        let mut bundle = Bundle::new(&["attack", "unlock", "/data", "/data/below"])?;
+        in_user_namespace(&mut bundle)?;
+        for set in ["bounding", "effective", "permitted"] {
+            let pointer = format!("/process/capabilities/{set}");
+            bundle.add(&pointer, json!("CAP_SYS_ADMIN"));
+        }
+        bind(&mut bundle, source.path(), &["rbind", "ro"], mappings);
+        ensure_eq!(
+            bundle.run()?.stdout,
+            "mount: Err(EPERM)\numount: Err(EINVAL)\n",
+            "the results of mount(2) without MS_RDONLY on the read-only volume, and of umount(2) on the mount below it"
+        );
+    }
+    Ok(())
+}
+
+/// kubelet requests `rw` for each volume that the pod does not mount read-only. The kernel also locks
+/// the update of access times.
+fn a_user_namespace_keeps_the_restrictions_of_the_hosts_mounts() -> Result {
+    let source = ReadOnly::new()?;
+    let mut bundle = Bundle::new(&["cat", "/proc/self/mountinfo"])?;
+    in_user_namespace(&mut bundle)?;
+    let options = ["rbind", "rw", "dev", "exec", "nosuid", "noatime"];
+    bind(&mut bundle, source.path(), &options, None);
+    let mounts = bundle.run()?.stdout;
+    let mut fields = mounts.lines().map(|line| line.split(' ').skip(4));
+    let data = fields.find_map(|mut fields| (fields.next()? == "/data").then(|| fields.next())?);
+    ensure_eq!(
+        data,
+        Some("ro,nosuid,nodev,relatime"),
+        "the options of the volume in the container"
+    );
+    Ok(())
+}
+
+fn a_bind_mount_in_a_user_namespace_can_be_without_the_mounts_below_it() -> Result {
+    let source = Below::new()?;
+    let mut bundle = Bundle::new(&["ls", "/data/below"])?;
+    in_user_namespace(&mut bundle)?;
+    bind(&mut bundle, source.0.path(), &["bind"], None);
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "",
+        "the files in the directory on which the host has mounted a tmpfs"
+    );
+    Ok(())
+}
+
+/// Returns the number of the peer group of the mount at `path`, from the lines of mountinfo. See
+/// mount_namespaces(7).
+fn peer_group(mountinfo: &str, path: &str) -> Option<String> {
+    let fields = |line: &str| line.split(' ').map(str::to_owned).collect::<Vec<_>>();
+    let mut lines = mountinfo.lines().map(fields);
+    let mount = lines.find(|fields| fields.get(4).is_some_and(|point| point == path))?;
+    mount.into_iter().find(|field| field.starts_with("shared:"))
+}
+
+/// A storage driver can run in a user namespace. Its mounts must then propagate to the host.
+fn mounts_in_a_shared_volume_propagate_from_a_user_namespace_to_the_host() -> Result {
+    let source = Below::new()?;
+    let path = source.0.path().join("below");
+    let none: Option<&str> = None;
+    mount(none, &path, none, MsFlags::MS_SHARED, none)?;
+    let mut bundle = Bundle::new(&["cat", "/proc/self/mountinfo"])?;
+    in_user_namespace(&mut bundle)?;
+    bundle.set("/linux/rootfsPropagation", json!("rshared"));
+    bind(&mut bundle, &path, &["rbind", "rshared"], None);
+    let host = fs::read_to_string("/proc/self/mountinfo")?;
+    let group = peer_group(&host, &path.display().to_string());
+    ensure!(group.is_some(), "the volume on the host is not shared");
+    ensure_eq!(
+        peer_group(&bundle.run()?.stdout, "/data"),
+        group,
+        "the peer group of the volume in the container"
+    );
     Ok(())
 }

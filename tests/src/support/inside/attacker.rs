@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{AT_FDCWD, RenameFlags, renameat2};
+use nix::mount::MsFlags;
 use nix::sys::ptrace;
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{WaitPidFlag, waitpid};
@@ -36,6 +37,7 @@ pub(crate) fn main(args: &[&str]) -> Result<(), InsideError> {
         ["trace"] => trace(),
         ["peek", seconds] => peek(Duration::from_secs_f64(seconds.parse()?), true),
         ["peek-network", seconds] => peek(Duration::from_secs_f64(seconds.parse()?), false),
+        ["unlock", mount, below] => unlock(mount, below),
         _ => Err("unknown attack".into()),
     }
 }
@@ -62,6 +64,19 @@ fn others() -> Vec<PathBuf> {
 
 fn is_own_program(exe: &fs::Metadata) -> bool {
     fs::metadata("/proc/self/exe").is_ok_and(|own| (own.dev(), own.ino()) == (exe.dev(), exe.ino()))
+}
+
+/// Tries to make the mount at `mount` writable, and to unmount the mount at `below`. Prints the
+/// result of each system call.
+fn unlock(mount: &str, below: &str) -> Result<(), InsideError> {
+    let none: Option<&str> = None;
+    let flags = MsFlags::MS_REMOUNT | MsFlags::MS_BIND;
+    say(&format!(
+        "mount: {:?}",
+        nix::mount::mount(none, mount, none, flags, none)
+    ));
+    say(&format!("umount: {:?}", nix::mount::umount(below)));
+    Ok(())
 }
 
 /// Runs the attack of CVE-2019-5736. The attack looks for a process in the container that executes
