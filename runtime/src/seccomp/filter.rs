@@ -43,6 +43,9 @@ pub(crate) struct Filter {
     flags: u32,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) listener: Option<Listener>,
+    /// True if the filter has a listener and allows close(2).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    allows_close: bool,
 }
 
 impl Filter {
@@ -76,6 +79,7 @@ impl Filter {
         Ok(Some(Filter {
             program: compile::compile(&checked)?,
             flags,
+            allows_close: listener.is_some() && checked.allows("close"),
             listener,
         }))
     }
@@ -96,15 +100,20 @@ impl Filter {
 
     /// Loads the filter like [`Filter::load`]. If the filter has a listener, this function returns
     /// only when the agent has received the listener. After the filter is loaded, this function
-    /// makes no system call.
+    /// makes no system call except close(2), if the filter allows it.
     pub(crate) fn confine(&self, reporter: &Reporter) -> Result<()> {
         if let Some(listener) = self.load()? {
             if !reporter.await_agent(listener.as_fd()) {
                 self.end();
             }
-            // The listener stays open until execve(2) closes it, because the filter can forbid
-            // close(2).
-            let _ = listener.into_raw_fd();
+            // If the agent closes its listener, execve(2) fails only if no other process has the
+            // listener open. Otherwise, it would wait forever for a decision of the agent.
+            if self.allows_close {
+                drop(listener);
+            } else {
+                // The listener stays open until execve(2) closes it.
+                let _ = listener.into_raw_fd();
+            }
         }
         Ok(())
     }

@@ -83,6 +83,27 @@ pub(crate) struct CheckedProfile {
     pub(crate) notifies: bool,
 }
 
+impl CheckedProfile {
+    /// Returns whether the filter allows the system call with any arguments. Returns false if the
+    /// profile does not contain the system call's name and the filter's default is different.
+    pub(crate) fn allows(&self, name: &str) -> bool {
+        let rules = self
+            .calls
+            .iter()
+            .filter(|(syscall, _)| syscall.name() == name)
+            .filter_map(|(_, rule)| self.rules.get(usize::from(*rule)));
+        let is_allowed = |answer| answer == libc::SECCOMP_RET_ALLOW;
+        let mut always = is_allowed(self.default);
+        for rule in rules {
+            if !is_allowed(rule.answer) {
+                return false;
+            }
+            always |= rule.conditions.is_empty();
+        }
+        always
+    }
+}
+
 fn answer(field: &str, action: &str, errno: Option<u32>) -> Result<u32> {
     let Some((_, answer)) = ACTIONS.iter().find(|(name, _)| *name == action) else {
         if action.is_empty() {
@@ -364,5 +385,25 @@ mod tests {
             (unknown.as_slice(), checked.calls.len()),
             (&["fly".to_owned()][..], 1)
         );
+    }
+    #[test]
+    fn a_call_is_allowed_only_with_all_arguments_and_by_all_rules() {
+        let allow = r#"{"names":["close"],"action":"SCMP_ACT_ALLOW"}"#;
+        let notify = r#"{"names":["close"],"action":"SCMP_ACT_NOTIFY"}"#;
+        let one = r#"{"names":["close"],"action":"SCMP_ACT_ALLOW","args":[{"index":0,"value":3,"op":"SCMP_CMP_EQ"}]}"#;
+        for (default, rules, allowed) in [
+            ("ALLOW", String::new(), true),
+            ("ALLOW", notify.to_owned(), false),
+            ("ERRNO", String::new(), false),
+            ("ERRNO", allow.to_owned(), true),
+            ("ERRNO", one.to_owned(), false),
+            ("ERRNO", format!("{one},{allow}"), true),
+            ("ERRNO", format!("{allow},{notify}"), false),
+        ] {
+            let json = format!(r#"{{"defaultAction":"SCMP_ACT_{default}","syscalls":[{rules}]}}"#);
+            let profile: SeccompProfile = serde_json::from_str(&json).unwrap();
+            let checked = profile.check(&mut |_| {}).unwrap();
+            assert_eq!(checked.allows("close"), allowed, "{json}");
+        }
     }
 }

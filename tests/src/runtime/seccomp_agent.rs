@@ -36,6 +36,7 @@ pub(crate) const TESTS: &[Test] = &[
         an_agent_that_does_not_read_does_not_keep_the_runtime_waiting,
         Need::Rrun
     ),
+    test!(an_agent_that_closes_the_listener_does_not_keep_the_runtime_waiting),
 ];
 
 /// The socket at listenerPath, on which the test accepts connections as the agent.
@@ -447,4 +448,26 @@ fn an_agent_that_does_not_read_does_not_keep_the_runtime_waiting() -> Result {
     running
         .end()?
         .fails_with("signal 15 arrived, and the container's process was not ready 500 ms later")
+}
+
+/// The kernel lets a system call fail with ENOSYS if the filter sends it to an agent, and no process
+/// has the listener open.
+fn an_agent_that_closes_the_listener_does_not_keep_the_runtime_waiting() -> Result {
+    let socket = AgentSocket::new()?;
+    let profile = json!({
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "syscalls": [{ "names": ["execve"], "action": "SCMP_ACT_NOTIFY" }],
+        "listenerPath": socket.path(),
+    });
+    let bundle = filtered(profile, &["exit", "0"])?;
+    let running = bundle.call(&["run"])?.start()?;
+    drop(socket.accept()?);
+    let output = running.end_within(deadline())?;
+    ensure_eq!(output.code, 1, "the exit code of `run`");
+    ensure!(
+        output.stderr.contains("not implemented"),
+        "the error of `run` does not contain the error of execve(2):\n{}",
+        output.told()
+    );
+    Ok(())
 }
