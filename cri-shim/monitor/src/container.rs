@@ -78,7 +78,7 @@ pub(crate) struct Termination {
     /// The interval until the next check of the cgroup.
     pub(crate) check_interval: Duration,
     pub(crate) next_check: Option<Instant>,
-    /// The deadline for the completion of the log. `None` until all output has been read.
+    /// The deadline for the completion of the log. `None` until the cgroup is empty.
     pub(crate) log_deadline: Option<Instant>,
 }
 

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use rustix::io::Errno;
 
-use super::log_file::LogFile;
+use super::log_file::{LogFile, MAX_PENDING_BYTES};
 use super::timestamp::Timestamp;
 
 /// The length in bytes above which a line is cut into parts. containerd and CRI-O use the same
@@ -74,9 +74,31 @@ pub(crate) enum ReadOutcome {
 pub(crate) struct ContainerLog {
     /// The log's file. `None` if the log discards all output.
     file: Option<LogFile>,
-    /// The bytes of stdout after its last newline: at most [`MAX_LINE_BYTES`] bytes.
-    partial_stdout: Vec<u8>,
-    partial_stderr: Vec<u8>,
+    stdout: Rest,
+    stderr: Rest,
+}
+
+/// The output of a stream that was read but is not in the log yet.
+#[derive(Default)]
+pub(crate) struct Rest {
+    /// Usually an incomplete line of at most [`MAX_LINE_BYTES`] bytes. If `has_lines` is true, this
+    /// is the end of the last read.
+    pub(crate) bytes: Vec<u8>,
+    /// True if the log accepted only a part of the last read. A log line is up to 42 times longer
+    /// than the line in the output, so even a single read can fill the log.
+    pub(crate) has_lines: bool,
+}
+
+impl Rest {
+    fn set(&mut self, bytes: &[u8], has_lines: bool) {
+        self.has_lines = has_lines;
+        if self.bytes.capacity() > MAX_LINE_BYTES || bytes.is_empty() && self.bytes.capacity() > 256
+        {
+            self.bytes = Vec::new();
+        }
+        self.bytes.clear();
+        self.bytes.extend_from_slice(bytes);
+    }
 }
 
 impl ContainerLog {
@@ -86,15 +108,34 @@ impl ContainerLog {
         let file = path.map(|path| LogFile::open(path, wake)).transpose()?;
         Ok(ContainerLog {
             file,
-            partial_stdout: Vec::new(),
-            partial_stderr: Vec::new(),
+            stdout: Rest::default(),
+            stderr: Rest::default(),
         })
     }
 
-    /// Returns whether the log accepts more output. If the log accepts no more output, the log's
-    /// thread wakes the event loop when the log has room again.
-    pub(crate) fn has_room(&self) -> bool {
-        self.file.as_ref().is_none_or(LogFile::has_room)
+    /// Passes the lines of a stream that were read before to the log. Returns whether the log
+    /// accepts more output of the stream. If the log accepts no more output, the log's thread wakes
+    /// the event loop when the log has room again.
+    pub(crate) fn accepts(&mut self, stream: Stream) -> bool {
+        let (Some(file), rest) = self.file_and_rest(stream) else {
+            return true;
+        };
+        while file.has_room() {
+            if !rest.has_lines {
+                return true;
+            }
+            let input = std::mem::take(&mut rest.bytes);
+            file.append(|pending| push_lines(pending, rest, stream, &input));
+        }
+        false
+    }
+
+    /// Returns whether lines of a stream were read but are not in the log yet.
+    pub(crate) fn has_lines(&self, stream: Stream) -> bool {
+        match stream {
+            Stream::Stdout => self.stdout.has_lines,
+            Stream::Stderr => self.stderr.has_lines,
+        }
     }
 
     pub(crate) fn file(&self) -> Option<&LogFile> {
@@ -119,19 +160,20 @@ impl ContainerLog {
         self.file.as_ref().is_none_or(LogFile::is_discarded)
     }
 
-    /// Reads from one of the container's streams once, and passes the complete lines to the log.
+    /// Reads from one of the container's streams once, and passes the complete lines to the log. The
+    /// caller must check before that the log accepts output ([`ContainerLog::accepts`]).
     pub(crate) fn pump(
         &mut self,
         fd: impl AsFd,
         stream: Stream,
         buffer: &mut ReadBuffer,
     ) -> ReadOutcome {
-        let partial = self.partial(stream);
-        let length = partial.len();
+        let (file, rest) = self.file_and_rest(stream);
+        let length = rest.bytes.len();
         // The incomplete line always fits into the buffer, because it is much shorter than the
         // buffer.
         if let Some(front) = buffer.input.get_mut(..length) {
-            front.copy_from_slice(partial);
+            front.copy_from_slice(&rest.bytes);
         }
         let room = buffer.input.get_mut(length..).unwrap_or_default();
         let count = match rustix::io::read(fd, room) {
@@ -143,21 +185,18 @@ impl ContainerLog {
             Err(_) => return ReadOutcome::End,
         };
         buffer.last_read = length..length + count;
-        let (file, partial) = match stream {
-            Stream::Stdout => (&self.file, &mut self.partial_stdout),
-            Stream::Stderr => (&self.file, &mut self.partial_stderr),
-        };
         if let Some(file) = file {
             let input = buffer.input.get(..length + count).unwrap_or_default();
-            file.append(|pending| push_lines(pending, partial, stream, input));
+            file.append(|pending| push_lines(pending, rest, stream, input));
         }
         ReadOutcome::Data
     }
 
     /// Writes the incomplete last line of a stream that has ended.
     pub(crate) fn finish(&mut self, stream: Stream) {
-        let partial = std::mem::take(self.partial(stream));
-        if let (false, Some(file)) = (partial.is_empty(), &self.file) {
+        let (file, rest) = self.file_and_rest(stream);
+        let partial = std::mem::take(rest).bytes;
+        if let (false, Some(file)) = (partial.is_empty(), file) {
             file.append(|pending| {
                 let mut batch = Batch::new(stream, pending);
                 batch.push(b'P', &partial);
@@ -166,28 +205,33 @@ impl ContainerLog {
         }
     }
 
-    fn partial(&mut self, stream: Stream) -> &mut Vec<u8> {
-        match stream {
-            Stream::Stdout => &mut self.partial_stdout,
-            Stream::Stderr => &mut self.partial_stderr,
-        }
+    fn file_and_rest(&mut self, stream: Stream) -> (Option<&LogFile>, &mut Rest) {
+        let rest = match stream {
+            Stream::Stdout => &mut self.stdout,
+            Stream::Stderr => &mut self.stderr,
+        };
+        (self.file.as_ref(), rest)
     }
 }
 
-/// Appends the lines of `input` to `pending` in the log's format, and returns the number of
-/// appended lines. `input` begins with the previous contents of `partial`. An incomplete line at
-/// the end of `input` becomes the new contents of `partial`.
+/// Appends the lines of `input` to `pending` in the log's format, until `pending` is full. Returns
+/// the number of appended lines. `input` begins with the previous contents of `rest`. An incomplete
+/// line at the end of `input`, or the lines that do not fit, become the new contents of `rest`.
 pub(crate) fn push_lines(
     pending: &mut Vec<u8>,
-    partial: &mut Vec<u8>,
+    rest: &mut Rest,
     stream: Stream,
     input: &[u8],
 ) -> u64 {
-    let mut rest = input;
+    let mut left = input;
     let mut batch = Batch::new(stream, pending);
     loop {
-        let end = memchr::memchr(b'\n', rest);
-        let mut line = end.and_then(|end| rest.get(..end)).unwrap_or(rest);
+        let end = memchr::memchr(b'\n', left);
+        if end.is_some() && batch.output.len() >= MAX_PENDING_BYTES {
+            rest.set(left, true);
+            return batch.lines;
+        }
+        let mut line = end.and_then(|end| left.get(..end)).unwrap_or(left);
         while let Some((part, more)) = line.split_at_checked(MAX_LINE_BYTES)
             && !more.is_empty()
         {
@@ -195,15 +239,11 @@ pub(crate) fn push_lines(
             line = more;
         }
         let Some(end) = end else {
-            partial.clear();
-            partial.extend_from_slice(line);
-            if line.is_empty() && partial.capacity() > 256 {
-                *partial = Vec::new();
-            }
+            rest.set(line, false);
             return batch.lines;
         };
         batch.push(b'F', line);
-        rest = rest.get(end + 1..).unwrap_or_default();
+        left = left.get(end + 1..).unwrap_or_default();
     }
 }
 
@@ -254,18 +294,18 @@ mod tests {
         let wake = Arc::new(rustix::event::eventfd(0, flags).unwrap());
         let mut log = ContainerLog::open(Some(dir.clone()), &wake).unwrap();
         let (read, write) = rustix::pipe::pipe().unwrap();
+        let mut pump = |log: &mut ContainerLog| {
+            while !log.accepts(Stream::Stdout) {
+                rustix::io::read(&wake, &mut [0_u8; 8]).unwrap();
+            }
+            log.pump(&read, Stream::Stdout, &mut buffer)
+        };
         for chunk in chunks {
             rustix::io::write(&write, chunk).unwrap();
-            assert_eq!(
-                log.pump(&read, Stream::Stdout, &mut buffer),
-                ReadOutcome::Data
-            );
+            assert_eq!(pump(&mut log), ReadOutcome::Data);
         }
         drop(write);
-        assert_eq!(
-            log.pump(&read, Stream::Stdout, &mut buffer),
-            ReadOutcome::End
-        );
+        assert_eq!(pump(&mut log), ReadOutcome::End);
         log.finish(Stream::Stdout);
         while !log.is_written() {
             rustix::io::read(&wake, &mut [0_u8; 8]).unwrap();
@@ -307,6 +347,24 @@ mod tests {
             written(&[&line]),
             [format!("stdout F {}", "x".repeat(MAX_LINE_BYTES))]
         );
+    }
+
+    #[test]
+    fn lines_that_do_not_fit_into_the_log_wait_as_they_were_read() {
+        let (mut pending, mut rest) = (Vec::new(), Rest::default());
+        let mut input = [b"\n".repeat(READ_BYTES), b"end".to_vec()].concat();
+        let mut lines = 0;
+        loop {
+            pending.clear();
+            lines += push_lines(&mut pending, &mut rest, Stream::Stdout, &input);
+            assert!(pending.len() < MAX_PENDING_BYTES + 100);
+            input.clone_from(&rest.bytes);
+            if !rest.has_lines {
+                break;
+            }
+        }
+        assert_eq!(lines, READ_BYTES as u64);
+        assert_eq!(rest.bytes, b"end");
     }
 
     #[test]

@@ -6,7 +6,8 @@ use rrun_protocol::{Event, ExitRecord, Pod, Reply, Request};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use crate::container_log::{MAX_LINE_BYTES, Stream, push_lines};
+use crate::container_log::{MAX_LINE_BYTES, Rest, Stream, push_lines};
+use crate::log_file::MAX_PENDING_BYTES;
 
 /// The name and the function of a fuzz target.
 pub type FuzzTarget = (&'static str, fn(&[u8]));
@@ -27,11 +28,20 @@ fn container_log(input: &[u8]) {
     let Some((&size, output)) = input.split_first() else {
         return;
     };
-    let (mut log, mut partial, mut lines) = (Vec::new(), Vec::new(), 0);
+    let (mut log, mut rest, mut lines) = (Vec::new(), Rest::default(), 0);
     for piece in output.chunks(usize::from(size).max(1) * 97) {
-        let read = [&partial[..], piece].concat();
-        lines += push_lines(&mut log, &mut partial, Stream::Stderr, &read);
-        assert!(partial.len() <= MAX_LINE_BYTES);
+        let mut input = [&rest.bytes[..], piece].concat();
+        loop {
+            let mut pending = Vec::new();
+            lines += push_lines(&mut pending, &mut rest, Stream::Stderr, &input);
+            assert!(pending.len() < MAX_PENDING_BYTES + input.len() + 8 * HEADER_BYTES);
+            log.append(&mut pending);
+            if !rest.has_lines {
+                break;
+            }
+            input.clone_from(&rest.bytes);
+        }
+        assert!(rest.bytes.len() <= MAX_LINE_BYTES);
     }
     let mut logged = Vec::new();
     let mut found = 0;
@@ -45,7 +55,7 @@ fn container_log(input: &[u8]) {
         }
         found += 1;
     }
-    logged.extend_from_slice(&partial);
+    logged.extend_from_slice(&rest.bytes);
     assert!(logged == output && found == lines);
 }
 

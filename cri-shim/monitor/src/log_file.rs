@@ -25,7 +25,7 @@ use rrun_kernel::regular_file::{self, Unfit};
 
 /// The number of waiting bytes at which the mailbox is full. While the mailbox is full, the event
 /// loop does not read the container's output.
-const MAX_PENDING_BYTES: usize = 256 << 10;
+pub(crate) const MAX_PENDING_BYTES: usize = 256 << 10;
 
 /// The capacity in bytes above which the log's thread frees an empty buffer.
 const MAX_IDLE_CAPACITY: usize = 32 << 10;
@@ -204,19 +204,20 @@ fn write_loop(shared: &Shared) {
     mailbox.opened = Some(opened);
     shared.is_opened.notify_all();
     loop {
-        if !mailbox.pending.is_empty() {
+        if !mailbox.pending.is_empty() || mailbox.reopen {
             std::mem::swap(&mut batch, &mut mailbox.pending);
             let lines = std::mem::take(&mut mailbox.lines);
+            // The reopening must not wait until no line arrives any more. So it follows the lines
+            // that waited at the time of the request.
+            let reopen = std::mem::take(&mut mailbox.reopen);
             drop(mailbox);
-            writer.write(&batch, lines);
-            batch.clear();
+            if !batch.is_empty() {
+                writer.write(&batch, lines);
+                batch.clear();
+            }
+            let reopened = reopen.then(|| writer.open(&shared.path));
             mailbox = shared.mailbox();
-        } else if mailbox.reopen {
-            mailbox.reopen = false;
-            drop(mailbox);
-            let reopened = writer.open(&shared.path);
-            mailbox = shared.mailbox();
-            mailbox.reopened = Some(reopened);
+            mailbox.reopened = reopened.or(mailbox.reopened);
         } else if mailbox.discard {
             mailbox.discard = false;
             drop(mailbox);

@@ -37,6 +37,9 @@ pub(crate) struct Output {
     slave: Option<OwnedFd>,
     /// The streams that the monitor does not watch, because the log accepts no more output.
     paused: Vec<Stream>,
+    /// The number of reads from the stream that [`Output::drain`] reads at present. `None` before
+    /// the first call of this function.
+    drain_reads: Option<usize>,
     /// The streams whose pipe the monitor has already tried to enlarge.
     enlarged: Vec<Stream>,
     followers: Vec<Follower>,
@@ -64,6 +67,7 @@ impl Output {
             stderr: None,
             slave: None,
             paused: Vec::new(),
+            drain_reads: None,
             enlarged: Vec::new(),
             followers: Vec::new(),
             reopening: Vec::new(),
@@ -96,11 +100,18 @@ impl Output {
 
     /// Reads from a stream that epoll has reported as readable.
     pub(crate) fn ready(&mut self, stream: Stream, buffer: &mut ReadBuffer) -> StreamState {
-        if !self.log.has_room() {
+        if self.drain_reads.is_some() {
+            return StreamState::Paused;
+        }
+        if !self.log.accepts(stream) {
             self.paused.push(stream);
             return StreamState::Paused;
         }
         match self.pump(stream, buffer) {
+            ReadOutcome::Data if self.log.has_lines(stream) && !self.log.accepts(stream) => {
+                self.paused.push(stream);
+                StreamState::Paused
+            }
             ReadOutcome::Data => StreamState::Read(buffer.last_read().len()),
             ReadOutcome::Empty => StreamState::Idle,
             ReadOutcome::HungUp if self.hold_terminal_open(stream) => StreamState::Idle,
@@ -124,12 +135,18 @@ impl Output {
         is_open
     }
 
-    /// Returns the streams that can be watched again because the log has room.
-    pub(crate) fn resume(&mut self) -> Vec<Stream> {
-        if self.paused.is_empty() || !self.log.has_room() {
+    /// Returns the streams that can be watched again because the log has room. If
+    /// [`Output::drain`] was called, continues it instead.
+    pub(crate) fn resume(&mut self, buffer: &mut ReadBuffer) -> Vec<Stream> {
+        if self.drain_reads.is_some() {
+            self.drain(buffer);
             return Vec::new();
         }
-        std::mem::take(&mut self.paused)
+        let paused = std::mem::take(&mut self.paused);
+        let accepts = |stream: &Stream| self.log.accepts(*stream);
+        let (resumed, paused) = paused.into_iter().partition(accepts);
+        self.paused = paused;
+        resumed
     }
 
     /// Reads from a stream once, and passes the output to the log and to the followers.
@@ -164,19 +181,29 @@ impl Output {
         }
     }
 
-    /// Reads the remaining output and closes both streams.
-    pub(crate) fn drain(&mut self, buffer: &mut ReadBuffer) {
+    /// Reads the remaining output and closes both streams. Returns false if the log does not accept
+    /// all remaining output now. The rest of the output then stays in the pipes, and the log's
+    /// thread wakes the event loop, which must call this function or [`Output::resume`] again.
+    pub(crate) fn drain(&mut self, buffer: &mut ReadBuffer) -> bool {
         self.slave = None;
+        self.paused.clear();
+        let mut reads = self.drain_reads.unwrap_or_default();
         for stream in [Stream::Stdout, Stream::Stderr] {
-            for _ in 0..MAX_DRAIN_READS {
-                if self.pump(stream, buffer) != ReadOutcome::Data {
-                    break;
+            while self.stream(stream).is_some() {
+                if !self.log.accepts(stream) {
+                    self.drain_reads = Some(reads);
+                    return false;
+                }
+                reads += 1;
+                if reads > MAX_DRAIN_READS || self.pump(stream, buffer) != ReadOutcome::Data {
+                    self.close(stream);
                 }
             }
             self.log.finish(stream);
+            reads = 0;
         }
-        (self.stdout, self.stderr) = (None, None);
-        self.paused.clear();
+        self.drain_reads = Some(0);
+        true
     }
 
     pub(crate) fn follow(&mut self, follower: Follower) {

@@ -235,7 +235,7 @@ impl Monitor {
         let Some(container) = self.containers.get_mut(&serial) else {
             return;
         };
-        for stream in container.output.resume() {
+        for stream in container.output.resume(&mut self.read_buffer) {
             if let Some(fd) = container.output.stream(stream) {
                 let source = EventSource::of_stream(serial, stream);
                 let _ = self.poller.watch(fd, source, EventFlags::IN);

@@ -141,18 +141,17 @@ impl Container {
     }
 
     /// Returns true if all output is in the log, or if the log's file system has hung for
-    /// [`LOG_FLUSH_TIMEOUT`]. The first call reads the remaining output.
+    /// [`LOG_FLUSH_TIMEOUT`]. Reads the remaining output as far as the log accepts it.
     fn is_log_done(&mut self, buffer: &mut ReadBuffer) -> bool {
         let State::Terminating(termination) = &mut self.state else {
             return false;
         };
         let now = Instant::now();
         let deadline = *termination.log_deadline.get_or_insert_with(|| {
-            self.output.drain(buffer);
             self.oom.close();
             now + LOG_FLUSH_TIMEOUT
         });
-        if self.output.log().is_written() {
+        if self.output.drain(buffer) && self.output.log().is_written() {
             return true;
         }
         if now < deadline {

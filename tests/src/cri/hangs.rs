@@ -32,6 +32,12 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        empty_lines_do_not_fill_the_memory_of_a_monitor_whose_log_hangs,
+        A_NODE,
+        FUSE,
+        Need::RrunCri
+    ),
+    test!(
         the_server_reports_a_full_disk_and_works_again_when_space_is_free,
         A_NODE,
         Need::RrunCri
@@ -198,6 +204,42 @@ fn a_hanging_log_file_system_delays_no_container_exit_and_loses_no_log_line() ->
             without_gap(&line_numbers(whole)?)?;
         }
         Ok(())
+    })
+}
+
+/// A log line is 42 times longer than an empty line in the output. The monitor enlarges the pipe of the
+/// container to 1 MiB, because the container first prints a lot.
+fn empty_lines_do_not_fill_the_memory_of_a_monitor_whose_log_hangs() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("empty");
+        let pod_id = node.runp(&pod)?;
+        let program =
+            "head -c 4000000 /dev/zero; until [ -e /go ]; do sleep 0.1; done; exec yes ''";
+        let spec = node.container("lines", &["sh", "-c", program]);
+        let id = node.run(&pod_id, &pod, &spec)?;
+        let logs = node.join("logs/empty");
+        let log = File::open(logs.join("lines.log"))?;
+        let length = || Ok::<_, std::io::Error>(log.metadata()?.len());
+        wait_for("the long line to be logged", || {
+            Ok((length()? > 3_900_000).then_some(()))
+        })?;
+        let hung = Hung::mount(&logs)?;
+        let reopening = node.start_reopen(&id)?;
+        let before = node.monitor_resident(&pod_id)?;
+        node.asks(&["exec", "-s", &id, "touch", "/go"])?;
+        std::thread::sleep(Duration::from_secs(1));
+        node.asks(&["stop", "--timeout", "0", &id])?;
+        let grown = node.monitor_resident(&pod_id)?.saturating_sub(before);
+        drop(hung);
+        reopening.end()?;
+        ensure!(
+            grown < 10_000,
+            "the resident memory of the monitor has grown by {grown} kB"
+        );
+        wait_for("the output in the pipe to be logged", || {
+            Ok((length()? > 42 * 1_000_000).then_some(()))
+        })
     })
 }
 

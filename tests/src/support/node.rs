@@ -279,12 +279,12 @@ impl Node {
     /// Returns the server's resident memory in kB (proc(5), VmRSS).
     pub(crate) fn server_resident(&self) -> Result<u64> {
         let server = self.server.as_ref().ok_or("the server is not running")?;
-        let status = fs::read_to_string(format!("/proc/{}/status", server.pid()))?;
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
-        let word = line.and_then(|line| line.split_whitespace().next());
-        Ok(word
-            .ok_or("/proc/PID/status of the server contains no VmRSS")?
-            .parse()?)
+        resident(server.pid())
+    }
+
+    /// Returns the resident memory of a pod's monitor in kB (proc(5), VmRSS).
+    pub(crate) fn monitor_resident(&self, pod_id: &str) -> Result<u64> {
+        resident(self.monitor(pod_id)?.as_raw())
     }
 
     /// Returns the server's process id.
@@ -594,6 +594,16 @@ impl Node {
 /// Returns whether the network interface `name` is the node's end of a pod's veth pair. The names
 /// that CNI plugins choose contain `veth`. The names that rrun-cri chooses are `rr` followed by
 /// twelve digits.
+/// Returns the resident memory of a process in kB.
+fn resident(pid: i32) -> Result<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    let word = line.and_then(|line| line.split_whitespace().next());
+    Ok(word
+        .ok_or("the status file of the process contains no VmRSS")?
+        .parse()?)
+}
+
 pub(crate) fn is_pods_interface(name: &str) -> bool {
     name.contains("veth") || name.starts_with("rr") && name != "rrun0"
 }
