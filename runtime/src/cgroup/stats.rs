@@ -52,10 +52,11 @@ impl Files<'_> {
         match read {
             Ok(value) => Some(value),
             Err(error) => {
-                // EOPNOTSUPP means that the kernel does not collect these values.
+                // EOPNOTSUPP means that the kernel does not collect these values. If the kernel has no
+                // such file, the container can create a cgroup with the same name (EISDIR).
                 let missing = matches!(
                     Errno::from_io_error(&error),
-                    Some(Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP)
+                    Some(Errno::NOENT | Errno::NODEV | Errno::OPNOTSUPP | Errno::ISDIR)
                 );
                 if !missing {
                     let doing = format!("read {name} of cgroup {}", self.path.display());

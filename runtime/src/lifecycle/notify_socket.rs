@@ -6,12 +6,13 @@
 //! service manager. No other message from a container reaches the host's service manager. rrun adds
 //! MAINPID, the id of the process that the service manager will watch.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{CWD, Mode};
+use rustix::fs::Mode;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType, bind, connect, recv,
@@ -97,17 +98,15 @@ pub(crate) fn make_directory(directory: &Path) -> Result<()> {
         .doing(|| format!("create directory {}", path.display()))
 }
 
-/// Removes the directory and the socket that [`make_directory`] and [`NotifySocket::bind`] created.
+/// Removes the directory that [`make_directory`] created. The directory can contain files of the
+/// container, because a container with CAP_SYS_ADMIN can make its mount of the directory writable.
 pub(crate) fn remove(directory: &Path) -> Result<()> {
     let directory = directory.join(DIRECTORY);
-    let path = directory.join(FILE);
-    match rustix::fs::unlink(&path) {
-        Ok(()) | Err(Errno::NOENT) => {}
-        result => result.doing(|| format!("remove {}", path.display()))?,
-    }
-    match rustix::fs::rmdir(&directory) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        result => result.doing(|| format!("remove {}", directory.display())),
+    match std::fs::remove_dir_all(&directory) {
+        Err(error) if error.kind() != ErrorKind::NotFound => {
+            Err(error).doing(|| format!("remove {}", directory.display()))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -138,17 +137,12 @@ impl NotifySocket {
         };
         let socket = datagram().doing(doing)?;
         // Every user in the container is allowed to report that the container is ready, so the mode
-        // is 0777.
-        at_address(&directory, FILE, |address| bind(&socket, address))
-            .and_then(|()| {
-                rustix::fs::chmodat(
-                    CWD,
-                    &path,
-                    Mode::from_raw_mode(0o777),
-                    rustix::fs::AtFlags::empty(),
-                )
-            })
-            .doing(doing)?;
+        // is 0777. A later chmod(2) could follow a link, because a container with CAP_SYS_ADMIN can
+        // replace the file.
+        let umask = rustix::process::umask(Mode::empty());
+        let bound = at_address(&directory, FILE, |address| bind(&socket, address));
+        rustix::process::umask(umask);
+        bound.doing(doing)?;
         let to_manager = datagram().doing(|| "create a unix socket")?;
         connect(&to_manager, &manager.address)
             .doing(|| format!("connect to the service manager's socket ({VARIABLE})"))?;

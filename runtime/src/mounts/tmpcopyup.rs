@@ -65,7 +65,24 @@ fn copy_owner_and_mode(to: &OwnedFd, stat: &Stat) -> Result<()> {
 }
 
 fn copy_owner(to: &OwnedFd, uid: Option<Uid>, gid: Option<Gid>) -> Result<()> {
-    match rustix::fs::fchown(to, uid, gid) {
+    owner_set(rustix::fs::fchown(to, uid, gid))
+}
+
+/// Copies the owner to the file `name` in the directory `to`. The file can be a link.
+fn copy_owner_at(to: &OwnedFd, name: &CStr, stat: &Stat) -> Result<()> {
+    let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    let no_follow = AtFlags::SYMLINK_NOFOLLOW;
+    owner_set(rustix::fs::chownat(
+        to,
+        name,
+        Some(owner.0),
+        Some(owner.1),
+        no_follow,
+    ))
+}
+
+fn owner_set(result: std::result::Result<(), Errno>) -> Result<()> {
+    match result {
         // EINVAL means that the container's user namespace does not map this owner. rrun then
         // leaves the owner of `to` unchanged.
         Ok(()) | Err(Errno::INVAL) => Ok(()),
@@ -112,11 +129,13 @@ fn copy_entry(
         FileType::RegularFile => copy_file(procfs, from, to, name),
         FileType::Symlink => {
             let link = rustix::fs::readlinkat(from, name, Vec::new()).doing(|| "read the link")?;
-            rustix::fs::symlinkat(&link, to, name).doing(|| "create the copy")
+            rustix::fs::symlinkat(&link, to, name).doing(|| "create the copy")?;
+            copy_owner_at(to, name, &stat)
         }
         _ => {
             rustix::fs::mknodat(to, name, kind, Mode::empty(), stat.st_rdev)
                 .doing(|| "create the copy")?;
+            copy_owner_at(to, name, &stat)?;
             rustix::fs::chmodat(to, name, mode(&stat), AtFlags::empty()).doing(|| "set its mode")
         }
     }

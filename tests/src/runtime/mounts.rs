@@ -282,7 +282,10 @@ fn a_tmpfs_with_tmpcopyup_contains_a_copy_of_the_covered_files() -> Result {
     fs::create_dir(data.join("below"))?;
     fs::write(data.join("below/file"), "of the image")?;
     symlink("below/file", data.join("link"))?;
-    std::os::unix::fs::chown(data.join("below/file"), Some(7), Some(8))?;
+    nix::unistd::mkfifo(&data.join("fifo"), nix::sys::stat::Mode::S_IRWXU)?;
+    for name in ["below/file", "link", "fifo"] {
+        std::os::unix::fs::lchown(data.join(name), Some(7), Some(8))?;
+    }
     let mode = std::os::unix::fs::PermissionsExt::from_mode(0o711);
     fs::set_permissions(&data, mode)?;
     bundle.add(
@@ -302,12 +305,15 @@ fn a_tmpfs_with_tmpcopyup_contains_a_copy_of_the_covered_files() -> Result {
         "of the image",
         "the content of the file to which the copied link leads"
     );
-    let stat = bundle.args(&["stat", "/data/below/file"]).run()?.json()?;
-    ensure_eq!(
-        (&stat["uid"], &stat["gid"]),
-        (&json!(7), &json!(8)),
-        "the owner of the copied file"
-    );
+    for name in ["below/file", "link", "fifo"] {
+        let path = format!("/data/{name}");
+        let stat = bundle.args(&["stat", &path]).run()?.json()?;
+        ensure_eq!(
+            (&stat["uid"], &stat["gid"]),
+            (&json!(7), &json!(8)),
+            "the owner of the copied {name}"
+        );
+    }
     let stat = bundle.args(&["stat", "/data"]).run()?.json()?;
     ensure_eq!(stat["mode"], "711", "the mode of the tmpfs");
     bundle

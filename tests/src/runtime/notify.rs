@@ -1,6 +1,7 @@
 //! Tests of readiness notifications, which a container sends to the service manager through
 //! NOTIFY_SOCKET.
 
+use std::fs;
 use std::os::unix::net::UnixDatagram;
 use std::path::Path;
 
@@ -18,6 +19,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_container_without_a_manager_gets_no_notification_socket),
     test!(run_forwards_only_the_first_notification, Need::Rrun),
     test!(start_waits_if_the_queue_of_the_manager_is_full, Need::Rrun),
+    test!(
+        delete_removes_what_a_container_left_beside_its_notification_socket,
+        Need::Rrun
+    ),
     test!(preserved_descriptors_have_higher_numbers_than_the_managers_sockets),
 ];
 
@@ -142,6 +147,22 @@ fn run_forwards_only_the_first_notification() -> Result {
         manager.socket.recv(&mut buffer).is_err(),
         "the service manager receives a third notification: {}",
         String::from_utf8_lossy(&buffer)
+    );
+    Ok(())
+}
+
+/// A container with CAP_SYS_ADMIN can make its read-only mount of the directory writable.
+fn delete_removes_what_a_container_left_beside_its_notification_socket() -> Result {
+    let manager = Manager::new()?;
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    manager.runtime(&bundle, &["create", bundle.id()])?.ok()?;
+    let directory = bundle.root().join(bundle.id()).join("notify");
+    fs::create_dir_all(directory.join("of/the/container"))?;
+    fs::write(directory.join("file"), "text")?;
+    bundle.runtime(&["delete", "--force", bundle.id()]).ok()?;
+    ensure!(
+        !directory.exists(),
+        "`delete` left the directory of the notification socket behind"
     );
     Ok(())
 }

@@ -26,6 +26,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(statistics_have_the_same_fields_as_in_runc),
     test!(an_event_begins_with_the_same_fields_as_in_runc),
     test!(
+        a_cgroup_with_the_name_of_a_file_does_not_prevent_statistics,
+        Need::Rrun
+    ),
+    test!(
         the_runtime_logs_the_steps_of_a_command_with_the_option_debug,
         Need::Rrun
     ),
@@ -383,6 +387,22 @@ fn an_event_begins_with_the_same_fields_as_in_runc() -> Result {
         "the event that `events --stats` prints does not begin with {beginning}:\n{}",
         output.told()
     );
+    bundle.end()?;
+    Ok(())
+}
+
+/// A container can create cgroups in its own cgroup. A cgroup can have the name of a file that the
+/// kernel does not provide, because the controller is not enabled.
+fn a_cgroup_with_the_name_of_a_file_does_not_prevent_statistics() -> Result {
+    let bundle = Bundle::new(&["sleep", "600"])?;
+    bundle.start()?;
+    for name in ["rdma.max", "hugetlb.2MB.max", "memory.current"] {
+        let path = bundle.cgroup().join(name);
+        if !path.exists() {
+            fs::create_dir(path)?;
+        }
+    }
+    statistics(&bundle)?;
     bundle.end()?;
     Ok(())
 }
