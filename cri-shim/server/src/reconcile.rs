@@ -340,6 +340,7 @@ fn partial_container(node: &Node, sandbox: &Arc<Sandbox>, id: &str) -> Option<Co
         created_at: 0,
         user: Default::default(),
         stop_signal: libc::SIGTERM,
+        configuration_bytes: 0,
         state: container::ContainerState::new(Default::default()),
         made: false,
     });

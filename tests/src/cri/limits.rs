@@ -6,6 +6,8 @@ use serde_json::{Value, json};
 
 use crate::support::calls::Calls;
 use crate::support::cgroup_use::{file, held_to};
+use crate::support::images::build::Archive;
+use crate::support::images::{pull_built, with_one_layer};
 use crate::support::machine::{Failed, Result, note, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, is_rrun, on_a_node};
@@ -413,6 +415,25 @@ fn the_configurations_of_a_pods_containers_have_a_limit() -> Result {
         );
         node.asks(&["rm", "--force", &first])?;
         node.run(&pod_id, &pod, &large("second", 1000))?;
+
+        // JSON writes each control character of an image's variables and volumes as six bytes.
+        let variable = format!("V={}", "\u{1}".repeat(30_000));
+        let volume = |number| (format!("/{number}{}", "\u{1}".repeat(200)), json!({}));
+        let volumes: serde_json::Map<_, _> = (100..200).map(volume).collect();
+        for (name, config) in [
+            ("environment", json!({ "Env": [variable] })),
+            ("volumes", json!({ "Volumes": volumes })),
+        ] {
+            let image = pull_built(node, name, &with_one_layer(Archive::new(), config))?;
+            let mut container = node.container(name, &["/inside", "sleep", "600"]);
+            container["image"]["image"] = json!(image);
+            let refused = node.try_create(&pod_id, &pod, &container)?;
+            ensure!(
+                refused.stderr.contains("(pod_configuration_bytes)"),
+                "the error about a container with the image {name} is: {}",
+                refused.stderr
+            );
+        }
         Ok(())
     })
 }

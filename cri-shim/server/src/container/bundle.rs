@@ -14,7 +14,7 @@ use super::user::{Accounts, User};
 use super::volumes::Volumes;
 use super::{
     ContainerRecord, annotations, apparmor, capabilities, cdi, devices, idmap, image_volume,
-    mounts, propagation, resources, rootfs, spec, volumes,
+    mounts, propagation, resources, rootfs, size, spec, volumes,
 };
 use crate::cgroup::{self, slice};
 use crate::handlers::Features;
@@ -61,8 +61,16 @@ struct UserNamespace {
     root: (u32, u32),
 }
 
-/// Creates the bundle's contents, and returns the user that the container runs as.
-pub(super) fn fill(mut inputs: Inputs<'_>) -> Result<User> {
+/// What the server learns while it creates a bundle.
+pub(super) struct Filled {
+    /// The user that the container runs as.
+    pub user: User,
+    /// The size of the configuration that counts for `pod_configuration_bytes`.
+    pub configuration_bytes: usize,
+}
+
+/// Creates the bundle's contents.
+pub(super) fn fill(mut inputs: Inputs<'_>) -> Result<Filled> {
     let security = security(&inputs)?;
     make_log_directory(&inputs)?;
     let writable = inputs.node.writable_layer(&inputs.record.id);
@@ -76,8 +84,11 @@ pub(super) fn fill(mut inputs: Inputs<'_>) -> Result<User> {
     let working_dir = spec::working_dir(&inputs.record.config, image)?;
     rootfs::make_working_dir(&rootfs, working_dir, ids.root)?;
     let mounts = prepare_mounts(&inputs, &security, &ids, &rootfs, &writable)?;
-    write_config(inputs, security, ids, &rootfs, &user, &mounts)?;
-    Ok(user)
+    let configuration_bytes = write_config(inputs, security, ids, &rootfs, &user, &mounts)?;
+    Ok(Filled {
+        user,
+        configuration_bytes,
+    })
 }
 
 fn security(inputs: &Inputs<'_>) -> Result<Security> {
@@ -213,6 +224,7 @@ fn prepare_mounts(
     Ok(all)
 }
 
+/// Writes config.json, and returns the size of the configuration.
 fn write_config(
     inputs: Inputs<'_>,
     security: Security,
@@ -220,7 +232,7 @@ fn write_config(
     rootfs: &Path,
     user: &User,
     mounts: &[Mount],
-) -> Result<()> {
+) -> Result<usize> {
     let (node, sandbox, record) = (inputs.node, inputs.sandbox, inputs.record);
     let config = &record.config;
     let context = &security.context;
@@ -266,8 +278,12 @@ fn write_config(
         selinux: security.selinux,
     })?;
     cdi.apply(&mut spec, privileged)?;
+    let text = spec.text()?;
+    let bytes = size::of_container(config, text.len());
+    size::check(node, sandbox, bytes)?;
     let path = inputs.dir.join("config.json");
-    write_secret(&path, spec.text()?.as_bytes()).during(|| format!("write {}", path.display()))
+    write_secret(&path, text.as_bytes()).during(|| format!("write {}", path.display()))?;
+    Ok(bytes)
 }
 
 fn hostname(sandbox: &Sandbox, own_uts: bool) -> String {

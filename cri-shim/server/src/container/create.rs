@@ -5,7 +5,6 @@ use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use prost::Message as _;
 use rrun_proto::v1::{
     ContainerConfig, ContainerEventType, LinuxContainerSecurityContext, NamespaceMode,
 };
@@ -15,7 +14,7 @@ use super::namespace_owners::NamespaceOwners;
 use super::user::User;
 use super::{
     Container, ContainerRecord, ContainerState, Phase, RECORD, bundle, image_volume, remove,
-    signal, spec, status,
+    signal, size, spec, status,
 };
 use crate::clock::now;
 use crate::id::new_id;
@@ -26,9 +25,6 @@ use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_images::Image;
 use rrun_protocol::Create;
-
-/// The memory in bytes that each entry of a list in a configuration needs in addition to its bytes.
-const ENTRY_BYTES: usize = 64;
 
 /// Returns the key that identifies the requested container. A retry of a CreateContainer call has
 /// the same key.
@@ -62,7 +58,7 @@ pub(crate) async fn create(
     }
     check(&config, &sandbox)?;
     check_mounts(&node, &config)?;
-    check_size(&node, &sandbox, &config)?;
+    size::check(&node, &sandbox, size::of_request(&config))?;
     // Count this call before the pod's state is checked. A removal of the pod can then wait for
     // every CreateContainer call that found the pod ready.
     let _creating = sandbox.begin_create();
@@ -124,6 +120,7 @@ fn new_record(
         created_at: now(),
         user: User::default(),
         stop_signal: signal::stop_signal(config.stop_signal(), image_signal)?,
+        configuration_bytes: 0,
         state: ContainerState::new(resources.unwrap_or_default()),
         config,
         made: false,
@@ -168,36 +165,6 @@ fn check_mounts(node: &Node, config: &ContainerConfig) -> Result<()> {
         )));
     }
     Ok(())
-}
-
-/// Refuses a container if the configurations of its pod's containers are too large. Copies of them are
-/// in memory and in the state directory until the containers are removed.
-fn check_size(node: &Node, sandbox: &Sandbox, config: &ContainerConfig) -> Result<()> {
-    let others = node.containers_of(&sandbox.id);
-    let others = others.iter().map(|container| size(&container.config));
-    let (size, limit) = (
-        size(config) + others.sum::<usize>(),
-        node.config.pod_configuration_bytes.get(),
-    );
-    if size > limit {
-        return Err(Error::invalid(format!(
-            "the configurations of all containers of the pod would have {size} bytes, and the limit is {limit} bytes (pod_configuration_bytes)"
-        )));
-    }
-    Ok(())
-}
-
-/// Returns the size of a configuration in bytes. Each entry of a list needs further memory.
-fn size(config: &ContainerConfig) -> usize {
-    let entries = config.envs.len()
-        + config.command.len()
-        + config.args.len()
-        + config.mounts.len()
-        + config.devices.len()
-        + config.cdi_devices.len()
-        + config.labels.len()
-        + config.annotations.len();
-    config.encoded_len() + entries * ENTRY_BYTES
 }
 
 /// Checks that the container requests its pod's user namespace. If the pod has its own user
@@ -275,7 +242,7 @@ async fn assemble(
     let job = {
         let (node, sandbox, image) = (Arc::clone(node), Arc::clone(sandbox), Arc::clone(image));
         move || {
-            let user = bundle::fill(bundle::Inputs {
+            let filled = bundle::fill(bundle::Inputs {
                 node: &node,
                 sandbox: &sandbox,
                 record: &record,
@@ -291,7 +258,7 @@ async fn assemble(
                 // ignored, because the result of the runtime's `create` contains the reason.
                 let _ = rustix::io::write(written, b"1");
             }
-            Ok::<User, Error>(user)
+            Ok::<bundle::Filled, Error>(filled)
         }
     };
     let what = format!("{pod}: mount a container's root filesystem and prepare its volumes");
@@ -301,13 +268,14 @@ async fn assemble(
         let created = slow(format!("{pod}: wait for the runtime's `create`"), created);
         created.await.map_err(Error::from)
     };
-    let (user, pid) = if early {
+    let (filled, pid) = if early {
         let (filled, created) = tokio::join!(filled, created);
         (filled?, created?)
     } else {
         (filled.await?, created.await?)
     };
-    container.user = user;
+    container.user = filled.user;
+    container.configuration_bytes = filled.configuration_bytes;
     container.change(|state| state.pid = pid);
     Ok(Arc::new(container))
 }

@@ -31,6 +31,7 @@ pub(crate) mod rootfs;
 pub(crate) mod seccomp;
 mod seccomp_default;
 pub(crate) mod signal;
+mod size;
 pub(crate) mod spec;
 pub(crate) mod start;
 pub(crate) mod status;
@@ -72,6 +73,8 @@ pub(crate) struct Container {
     pub user: User,
     /// The signal that StopContainer sends first.
     pub stop_signal: i32,
+    /// The size of the configuration that counts for `pod_configuration_bytes`.
+    pub configuration_bytes: usize,
     /// True while a StartContainer call is in progress. If the container exits during this time,
     /// the StartContainer call publishes the exit event after the start event. The lock on the
     /// state also protects this flag: [`Container::record_end`] reads the flag, and the
@@ -141,6 +144,9 @@ pub(crate) struct ContainerRecord {
     pub created_at: i64,
     pub user: User,
     pub stop_signal: i32,
+    /// Records that older versions of the server wrote do not contain this field.
+    #[serde(default)]
+    pub configuration_bytes: usize,
     pub state: ContainerState,
     /// True if the runtime's `create` has succeeded. The bundle then contains a complete container.
     pub made: bool,
@@ -165,6 +171,7 @@ impl Container {
             created_at: record.created_at,
             user: record.user,
             stop_signal: record.stop_signal,
+            configuration_bytes: record.configuration_bytes,
             starting: AtomicBool::new(false),
             state: watch::Sender::new(record.state),
         }
@@ -181,6 +188,7 @@ impl Container {
             created_at: self.created_at,
             user: self.user.clone(),
             stop_signal: self.stop_signal,
+            configuration_bytes: self.configuration_bytes,
             state: self.state(),
             made: true,
         }
