@@ -20,7 +20,7 @@ use crate::lifecycle::program::{apply_process, execute, hand_over_terminal, join
 use crate::lifecycle::start_socket;
 use crate::lifecycle::state::{State, Status};
 use crate::mounts::rootfs::Rootfs;
-use crate::mounts::tree::{self, attach_root, clone_root};
+use crate::mounts::tree::{self, attach_root, clone_root, open_root};
 use crate::mounts::{HostMounts, Isolation, Mount, devices, protection};
 use crate::namespaces::{self, OpenNamespace, become_root_of_user_namespace, sysctl};
 use crate::process::Process;
@@ -301,11 +301,12 @@ impl Init<'_> {
             return Rootfs::of_new_container(root);
         }
         let path = &self.config.rootfs;
+        let directory = open_root(path)?;
         let root = match self.host_mounts.root.take() {
             Some(root) => root,
-            None => clone_root(path, self.config.root_is_slave())?,
+            None => clone_root(&directory, path, self.config.root_is_slave())?,
         };
-        attach_root(&root, path)?;
+        attach_root(&root, &directory, path)?;
         Rootfs::of_new_container(root)
     }
 

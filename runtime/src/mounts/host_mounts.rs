@@ -12,7 +12,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::entry::Mount;
 use super::options::{Bind, SHARED};
-use super::tree::{attach_root, clone_root, clone_tree};
+use super::tree::{attach_root, clone_root, clone_tree, open_root};
 use crate::error::{Context, Result};
 use crate::namespaces::Namespaces;
 use crate::namespaces::idmap::{IdMapNamespaces, IdMaps};
@@ -65,7 +65,9 @@ impl HostMounts {
         }
         if sources.namespaces.own(Type::User) {
             host_mounts.open(sources, Mount::is_bind)?;
-            host_mounts.root = Some(clone_root(sources.rootfs, sources.root_is_slave)?);
+            let directory = open_root(sources.rootfs)?;
+            let root = clone_root(&directory, sources.rootfs, sources.root_is_slave)?;
+            host_mounts.root = Some(root);
         } else if sources.mounts.iter().any(Mount::is_idmapped) {
             host_mounts.open(sources, Mount::is_idmapped)?;
         }
@@ -118,8 +120,9 @@ impl HostMounts {
     }
 
     fn attach_root(&mut self, sources: &MountSources<'_>) -> Result<()> {
-        let root = clone_root(sources.rootfs, sources.root_is_slave)?;
-        attach_root(&root, sources.rootfs)?;
+        let directory = open_root(sources.rootfs)?;
+        let root = clone_root(&directory, sources.rootfs, sources.root_is_slave)?;
+        attach_root(&root, &directory, sources.rootfs)?;
         self.attached_root = Some(root);
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::CWD;
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
 
@@ -51,12 +51,21 @@ pub(crate) fn move_mount(mount: impl AsFd, target: impl AsFd) -> std::result::Re
     )
 }
 
-/// Returns a detached mount of the container's root directory at `path`, with all mounts below the
-/// root. Later mounts on this detached mount do not propagate to the host. If `is_slave` is true,
-/// later mounts of the host propagate to the detached mount.
-pub(crate) fn clone_root(path: &Path, is_slave: bool) -> Result<OwnedFd> {
+/// Opens the container's root directory at `path`. config.json was refused if `path` contained a
+/// symbolic link, but a user with write access to a directory of the path can exchange it later.
+pub(crate) fn open_root(path: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let no_links = ResolveFlags::NO_SYMLINKS;
+    rustix::fs::openat2(CWD, path, flags, Mode::empty(), no_links)
+        .doing(|| format!("open root.path {}", path.display()))
+}
+
+/// Returns a detached mount of the container's root directory `directory`, which was opened at
+/// `path`, with all mounts below the root. Later mounts on this detached mount do not propagate to
+/// the host. If `is_slave` is true, later mounts of the host propagate to the detached mount.
+pub(crate) fn clone_root(directory: &OwnedFd, path: &Path, is_slave: bool) -> Result<OwnedFd> {
     let sentence = || format!("make root.path {} a separate mount", path.display());
-    let root = clone_tree(path, true).doing(sentence)?;
+    let root = clone_descriptor(directory, true).doing(sentence)?;
     let attr = MountAttr {
         propagation: if is_slave {
             options::SLAVE
@@ -79,12 +88,11 @@ pub(crate) fn make_slave(mount: &OwnedFd) -> std::result::Result<(), Errno> {
     mount_setattr(mount.as_fd(), true, &attr)
 }
 
-/// Attaches the container's root at `path`, which is root.path of config.json, because
-/// pivot_root(2) requires the root to be a mount in this namespace. The root then hides the previous
-/// content of the directory.
-pub(crate) fn attach_root(root: &OwnedFd, path: &Path) -> Result<()> {
-    let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-    rustix::mount::move_mount(root, "", CWD, path, flags)
+/// Attaches the container's root on `directory`, which was opened at `path`, because pivot_root(2)
+/// requires the root to be a mount in this namespace. The root then hides the previous content of
+/// the directory.
+pub(crate) fn attach_root(root: &OwnedFd, directory: &OwnedFd, path: &Path) -> Result<()> {
+    move_mount(root, directory)
         .doing(|| format!("mount the container's root on {}", path.display()))
 }
 

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::bundle::Bundle;
+use crate::support::bundle::{Bundle, make_rootfs};
 use crate::support::inside::attacker::{Exchange, rounds};
 use crate::support::machine::{Directory, Result, note};
 use crate::support::needs::{Need, Test};
@@ -29,6 +29,7 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Rrun
     ),
     test!(cve_2024_45310_the_runtime_creates_nothing_on_the_host),
+    test!(a_link_that_replaces_root_path_during_the_creation_is_not_followed),
     test!(cve_2023_27561_and_28642_the_runtime_refuses_links_at_proc_and_sys),
     test!(a_masked_directory_has_no_room_for_files, Need::Rrun),
     test!(a_masked_file_does_not_expose_the_hosts_null_device),
@@ -262,6 +263,43 @@ fn cve_2021_30465_a_mount_is_always_inside_the_container() -> Result {
         rounds(),
         race.times()
     ));
+    Ok(())
+}
+
+/// A user with write access to a directory of root.path could otherwise choose the container's root.
+fn a_link_that_replaces_root_path_during_the_creation_is_not_followed() -> Result {
+    let other = Directory::new("other")?;
+    make_rootfs(other.path())?;
+    fs::write(other.join("secret"), SECRET)?;
+    for new_user in [false, true] {
+        let mut bundle = Bundle::new(&["sleep", "600"])?;
+        if new_user {
+            let maps = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+            bundle
+                .add("/linux/namespaces", json!({ "type": "user" }))
+                .set("/linux/uidMappings", maps.clone())
+                .set("/linux/gidMappings", maps);
+        }
+        bundle.write_config()?;
+        symlink(other.path(), bundle.join("link"))?;
+        let race = Exchange::start(&bundle.rootfs(), &bundle.join("link"));
+        for _ in 0..rounds() {
+            if bundle.runtime(&["create", bundle.id()]).end()?.code != 0 {
+                continue;
+            }
+            let secret = format!("/proc/{}/root/secret", bundle.pid()?);
+            ensure!(
+                !Path::new(&secret).exists(),
+                "the container's root is the directory to which the link leads"
+            );
+            bundle.end()?;
+        }
+        drop(race);
+        if fs::symlink_metadata(bundle.rootfs())?.is_symlink() {
+            fs::rename(bundle.rootfs(), bundle.join("moved"))?;
+            fs::rename(bundle.join("link"), bundle.rootfs())?;
+        }
+    }
     Ok(())
 }
 
