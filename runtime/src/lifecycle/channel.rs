@@ -11,25 +11,22 @@ use rustix::io::{Errno, retry_on_intr};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, socketpair};
 
 use crate::error::{Context, Error, Result, refuse};
-use crate::mounts::HostMounts;
 use crate::seccomp::Report;
 use crate::sys::unix_socket::{
-    hand_over, receive_descriptor, receive_last, receive_pending, send_descriptor, take_over,
+    hand_over, receive_last, receive_pending, send_descriptor, take_over,
 };
 
 /// The maximum size of a message on the channel, in bytes.
 const MESSAGE_BYTES: usize = 16 << 10;
 
-const NEEDS_MOUNTS: u8 = b'O';
 const NEEDS_PARENT: u8 = b'M';
+const NEEDS_ROOT: u8 = b'O';
 const RUN_HOOKS: u8 = b'H';
 const TERMINAL: u8 = b'T';
 const READY: u8 = b'R';
 const CLONED: u8 = b'B';
 const FILTERED: u8 = b'S';
 const FAILED: u8 = b'F';
-const ROOT: u8 = b'/';
-const MOUNT: u8 = b'V';
 const CONTINUE: u8 = b'G';
 
 /// A message from the child to its parent.
@@ -37,14 +34,13 @@ pub(crate) enum ChildMessage {
     /// The process id of the container's first process. An intermediate process sends this message
     /// after it has created the first process as its sibling (CLONE_PARENT).
     Cloned(i32),
-    /// The child is in its namespaces, and waits for its root and for the sources of its bind
-    /// mounts. The parent opens them in the child's mount namespace, see
-    /// [`HostMounts::in_namespace_of`].
-    NeedsMounts,
     /// The child is in its namespaces, and waits for its parent. The parent on the host does the
     /// steps that the child has no right to do. These steps write the id mappings of a user
     /// namespace, set the child's limits, move network devices, and create resctrl groups.
     NeedsParent,
+    /// The child waits until the parent has attached the container's root in the child's mount
+    /// namespace, because the child cannot reach root.path.
+    NeedsRoot,
     /// The child has mounted all file systems, but its root is still the host's root. The child
     /// waits until the parent has run the prestart and createRuntime hooks.
     RunHooks,
@@ -117,29 +113,12 @@ impl Channel {
         self.send(&[CLONED, a, b, c, d])
     }
 
-    /// Waits for the mounts that the parent opens in the mount namespace of this process. See
-    /// [`Channel::send_mounts`].
-    pub(crate) fn wait_for_mounts(&self) -> Result<HostMounts> {
-        let doing = || "wait for the mounts that the parent process opens";
-        self.send(&[NEEDS_MOUNTS])?;
-        let mut mounts = HostMounts::default();
-        let mut buffer = [0u8; 5];
-        loop {
-            let received = receive_descriptor(self.fd.as_fd(), &mut buffer).doing(doing)?;
-            match (buffer.get(..received.0).unwrap_or_default(), received.1) {
-                ([CONTINUE], None) => return Ok(mounts),
-                ([ROOT], Some(root)) => mounts.attached_root = Some(root),
-                ([MOUNT, a, b, c, d], Some(mount)) => {
-                    mounts.insert(u32::from_ne_bytes([*a, *b, *c, *d]) as usize, mount);
-                }
-                ([], _) => refuse!("the parent process has exited"),
-                _ => refuse!("the parent process sent an unknown message"),
-            }
-        }
-    }
-
     pub(crate) fn wait_for_parent(&self) -> Result<()> {
         self.request(NEEDS_PARENT)
+    }
+
+    pub(crate) fn wait_for_root(&self) -> Result<()> {
+        self.request(NEEDS_ROOT)
     }
 
     pub(crate) fn wait_for_hooks(&self) -> Result<()> {
@@ -168,26 +147,6 @@ impl Channel {
         // A failed send means that the parent is dead. The failure is ignored, because no process
         // can report the error any more.
         let _ = self.send(&message);
-    }
-
-    /// Sends mounts to the child, which waits in [`Channel::wait_for_mounts`]. The message for a
-    /// bind mount contains the mount's index in config.json.
-    pub(crate) fn send_mounts(&self, mounts: &HostMounts) -> Result<()> {
-        let send = |descriptor: &OwnedFd, message: &[u8]| {
-            send_descriptor(self.fd.as_fd(), descriptor.as_fd(), message)
-                .map(drop)
-                .doing(|| "send a mount to the container's process")
-        };
-        if let Some(root) = &mounts.attached_root {
-            send(root, &[ROOT])?;
-        }
-        for (index, mount) in (0u32..).zip(&mounts.mounts) {
-            if let Some(mount) = mount {
-                let [a, b, c, d] = index.to_ne_bytes();
-                send(mount, &[MOUNT, a, b, c, d])?;
-            }
-        }
-        Ok(())
     }
 
     /// Sends the parent's answer to a request from the child. If the child is dead, this function
@@ -221,8 +180,8 @@ impl Channel {
         Ok(match (message, descriptor) {
             ([], _) => ChildMessage::Closed,
             ([CLONED, a, b, c, d], _) => ChildMessage::Cloned(i32::from_ne_bytes([*a, *b, *c, *d])),
-            ([NEEDS_MOUNTS], _) => ChildMessage::NeedsMounts,
             ([NEEDS_PARENT], _) => ChildMessage::NeedsParent,
+            ([NEEDS_ROOT], _) => ChildMessage::NeedsRoot,
             ([RUN_HOOKS], _) => ChildMessage::RunHooks,
             ([READY], _) => ChildMessage::Ready,
             ([TERMINAL], Some(master)) => ChildMessage::Terminal(master),

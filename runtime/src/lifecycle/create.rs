@@ -95,6 +95,8 @@ struct Creation<'a> {
     cgroup: Option<Cgroup>,
     agent: Option<Agent<'a>>,
     notify: Option<NotifySocket>,
+    /// The container's root, if the first process cannot reach it.
+    root: Option<OwnedFd>,
     /// True if rrun's caller is not root.
     unprivileged: bool,
     rollback: Rollback<'a>,
@@ -191,6 +193,7 @@ impl<'a> Creation<'a> {
             cgroup: None,
             agent,
             notify: None,
+            root: None,
             unprivileged: !rustix::process::geteuid().is_root(),
             rollback: Rollback {
                 id: request.id,
@@ -270,7 +273,7 @@ impl<'a> Creation<'a> {
                 self.become_init(childs_end, after_clone, host_mounts, start_socket)
             }
             Cloned::Parent { pid, pidfd } => {
-                drop(host_mounts);
+                self.root = host_mounts.root;
                 drop(childs_end);
                 drop(start_socket);
                 log::debug(|| format!("created the container's first process, process id {pid}"));
@@ -384,6 +387,7 @@ impl<'a> Creation<'a> {
         let pidfd = rollback.child.as_ref().ok_or_else(no_first_process)?;
         let task = Task::Create {
             config,
+            root: self.root.take(),
             waits,
             state: &mut self.state,
             dir: &rollback.dir,

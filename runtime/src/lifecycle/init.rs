@@ -194,15 +194,10 @@ impl Init<'_> {
         }
     }
 
-    fn enter_namespaces(&mut self, new_user: bool) -> Result<()> {
+    fn enter_namespaces(&self, new_user: bool) -> Result<()> {
         let config = self.config;
         for join in &self.joins {
             join.enter()?;
-        }
-        // The parent later sets this process's limits. With a low limit on open files, this process
-        // could not receive the mounts any more.
-        if !self.unprivileged && config.mount_sources().are_opened_after_clone() {
-            self.host_mounts = self.channel.wait_for_mounts()?;
         }
         if config.needs_parent() {
             self.wait_for_parent()?;
@@ -297,16 +292,16 @@ impl Init<'_> {
     /// that enters the mount namespace (setns(2)) would then have the container's root as `/`, and
     /// could execute a program of the image with the rights of rrun's caller.
     fn attach_own_root(&mut self) -> Result<Rootfs> {
-        if let Some(root) = self.host_mounts.attached_root.take() {
-            return Rootfs::of_new_container(root);
-        }
         let path = &self.config.rootfs;
-        let directory = open_root(path)?;
         let root = match self.host_mounts.root.take() {
+            Some(root) if self.config.namespaces.is_new(Type::Mount) => {
+                self.channel.wait_for_root()?;
+                return Rootfs::of_new_container(root);
+            }
             Some(root) => root,
-            None => clone_root(&directory, path, self.config.root_is_slave())?,
+            None => clone_root(&open_root(path)?, path, self.config.root_is_slave())?,
         };
-        attach_root(&root, &directory, path)?;
+        attach_root(&root, &open_root(path)?, path)?;
         Rootfs::of_new_container(root)
     }
 

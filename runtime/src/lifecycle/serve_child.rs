@@ -13,7 +13,7 @@ use crate::lifecycle::container_dir::ContainerDir;
 use crate::lifecycle::foreground::Foreground;
 use crate::lifecycle::state::{State, Status};
 use crate::log;
-use crate::mounts::HostMounts;
+use crate::mounts::attach_for_first_process;
 use crate::namespaces::net_devices;
 use crate::process::Process;
 use crate::process::terminal::send_to_console;
@@ -25,6 +25,8 @@ pub(crate) enum Task<'a> {
     /// The child is a container's first process.
     Create {
         config: &'a Config,
+        /// The container's root, if the parent attaches it.
+        root: Option<OwnedFd>,
         /// True if the first process waits for `start` when it is ready.
         waits: bool,
         state: &'a mut State,
@@ -75,12 +77,12 @@ fn serve(
             foreground.await_ready(channel.as_fd())?;
         }
         match channel.receive(pidfd)? {
-            ChildMessage::NeedsMounts => {
-                channel.send_mounts(&task.open_mounts(pidfd)?)?;
-                channel.answer()?;
-            }
             ChildMessage::NeedsParent => {
                 task.do_parents_part()?;
+                channel.answer()?;
+            }
+            ChildMessage::NeedsRoot => {
+                task.attach_root(pidfd)?;
                 channel.answer()?;
             }
             ChildMessage::RunHooks => {
@@ -132,14 +134,6 @@ impl Task<'_> {
         }
     }
 
-    /// Opens the container's root and the sources of its bind mounts in the child's mount namespace.
-    fn open_mounts(&self, pidfd: &OwnedFd) -> Result<HostMounts> {
-        let Task::Create { config, state, .. } = self else {
-            return Err(unsupported_by_exec());
-        };
-        HostMounts::in_namespace_of(pidfd, state.pid, &config.mount_sources())
-    }
-
     /// Performs the steps that need rights on the host. In its namespaces, the child does not have
     /// these rights.
     fn do_parents_part(&mut self) -> Result<()> {
@@ -184,6 +178,19 @@ impl Task<'_> {
                 process.apply_oom_score_adj(&pid.to_string())?;
                 process.apply_limits(*pid)
             }
+        }
+    }
+
+    /// Attaches the container's root in the child's mount namespace.
+    fn attach_root(&self, pidfd: &OwnedFd) -> Result<()> {
+        match self {
+            Task::Create {
+                config,
+                state,
+                root: Some(root),
+                ..
+            } => attach_for_first_process(root, pidfd, state.pid, &config.mount_sources()),
+            _ => Err(unsupported_by_exec()),
         }
     }
 

@@ -14,8 +14,8 @@ use super::entry::Mount;
 use super::options::{Bind, SHARED};
 use super::tree::{attach_root, clone_root, clone_tree, open_root};
 use crate::error::{Context, Result};
-use crate::namespaces::Namespaces;
 use crate::namespaces::idmap::{IdMapNamespaces, IdMaps};
+use crate::namespaces::{NamespaceHolder, Namespaces};
 
 /// The settings of config.json that determine which of the host's files rrun mounts, and how.
 pub(crate) struct MountSources<'a> {
@@ -31,23 +31,18 @@ pub(crate) struct MountSources<'a> {
 }
 
 impl MountSources<'_> {
-    /// Returns whether a privileged parent opens the sources after the creation of the first
-    /// process, with [`HostMounts::in_namespace_of`].
-    pub(crate) fn are_opened_after_clone(&self) -> bool {
-        self.namespaces.own(Type::User) && self.namespaces.is_new(Type::Mount)
+    fn clone_root(&self) -> Result<OwnedFd> {
+        clone_root(&open_root(self.rootfs)?, self.rootfs, self.root_is_slave)
     }
 }
 
-/// Parts of the host's file system, opened as detached mounts.
+/// Parts of the host's file system, opened as detached mounts before the container's first process
+/// loses access to the host's files.
 #[derive(Default)]
 pub(crate) struct HostMounts {
-    /// The container's root as a detached mount.
     pub(crate) root: Option<OwnedFd>,
-    /// The container's root, if it is already attached at root.path in the mount namespace of the
-    /// first process.
-    pub(crate) attached_root: Option<OwnedFd>,
     /// One element for each of the container's mounts. The element is `None` if rrun has not opened
-    /// the mount. The vector can have fewer elements than the container has mounts.
+    /// the mount.
     pub(crate) mounts: Vec<Option<OwnedFd>>,
 }
 
@@ -60,81 +55,45 @@ impl HostMounts {
     /// reach the same files as rrun's caller, and has all privileges over its own mounts.
     pub(crate) fn before_clone(sources: &MountSources<'_>) -> Result<HostMounts> {
         let mut host_mounts = HostMounts::default();
-        if !rustix::process::geteuid().is_root() || sources.are_opened_after_clone() {
+        if !rustix::process::geteuid().is_root() {
             return Ok(host_mounts);
         }
-        if sources.namespaces.own(Type::User) {
-            host_mounts.open(sources, Mount::is_bind)?;
-            let directory = open_root(sources.rootfs)?;
-            let root = clone_root(&directory, sources.rootfs, sources.root_is_slave)?;
-            host_mounts.root = Some(root);
-        } else if sources.mounts.iter().any(Mount::is_idmapped) {
-            host_mounts.open(sources, Mount::is_idmapped)?;
+        match (
+            sources.namespaces.own(Type::User),
+            sources.namespaces.is_new(Type::Mount),
+        ) {
+            (true, true) => host_mounts.open_locked(sources)?,
+            (true, false) => {
+                host_mounts.open(sources, Mount::is_bind)?;
+                host_mounts.root = Some(sources.clone_root()?);
+            }
+            (false, _) if sources.mounts.iter().any(Mount::is_idmapped) => {
+                host_mounts.open(sources, Mount::is_idmapped)?;
+            }
+            (false, _) => {}
         }
         Ok(host_mounts)
     }
 
-    /// Attaches the container's root at root.path in the mount namespace of the first process, and
-    /// opens the sources of the bind mounts there. `pid` and `pidfd` refer to the first process,
-    /// which is in a user namespace and has no right to open these files.
+    /// Opens the container's root and the sources of the bind mounts in a copy of the host's mount
+    /// namespace that belongs to another user namespace, because the kernel locks the mounts in such
+    /// a copy (mount_namespaces(7)). A container with CAP_SYS_ADMIN in its user namespace can make no
+    /// locked mount of the host writable, and cannot reveal what a mount of the host covers.
     ///
-    /// The mount namespace of the first process is a copy of the host's mount namespace. Because it
-    /// belongs to another user namespace, the kernel has locked its mounts (mount_namespaces(7)). A
-    /// container with CAP_SYS_ADMIN in its user namespace can make no locked mount of the host
-    /// writable, and cannot reveal what a mount of the host covers. In the host's own mount
-    /// namespace, the mounts are not locked.
-    pub(crate) fn in_namespace_of(
-        pidfd: &OwnedFd,
-        pid: i32,
-        sources: &MountSources<'_>,
-    ) -> Result<HostMounts> {
-        let doing = || "open the container's mounts in its mount namespace";
-        let root = rustix::fs::open(
-            format!("/proc/{pid}/root"),
-            OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
-            Mode::empty(),
-        )
-        .doing(|| "open the root directory of the container's first process")?;
+    /// The mount namespace of the first process is also such a copy. But if the container joins a
+    /// user namespace, other containers in this user namespace could change the copy.
+    fn open_locked(&mut self, sources: &MountSources<'_>) -> Result<()> {
         let mut ids = IdMapNamespaces::default();
         for mount in sources.mounts {
             mount.id_namespace(sources, &mut ids)?;
         }
-        let mut host_mounts = HostMounts::default();
-        // rrun needs its own mount namespace afterwards, so only a thread enters the other one.
-        let opened = std::thread::scope(|scope| {
-            let open = || {
-                enter_mount_namespace(pidfd, &root).doing(doing)?;
-                host_mounts.attach_root(sources)?;
-                let wanted = |mount: &Mount| mount.can_be_locked(sources);
-                host_mounts.open_with(sources, wanted, &mut ids)
-            };
-            let thread = std::thread::Builder::new().spawn_scoped(scope, open);
-            let joined = thread.doing(|| format!("create a thread to {}", doing()))?;
-            joined
-                .join()
-                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        });
-        opened?;
-        host_mounts.open_with(sources, Mount::is_bind, &mut ids)?;
-        Ok(host_mounts)
-    }
-
-    fn attach_root(&mut self, sources: &MountSources<'_>) -> Result<()> {
-        let directory = open_root(sources.rootfs)?;
-        let root = clone_root(&directory, sources.rootfs, sources.root_is_slave)?;
-        attach_root(&root, &directory, sources.rootfs)?;
-        self.attached_root = Some(root);
-        Ok(())
-    }
-
-    /// Adds the opened source of the bind mount with the index `index` in config.json.
-    pub(crate) fn insert(&mut self, index: usize, mount: OwnedFd) {
-        if self.mounts.len() <= index {
-            self.mounts.resize_with(index + 1, || None);
-        }
-        if let Some(place) = self.mounts.get_mut(index) {
-            *place = Some(mount);
-        }
+        let locked = NamespaceHolder::create(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
+        in_mount_namespace(&locked.pidfd, locked.pid, || {
+            self.root = Some(sources.clone_root()?);
+            let wanted = |mount: &Mount| mount.can_be_locked(sources);
+            self.open_with(sources, wanted, &mut ids)
+        })?;
+        self.open_with(sources, Mount::is_bind, &mut ids)
     }
 
     /// Opens the sources of the bind mounts that `wanted` selects. Skips the sources that are
@@ -189,9 +148,9 @@ impl Mount {
             .map_err(|error| error.while_doing(self.sentence()))
     }
 
-    /// Returns whether this is a bind mount that rrun can open in the mount namespace of the first
-    /// process, where the kernel has locked it. Otherwise, rrun opens the source in the host's mount
-    /// namespace, because config.json asks for something that a locked mount does not permit:
+    /// Returns whether rrun can copy this bind mount from a mount that the kernel has locked.
+    /// Otherwise, rrun opens the source in the host's mount namespace, because config.json asks for
+    /// something that a locked mount does not permit:
     /// * New mounts in the container propagate to the host.
     /// * The mounts below the source are missing. The kernel refuses to copy the source without them
     ///   (EINVAL), because the copy would reveal what they cover.
@@ -207,13 +166,40 @@ impl Mount {
     }
 }
 
-/// Moves the calling thread into the mount namespace of another process, and into the root directory
-/// of that process.
-fn enter_mount_namespace(pidfd: &OwnedFd, root: &OwnedFd) -> std::result::Result<(), Errno> {
-    // The kernel refuses a thread that shares its root directory with other threads, setns(2).
-    nix::sched::unshare(CloneFlags::CLONE_FS)
-        .map_err(|errno| Errno::from_raw_os_error(errno as i32))?;
-    move_into_link_name_space(pidfd.as_fd(), Some(LinkNameSpaceType::Mount))?;
-    rustix::process::fchdir(root)?;
-    rustix::process::chroot(".")
+/// Attaches the container's root at root.path in the mount namespace of the first process, which has
+/// no right to reach this path. `pid` and `pidfd` refer to the first process.
+pub(crate) fn attach_for_first_process(
+    root: &OwnedFd,
+    pidfd: &OwnedFd,
+    pid: i32,
+    sources: &MountSources<'_>,
+) -> Result<()> {
+    let path = sources.rootfs;
+    in_mount_namespace(pidfd, pid, || attach_root(root, &open_root(path)?, path))
+}
+
+/// Calls `work` in the mount namespace and in the root directory of another process. rrun needs its
+/// own mount namespace afterwards, so only a thread enters the other one.
+fn in_mount_namespace(
+    pidfd: &OwnedFd,
+    pid: i32,
+    work: impl FnOnce() -> Result<()> + Send,
+) -> Result<()> {
+    let doing = || format!("enter the mount namespace of process {pid}");
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = rustix::fs::open(format!("/proc/{pid}/root"), flags, Mode::empty()).doing(doing)?;
+    let enter = || {
+        // The kernel refuses a thread that shares its root directory with other threads, setns(2).
+        nix::sched::unshare(CloneFlags::CLONE_FS)
+            .map_err(|errno| Errno::from_raw_os_error(errno as i32))?;
+        move_into_link_name_space(pidfd.as_fd(), Some(LinkNameSpaceType::Mount))?;
+        rustix::process::fchdir(&root)?;
+        rustix::process::chroot(".")
+    };
+    std::thread::scope(|scope| {
+        let thread = || enter().doing(doing).and_then(|()| work());
+        let thread = std::thread::Builder::new().spawn_scoped(scope, thread);
+        let joined = thread.doing(doing)?.join();
+        joined.unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+    })
 }

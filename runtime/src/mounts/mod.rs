@@ -19,4 +19,4 @@ mod tmpcopyup;
 pub(crate) mod tree;
 
 pub(crate) use entry::{Isolation, Mount};
-pub(crate) use host_mounts::{HostMounts, MountSources};
+pub(crate) use host_mounts::{HostMounts, MountSources, attach_for_first_process};

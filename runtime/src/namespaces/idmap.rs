@@ -11,12 +11,9 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType as Type};
-use rustix::pipe::{PipeFlags, pipe_with};
 
 use crate::error::{Context, Result, refuse};
-use crate::namespaces;
-use crate::sys::child::{NeverReturn, exit_now, kill_and_reap};
-use crate::sys::clone::{Cloned, clone3};
+use crate::namespaces::{self, NamespaceHolder};
 use rrun_kernel::procfs::Procfs;
 use rrun_kernel::{id, regular_file};
 use rustix::fs::OFlags;
@@ -201,27 +198,15 @@ fn open(path: &Path) -> Result<OwnedFd> {
         .doing(|| format!("open user namespace {}", path.display()))
 }
 
-/// Creates a user namespace with the mappings `maps`. rrun creates the namespace together with a
-/// process in it, and kills the process afterwards.
+/// Creates a user namespace with the mappings `maps`.
 fn make(maps: &IdMaps) -> Result<OwnedFd> {
-    let doing = || "create a user namespace for the mappings of a mount";
-    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).doing(doing)?;
-    let (pid, pidfd) = match clone3(libc::CLONE_NEWUSER as u64, None).doing(doing)? {
-        Cloned::Child => {
-            let _guard = NeverReturn;
-            drop(writer);
-            // This read returns when the parent closes its end of the pipe, or dies.
-            let _ = rustix::io::read(&reader, &mut [0u8; 1]);
-            exit_now()
-        }
-        Cloned::Parent { pid, pidfd } => (pid, pidfd),
+    let create = || {
+        let holder = NamespaceHolder::create(libc::CLONE_NEWUSER)?;
+        maps.write(holder.pid, "")?;
+        open(Path::new(&format!("/proc/{}/ns/user", holder.pid)))
     };
-    let opened = maps
-        .write(pid, "")
-        .and_then(|()| open(Path::new(&format!("/proc/{pid}/ns/user"))));
-    drop(writer);
-    kill_and_reap(&pidfd);
-    opened.map_err(|error| error.while_doing(doing()))
+    create()
+        .map_err(|error| error.while_doing("create a user namespace for the mappings of a mount"))
 }
 
 #[cfg(test)]

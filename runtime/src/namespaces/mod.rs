@@ -1,6 +1,7 @@
 //! The namespaces of a container: new namespaces, and existing namespaces that the container
 //! enters.
 
+mod holder;
 pub(crate) mod idmap;
 pub(crate) mod net_devices;
 pub(crate) mod resctrl;
@@ -16,6 +17,7 @@ use rustix::fs::{Gid, OFlags, Stat, Uid};
 use rustix::io::Errno;
 use rustix::thread::LinkNameSpaceType;
 
+pub(crate) use self::holder::NamespaceHolder;
 use crate::error::{Context, Result, refuse};
 use rrun_kernel::namespace_limits::unshare;
 use rrun_kernel::procfs::Procfs;

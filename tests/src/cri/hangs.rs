@@ -2,22 +2,19 @@
 //! the CRI calls that use this file system. A failed call returns a clear error, and leaves no pod
 //! and no container behind.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::Write;
-use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::json;
 
 use crate::support::counted_lines::{line_numbers, without_gap};
+use crate::support::hung::{FUSE, Hung};
 use crate::support::machine::{Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::support::node::{A_NODE, BUSYBOX, WEB, is_rrun, on_a_node};
 use crate::{ensure, ensure_eq, test};
-
-const FUSE: Need = Need::File("/dev/fuse");
 
 pub(crate) const TESTS: &[Test] = &[
     test!(
@@ -48,41 +45,6 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
 ];
-
-/// A file system that never answers. The file system is a FUSE mount, and its server does not read
-/// the kernel's requests. When the value is dropped, every system call that waits for this file
-/// system fails.
-struct Hung {
-    at: PathBuf,
-    server: Option<File>,
-}
-
-impl Hung {
-    fn mount(at: &Path) -> Result<Self> {
-        fs::create_dir_all(at)?;
-        let server = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/fuse")?;
-        let data = format!(
-            "fd={},rootmode=40000,user_id=0,group_id=0",
-            server.as_raw_fd()
-        );
-        let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-        mount(Some("hung"), at, Some("fuse"), flags, Some(data.as_str()))?;
-        Ok(Hung {
-            at: at.to_owned(),
-            server: Some(server),
-        })
-    }
-}
-
-impl Drop for Hung {
-    fn drop(&mut self) {
-        drop(self.server.take());
-        let _ = umount2(&self.at, MntFlags::MNT_DETACH);
-    }
-}
 
 fn a_hanging_volume_delays_only_the_container_that_uses_it() -> Result {
     on_a_node(|node| {

@@ -9,7 +9,8 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use serde_json::{Value, json};
 
 use crate::support::bundle::{Bundle, runtime_program};
-use crate::support::machine::{Directory, Result};
+use crate::support::hung::{FUSE, Hung};
+use crate::support::machine::{Directory, Result, wait_for};
 use crate::support::needs::{Need, Test};
 use crate::{ensure, ensure_eq, test};
 
@@ -22,9 +23,15 @@ pub(crate) const TESTS: &[Test] = &[
     test!(two_mounts_can_have_different_id_mappings),
     test!(an_idmapped_mount_also_has_its_other_options),
     test!(invalid_id_mappings_are_refused),
+    test!(a_container_in_a_user_namespace_can_have_hundreds_of_mounts),
     test!(a_user_namespace_cannot_change_the_mounts_of_the_host),
     test!(
         a_user_namespace_keeps_the_restrictions_of_the_hosts_mounts,
+        Need::Rrun
+    ),
+    test!(
+        other_containers_of_the_user_namespace_cannot_change_the_sources_of_mounts,
+        FUSE,
         Need::Rrun
     ),
     test!(a_bind_mount_in_a_user_namespace_can_be_without_the_mounts_below_it),
@@ -328,6 +335,31 @@ fn invalid_id_mappings_are_refused() -> Result {
     Ok(())
 }
 
+fn a_container_in_a_user_namespace_can_have_hundreds_of_mounts() -> Result {
+    let source = volume()?;
+    let mut bundle = Bundle::new(&["cat", "/proc/self/mountinfo"])?;
+    in_user_namespace(&mut bundle)?;
+    let many = bundle.rootfs().join("many");
+    fs::create_dir(&many)?;
+    chown(&many, Some(100_000), Some(200_000))?;
+    for number in 0..400 {
+        bundle.add(
+            "/mounts",
+            json!({
+                "destination": format!("/many/{number}"), "type": "bind", "source": source.path(),
+                "options": ["rbind", "ro"],
+            }),
+        );
+    }
+    let mounts = bundle.run()?.stdout;
+    ensure_eq!(
+        mounts.matches(" /many/").count(),
+        400,
+        "the number of mounts below /many"
+    );
+    Ok(())
+}
+
 /// A volume that the host has mounted read-only, like a volume of a storage driver. The volume also
 /// contains a tmpfs of the host.
 struct ReadOnly(Below);
@@ -393,6 +425,61 @@ fn a_user_namespace_keeps_the_restrictions_of_the_hosts_mounts() -> Result {
         Some("ro,nosuid,nodev,relatime"),
         "the options of the volume in the container"
     );
+    Ok(())
+}
+
+/// Returns the inode numbers of the mount namespaces of a process and of its threads.
+fn mount_namespaces(process: &Path) -> Vec<u64> {
+    let tasks = fs::read_dir(process.join("task")).into_iter().flatten();
+    tasks
+        .flatten()
+        .filter_map(|task| Some(fs::metadata(task.path().join("ns/mnt")).ok()?.ino()))
+        .collect()
+}
+
+/// A container with CAP_SYS_ADMIN in the user namespace can enter the mount namespace of a new
+/// container in the same user namespace. On Linux 6.18, it opens this mount namespace by a guessed
+/// file handle (open_by_handle_at(2)). The runtime must not look up the sources of mounts there,
+/// because it has root's rights. In this test, the lookup hangs.
+fn other_containers_of_the_user_namespace_cannot_change_the_sources_of_mounts() -> Result {
+    let directory = Directory::new("hung")?;
+    let mut first = Bundle::new(&["sleep", "600"])?;
+    in_user_namespace(&mut first)?;
+    first.start()?;
+    let users = format!("/proc/{}/ns/user", first.pid()?);
+    let mut second = Bundle::new(&["exit", "0"])?;
+    second.add(
+        "/linux/namespaces",
+        json!({ "type": "user", "path": users }),
+    );
+    let hung = Hung::mount(directory.path())?;
+    bind(
+        &mut second,
+        &directory.path().join("source"),
+        &["rbind", "idmap"],
+        None,
+    );
+    let own = fs::metadata("/proc/self/ns/mnt")?.ino();
+    let running = second.call(&["create"])?.start()?;
+    let runtime = Path::new("/proc").join(running.pid().to_string());
+    let entered = wait_for("the runtime to look up the source of the mount", || {
+        let all = mount_namespaces(&runtime);
+        Ok(all.into_iter().find(|namespace| *namespace != own))
+    })?;
+    let users = fs::metadata(users)?.ino();
+    for process in fs::read_dir("/proc")?.flatten() {
+        let path = process.path();
+        if fs::metadata(path.join("ns/user")).is_ok_and(|own| own.ino() == users) {
+            ensure!(
+                !mount_namespaces(&path).contains(&entered),
+                "the runtime looks up the source in the mount namespace of process {}",
+                path.display()
+            );
+        }
+    }
+    drop(hung);
+    running.end()?.fails_with("(mounts[")?;
+    first.end()?;
     Ok(())
 }
 

@@ -23,6 +23,7 @@ pub(crate) mod fault_plan;
 pub(crate) mod fault_runs;
 pub(crate) mod fields;
 pub(crate) mod frames;
+pub(crate) mod hung;
 pub(crate) mod images;
 pub(crate) mod inject;
 pub(crate) mod inside;
