@@ -70,7 +70,8 @@ pub(crate) enum ReadOutcome {
     HungUp,
 }
 
-/// One container's log.
+/// One container's log. The default value discards all output.
+#[derive(Default)]
 pub(crate) struct ContainerLog {
     /// The log's file. `None` if the log discards all output.
     file: Option<LogFile>,

@@ -1,13 +1,18 @@
-//! The requests that clients send for an existing container: start, kill, update and delete.
+//! The requests that clients send for an existing container: start, kill, reopen its log, update and
+//! delete.
 
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use super::calls::Purpose;
 use super::connection::ClientId;
 use super::container::{Cleanup, Container, Deletion, State};
+use super::container_log::ContainerLog;
 use super::effect::Effect;
 use super::own_log;
 use super::runtime::{Stdio, memory_file};
+use rrun_kernel::errno::describe;
 use rrun_kernel::signal as kernel_signal;
 use rrun_protocol::{FailureKind, Reply};
 
@@ -78,6 +83,24 @@ impl Container {
         }
         let command = command.argument(id).argument(signal.to_string());
         vec![Effect::run(command, Purpose::Request { client })]
+    }
+
+    /// Opens the container's log at its path again. After the exit of the container, the log can be
+    /// closed already. But a log rotation may have moved the file away shortly before, and expects a
+    /// new file.
+    pub(crate) fn reopen_log(&mut self, client: ClientId, wake: &Arc<OwnedFd>) -> Vec<Effect> {
+        if self.output.log().file().is_none() && self.spec.log.is_some() {
+            match ContainerLog::open(self.spec.log.clone(), wake) {
+                Ok(log) => self.output.replace_log(log),
+                Err(error) => {
+                    let (id, reason) = (self.id(), describe(&error));
+                    let message =
+                        format!("start the thread that writes the log of container {id}: {reason}");
+                    return vec![Effect::fail(client, FailureKind::Monitor, message)];
+                }
+            }
+        }
+        self.output.reopen_log(client)
     }
 
     pub(crate) fn update(&self, client: ClientId, resources: &str) -> Vec<Effect> {

@@ -206,6 +206,19 @@ impl Output {
         true
     }
 
+    /// Closes the log if all output has been written to it. Its thread then ends, because a pod can
+    /// have many containers that have exited. The caller must have called [`Output::drain`]. If the
+    /// output has not been written yet, the log's thread wakes the event loop later.
+    pub(crate) fn close_written_log(&mut self, buffer: &mut ReadBuffer) {
+        if self.reopening.is_empty() && self.drain(buffer) && self.log.is_written() {
+            self.log = ContainerLog::default();
+        }
+    }
+
+    pub(crate) fn replace_log(&mut self, log: ContainerLog) {
+        self.log = log;
+    }
+
     pub(crate) fn follow(&mut self, follower: Follower) {
         self.followers.push(follower);
     }

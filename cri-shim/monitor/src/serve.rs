@@ -235,6 +235,9 @@ impl Monitor {
         let Some(container) = self.containers.get_mut(&serial) else {
             return;
         };
+        if matches!(container.state, State::Exited { .. }) {
+            return container.output.close_written_log(&mut self.read_buffer);
+        }
         for stream in container.output.resume(&mut self.read_buffer) {
             if let Some(fd) = container.output.stream(stream) {
                 let source = EventSource::of_stream(serial, stream);
@@ -334,7 +337,8 @@ impl Monitor {
             }
             Request::CloseStdin { id } => self.act_for(client, &id, |it| it.close_stdin(client)),
             Request::ReopenLog { id } => {
-                self.act_for(client, &id, |it| it.output.reopen_log(client));
+                let wake = Arc::clone(&self.log_wake);
+                self.act_for(client, &id, |it| it.reopen_log(client, &wake));
             }
             Request::Shutdown => self.shut_down(client),
         }

@@ -137,7 +137,7 @@ impl Container {
         if !self.is_log_done(buffer) {
             return Vec::new();
         }
-        self.terminated()
+        self.terminated(buffer)
     }
 
     /// Returns true if all output is in the log, or if the log's file system has hung for
@@ -167,7 +167,7 @@ impl Container {
     }
 
     /// Writes the exit record, and then reports the exit to all subscribers.
-    fn terminated(&mut self) -> Vec<Effect> {
+    fn terminated(&mut self, buffer: &mut ReadBuffer) -> Vec<Effect> {
         let State::Terminating(termination) = &self.state else {
             return Vec::new();
         };
@@ -177,6 +177,7 @@ impl Container {
             finished_at: termination.finished_at,
         };
         let followers = self.output.end_followers();
+        self.output.close_written_log(buffer);
         self.stdin = None;
         if let Err(error) = exit::record(&self.spec.bundle, &exit) {
             let bundle = self.spec.bundle.display();

@@ -39,6 +39,16 @@ const KEPT: [&str; 10] = [
     "io.kubernetes.pod.uid",
 ];
 
+/// The labels and annotations of a container that a report contains after it was shortened twice.
+const IDENTITY: [&str; 6] = [
+    "io.kubernetes.container.hash",
+    "io.kubernetes.container.name",
+    "io.kubernetes.container.restartCount",
+    "io.kubernetes.pod.name",
+    "io.kubernetes.pod.namespace",
+    "io.kubernetes.pod.uid",
+];
+
 /// The annotation with the path at which a container writes its termination message. Kubelet
 /// searches the container's mounts for this path.
 const TERMINATION_MESSAGE: &str = "io.kubernetes.container.terminationMessagePath";
@@ -47,6 +57,9 @@ const TERMINATION_MESSAGE: &str = "io.kubernetes.container.terminationMessagePat
 pub(crate) trait Report: Message {
     /// Removes the parts of any length that kubelet does not need.
     fn shorten(&mut self);
+
+    /// Keeps only what identifies the pod or the container.
+    fn shorten_more(&mut self) {}
 }
 
 /// Shortens the report if it has more than `bytes` bytes.
@@ -54,6 +67,9 @@ pub(crate) fn limit(report: &mut impl Report, bytes: usize) {
     if report.encoded_len() > bytes {
         warn();
         report.shorten();
+    }
+    if report.encoded_len() > bytes {
+        report.shorten_more();
     }
 }
 
@@ -85,6 +101,10 @@ fn keep_known(texts: &mut BTreeMap<String, String>) {
     texts.retain(|key, text| KEPT.contains(&key.as_str()) && text.len() <= SHORT_BYTES);
 }
 
+fn keep_identity(texts: &mut BTreeMap<String, String>) {
+    texts.retain(|key, _| IDENTITY.contains(&key.as_str()));
+}
+
 fn shorten_image(image: Option<&mut ImageSpec>) {
     if let Some(image) = image {
         image.annotations.clear();
@@ -111,6 +131,16 @@ impl Report for Container {
         keep_known(&mut self.annotations);
         shorten_image(self.image.as_mut());
     }
+
+    fn shorten_more(&mut self) {
+        keep_identity(&mut self.labels);
+        keep_identity(&mut self.annotations);
+        self.image_ref.clone_from(&self.image_id);
+        if let Some(image) = &mut self.image {
+            image.image.clone_from(&self.image_id);
+            image.user_specified_image.clear();
+        }
+    }
 }
 
 impl Report for ContainerStatus {
@@ -135,6 +165,13 @@ impl Report for ContainerStats {
             keep_known(&mut attributes.annotations);
         }
     }
+
+    fn shorten_more(&mut self) {
+        if let Some(attributes) = &mut self.attributes {
+            keep_identity(&mut attributes.labels);
+            keep_identity(&mut attributes.annotations);
+        }
+    }
 }
 
 impl Report for PodSandboxStats {
@@ -145,6 +182,11 @@ impl Report for PodSandboxStats {
         }
         let containers = self.linux.iter_mut().flat_map(|it| &mut it.containers);
         containers.for_each(Report::shorten);
+    }
+
+    fn shorten_more(&mut self) {
+        let containers = self.linux.iter_mut().flat_map(|it| &mut it.containers);
+        containers.for_each(Report::shorten_more);
     }
 }
 
@@ -158,6 +200,14 @@ impl Report for Image {
     fn shorten(&mut self) {
         self.repo_tags.truncate(1);
         self.repo_digests.truncate(1);
+    }
+
+    fn shorten_more(&mut self) {
+        self.username.clear();
+        self.spec = None;
+        if !self.repo_tags.is_empty() {
+            self.repo_digests.clear();
+        }
     }
 }
 
@@ -189,6 +239,50 @@ mod tests {
         assert_eq!(long[1], pod("b", 10));
         assert!(long[0].annotations.is_empty());
         assert_eq!(long[0].labels, pod("a", 0).labels);
+    }
+
+    #[test]
+    fn many_containers_with_the_longest_names_fit_into_a_list() {
+        let labels = KEPT.map(|key| (key.to_owned(), "x".repeat(253)));
+        let container = Container {
+            id: "x".repeat(64),
+            pod_sandbox_id: "x".repeat(64),
+            image_id: "x".repeat(71),
+            image_ref: "x".repeat(400),
+            image: Some(ImageSpec {
+                image: "x".repeat(400),
+                user_specified_image: "x".repeat(400),
+                ..ImageSpec::default()
+            }),
+            labels: labels.into(),
+            annotations: [(TERMINATION_MESSAGE.to_owned(), "x".repeat(1000))].into(),
+            ..Container::default()
+        };
+        let mut list = vec![container; 6300];
+        limit_list(&mut list);
+        let bytes: usize = list.iter().map(Message::encoded_len).sum();
+        assert!(bytes < LIST_BYTES, "the list has {bytes} bytes");
+        let known = list.iter().all(|it| it.labels.len() == IDENTITY.len());
+        assert!(
+            known,
+            "a container lacks a label with which kubelet finds it"
+        );
+    }
+
+    #[test]
+    fn many_images_with_long_names_and_users_fit_into_a_list() {
+        let image = Image {
+            id: "x".repeat(71),
+            repo_tags: vec!["x".repeat(376)],
+            repo_digests: vec!["x".repeat(450)],
+            username: "x".repeat(1000),
+            ..Image::default()
+        };
+        let mut list = vec![image; 20_000];
+        limit_list(&mut list);
+        let bytes: usize = list.iter().map(Message::encoded_len).sum();
+        assert!(bytes < LIST_BYTES, "the list has {bytes} bytes");
+        assert!(list.iter().all(|image| image.repo_tags.len() == 1));
     }
 
     #[test]

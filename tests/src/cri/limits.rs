@@ -67,6 +67,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        the_number_of_containers_of_a_pod_is_limited,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         a_pod_whose_container_nests_cgroups_deeply_is_removed,
         A_NODE,
         Need::RrunCri
@@ -434,6 +439,40 @@ fn the_configurations_of_a_pods_containers_have_a_limit() -> Result {
                 refused.stderr
             );
         }
+        Ok(())
+    })
+}
+
+fn the_number_of_containers_of_a_pod_is_limited() -> Result {
+    on_a_node(|node| {
+        node.restart_with("pod_containers = 2")?;
+        node.pull(BUSYBOX)?;
+        let pod = node.pod("many");
+        let pod_id = node.runp(&pod)?;
+        let exits = |name: &str| node.container(name, &["true"]);
+        let first = node.run(&pod_id, &pod, &exits("first"))?;
+        let second = node.run(&pod_id, &pod, &exits("second"))?;
+        for id in [&first, &second] {
+            wait_for("the container to exit", || {
+                let status = node.status(id)?;
+                Ok((status["state"] == "CONTAINER_EXITED").then_some(()))
+            })?;
+        }
+        let monitor = node.monitor(&pod_id)?;
+        wait_for("the threads that write the logs to end", || {
+            let threads = std::fs::read_dir(format!("/proc/{monitor}/task"))?.count();
+            Ok((threads == 1).then_some(()))
+        })?;
+        let refused = node.try_create(&pod_id, &pod, &exits("third"))?;
+        ensure!(
+            refused
+                .stderr
+                .contains("has 2 containers already, which is the limit (pod_containers)"),
+            "the error about a third container is: {}",
+            refused.stderr
+        );
+        node.asks(&["rm", &first])?;
+        node.run(&pod_id, &pod, &exits("third"))?;
         Ok(())
     })
 }

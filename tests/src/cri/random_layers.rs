@@ -30,7 +30,7 @@ pub(crate) const TESTS: &[Test] = &[test!(
 )];
 
 /// The number of stacks that one container mounts.
-const AT_ONCE: usize = 20;
+const AT_ONCE: usize = 16;
 
 /// A stack of layers with its archives.
 struct Drawn {

@@ -67,6 +67,8 @@ pub(crate) struct Config {
     pub stats_interfaces: NonZeroUsize,
     /// The maximum number of cgroups in a pod's cgroup.
     pub pod_cgroups: NonZeroUsize,
+    /// The maximum number of containers of a pod, which includes exited containers.
+    pub pod_containers: NonZeroUsize,
     /// The maximum size of the configurations of a pod's containers in bytes.
     pub pod_configuration_bytes: NonZeroUsize,
     /// The maximum number of terminals in a container's /dev/pts.
@@ -153,10 +155,11 @@ impl Default for Config {
             stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
             stats_interfaces: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
             pod_cgroups: NonZeroUsize::new(1000).unwrap_or(NonZeroUsize::MIN),
+            pod_containers: NonZeroUsize::new(200).unwrap_or(NonZeroUsize::MIN),
             pod_configuration_bytes: NonZeroUsize::new(16 << 20).unwrap_or(NonZeroUsize::MIN),
             container_terminals: NonZeroU32::new(256).unwrap_or(NonZeroU32::MIN),
             container_mounts: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MIN),
-            container_image_volumes: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
+            container_image_volumes: NonZeroUsize::new(16).unwrap_or(NonZeroUsize::MIN),
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),

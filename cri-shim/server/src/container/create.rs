@@ -21,7 +21,7 @@ use crate::id::new_id;
 use crate::node::Node;
 use crate::sandbox::files::{private_dir, write_record};
 use crate::sandbox::{Sandbox, users};
-use rrun_calls::error::{During, Error, Result};
+use rrun_calls::error::{Code, During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
 use rrun_images::Image;
 use rrun_protocol::Create;
@@ -57,6 +57,7 @@ pub(crate) async fn create(
         return Ok(existing.id.clone());
     }
     check(&config, &sandbox)?;
+    check_count(&node, &sandbox)?;
     check_mounts(&node, &config)?;
     size::check(&node, &sandbox, size::of_request(&config))?;
     // Count this call before the pod's state is checked. A removal of the pod can then wait for
@@ -153,6 +154,22 @@ fn check(config: &ContainerConfig, sandbox: &Sandbox) -> Result<()> {
     }
     check_namespaces(&context, sandbox)?;
     spec::check(config)
+}
+
+/// Refuses a container if its pod has too many containers. Each container needs a mount and files
+/// until it is removed, also after its exit.
+fn check_count(node: &Node, sandbox: &Sandbox) -> Result<()> {
+    let limit = node.config.pod_containers.get();
+    if node.containers_of(&sandbox.id).len() >= limit {
+        return Err(Error::new(
+            Code::ResourceExhausted,
+            format!(
+                "{} has {limit} containers already, which is the limit (pod_containers)",
+                sandbox.name()
+            ),
+        ));
+    }
+    Ok(())
 }
 
 /// Refuses a container with too many mounts. The kernel limits the number of mounts in a mount

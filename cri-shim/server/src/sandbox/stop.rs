@@ -43,6 +43,10 @@ pub(crate) async fn stop(node: Arc<Node>, sandbox: Arc<Sandbox>) -> Result<()> {
     let records = containers.iter().map(|container| container.save(&node));
     first_error(join_all(records).await)?;
     release(&node, &sandbox, &containers, RetryBy::Caller).await?;
+    // The containers are not in the runtime any more. A restarted server must not delete them again.
+    for container in &containers {
+        container.save_soon(&node);
+    }
     sandbox.save(&node).await?;
     if was_ready {
         container::status::publish_sandbox(
