@@ -154,6 +154,8 @@ impl Mount {
     /// * New mounts in the container propagate to the host.
     /// * The mounts below the source are missing. The kernel refuses to copy the source without them
     ///   (EINVAL), because the copy would reveal what they cover.
+    /// * The source is a link of /proc that leads to a file in another mount namespace, such as
+    ///   /proc/PID/root (EINVAL).
     fn can_be_locked(&self, sources: &MountSources<'_>) -> bool {
         let is_shared = |(kind, _): &(u64, bool)| *kind == SHARED;
         if !self.is_bind()
@@ -161,8 +163,9 @@ impl Mount {
         {
             return false;
         }
-        self.options.bind == Bind::Recursive
-            || !matches!(clone_tree(&self.source, false), Err(Errno::INVAL))
+        let recursive = self.options.bind == Bind::Recursive;
+        let is_certain = recursive && !self.source.starts_with("/proc");
+        is_certain || !matches!(clone_tree(&self.source, recursive), Err(Errno::INVAL))
     }
 }
 

@@ -35,6 +35,7 @@ pub(crate) const TESTS: &[Test] = &[
         Need::Rrun
     ),
     test!(a_bind_mount_in_a_user_namespace_can_be_without_the_mounts_below_it),
+    test!(a_bind_mount_in_a_user_namespace_can_have_a_source_in_proc),
     test!(
         mounts_in_a_shared_volume_propagate_from_a_user_namespace_to_the_host,
         Need::Rrun
@@ -492,6 +493,21 @@ fn a_bind_mount_in_a_user_namespace_can_be_without_the_mounts_below_it() -> Resu
         bundle.run()?.stdout,
         "",
         "the files in the directory on which the host has mounted a tmpfs"
+    );
+    Ok(())
+}
+
+fn a_bind_mount_in_a_user_namespace_can_have_a_source_in_proc() -> Result {
+    let source = volume()?;
+    let own = std::process::id();
+    let path = format!("/proc/{own}/root{}", source.path().display());
+    let mut bundle = Bundle::new(&["ls", "/data"])?;
+    in_user_namespace(&mut bundle)?;
+    bind(&mut bundle, Path::new(&path), &["rbind"], None);
+    ensure_eq!(
+        bundle.run()?.stdout,
+        "five\nroot\n",
+        "the files in the mount whose source is {path}"
     );
     Ok(())
 }
