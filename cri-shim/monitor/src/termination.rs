@@ -141,7 +141,7 @@ impl Container {
     }
 
     /// Returns true if all output is in the log, or if the log's file system has hung for
-    /// [`LOG_FLUSH_TIMEOUT`]. Reads the remaining output as far as the log accepts it.
+    /// [`LOG_FLUSH_TIMEOUT`]. Reads the remaining output until the log accepts no more.
     fn is_log_done(&mut self, buffer: &mut ReadBuffer) -> bool {
         let State::Terminating(termination) = &mut self.state else {
             return false;

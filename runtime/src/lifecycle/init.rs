@@ -292,16 +292,18 @@ impl Init<'_> {
     /// that enters the mount namespace (setns(2)) would then have the container's root as `/`, and
     /// could execute a program of the image with the rights of rrun's caller.
     fn attach_own_root(&mut self) -> Result<Rootfs> {
+        let is_new_namespace = self.config.namespaces.is_new(Type::Mount);
+        if let Some(root) = self.host_mounts.root.take_if(|_| is_new_namespace) {
+            self.channel.wait_for_root()?;
+            return Rootfs::of_new_container(root);
+        }
         let path = &self.config.rootfs;
+        let directory = open_root(path)?;
         let root = match self.host_mounts.root.take() {
-            Some(root) if self.config.namespaces.is_new(Type::Mount) => {
-                self.channel.wait_for_root()?;
-                return Rootfs::of_new_container(root);
-            }
             Some(root) => root,
-            None => clone_root(&open_root(path)?, path, self.config.root_is_slave())?,
+            None => clone_root(&directory, path, self.config.root_is_slave())?,
         };
-        attach_root(&root, &open_root(path)?, path)?;
+        attach_root(&root, &directory, path)?;
         Rootfs::of_new_container(root)
     }
 

@@ -61,7 +61,7 @@ struct UserNamespace {
     root: (u32, u32),
 }
 
-/// What the server learns while it creates a bundle.
+/// The values that result from the creation of a bundle.
 pub(super) struct Filled {
     /// The user that the container runs as.
     pub user: User,

@@ -291,8 +291,7 @@ async fn assemble(
     } else {
         (filled.await?, created.await?)
     };
-    container.user = filled.user;
-    container.configuration_bytes = filled.configuration_bytes;
+    (container.user, container.configuration_bytes) = (filled.user, filled.configuration_bytes);
     container.change(|state| state.pid = pid);
     Ok(Arc::new(container))
 }
