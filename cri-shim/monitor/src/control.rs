@@ -8,11 +8,10 @@ use std::time::Instant;
 use super::calls::Purpose;
 use super::connection::ClientId;
 use super::container::{Cleanup, Container, Deletion, State};
-use super::container_log::ContainerLog;
+use super::create::open_log;
 use super::effect::Effect;
 use super::own_log;
 use super::runtime::{Stdio, memory_file};
-use rrun_kernel::errno::describe;
 use rrun_kernel::signal as kernel_signal;
 use rrun_protocol::{FailureKind, Reply};
 
@@ -90,12 +89,9 @@ impl Container {
     /// new file.
     pub(crate) fn reopen_log(&mut self, client: ClientId, wake: &Arc<OwnedFd>) -> Vec<Effect> {
         if self.output.log().file().is_none() && self.spec.log.is_some() {
-            match ContainerLog::open(self.spec.log.clone(), wake) {
+            match open_log(&self.spec, wake) {
                 Ok(log) => self.output.replace_log(log),
-                Err(error) => {
-                    let (id, reason) = (self.id(), describe(&error));
-                    let message =
-                        format!("start the thread that writes the log of container {id}: {reason}");
+                Err(message) => {
                     return vec![Effect::fail(client, FailureKind::Monitor, message)];
                 }
             }

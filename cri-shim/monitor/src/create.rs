@@ -17,6 +17,14 @@ use super::runtime::{Call, RuntimeCommand, Stdio, path_of, read_pid};
 use rrun_kernel::errno::describe;
 use rrun_protocol::{Create, Failure, FailureKind, Reply};
 
+/// Opens a container's log, or returns a sentence about the failure.
+pub(crate) fn open_log(spec: &Create, wake: &Arc<OwnedFd>) -> Result<ContainerLog, String> {
+    ContainerLog::open(spec.log.clone(), wake).map_err(|error| {
+        let (id, reason) = (&spec.id, describe(&error));
+        format!("start the thread that writes the log of container {id}: {reason}")
+    })
+}
+
 impl Container {
     /// Opens the container's log and stdio. Returns the container, and the runtime's `create`
     /// command with this stdio. `after` is the pipe that [`rrun_protocol::Request::Create`]
@@ -31,8 +39,7 @@ impl Container {
         let failed = |what: &str, error: std::io::Error| {
             format!("{what} of container {id}: {}", describe(&error))
         };
-        let log = ContainerLog::open(spec.log.clone(), wake)
-            .map_err(|error| failed("start the thread that writes the log", error))?;
+        let log = open_log(&spec, wake)?;
         let mut container = Container::new(serial, spec, log);
         let stdio = if container.spec.terminal {
             let console = Console::open(serial)

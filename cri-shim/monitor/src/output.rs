@@ -135,13 +135,8 @@ impl Output {
         is_open
     }
 
-    /// Returns the streams that can be watched again because the log has room. If
-    /// [`Output::drain`] was called, continues it instead.
-    pub(crate) fn resume(&mut self, buffer: &mut ReadBuffer) -> Vec<Stream> {
-        if self.drain_reads.is_some() {
-            self.drain(buffer);
-            return Vec::new();
-        }
+    /// Returns the streams that can be watched again because the log has room.
+    pub(crate) fn resume(&mut self) -> Vec<Stream> {
         let paused = std::mem::take(&mut self.paused);
         let accepts = |stream: &Stream| self.log.accepts(*stream);
         let (resumed, paused) = paused.into_iter().partition(accepts);
@@ -183,7 +178,7 @@ impl Output {
 
     /// Reads the remaining output and closes both streams. Returns false if the log does not accept
     /// all remaining output now. The rest of the output then stays in the pipes, and the log's
-    /// thread wakes the event loop, which must call this function or [`Output::resume`] again.
+    /// thread wakes the event loop, which must call this function again.
     pub(crate) fn drain(&mut self, buffer: &mut ReadBuffer) -> bool {
         self.slave = None;
         self.paused.clear();
@@ -206,9 +201,10 @@ impl Output {
         true
     }
 
-    /// Closes the log if all output has been written to it. Its thread then ends, because a pod can
-    /// have many containers that have exited. The caller must have called [`Output::drain`]. If the
-    /// output has not been written yet, the log's thread wakes the event loop later.
+    /// Continues [`Output::drain`] for a container that has exited, and closes the log when all output
+    /// has been written to it. The log's thread then ends, because a pod can have many containers
+    /// that have exited. If the output has not been written yet, the log's thread wakes the event
+    /// loop, which must call this function again.
     pub(crate) fn close_written_log(&mut self, buffer: &mut ReadBuffer) {
         if self.reopening.is_empty() && self.drain(buffer) && self.log.is_written() {
             self.log = ContainerLog::default();

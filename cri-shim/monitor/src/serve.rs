@@ -235,10 +235,7 @@ impl Monitor {
         let Some(container) = self.containers.get_mut(&serial) else {
             return;
         };
-        if matches!(container.state, State::Exited { .. }) {
-            return container.output.close_written_log(&mut self.read_buffer);
-        }
-        for stream in container.output.resume(&mut self.read_buffer) {
+        for stream in container.output.resume() {
             if let Some(fd) = container.output.stream(stream) {
                 let source = EventSource::of_stream(serial, stream);
                 let _ = self.poller.watch(fd, source, EventFlags::IN);

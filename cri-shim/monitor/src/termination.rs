@@ -123,12 +123,17 @@ impl Container {
         vec![Effect::Publish(Event::OutOfMemory { id })]
     }
 
-    /// Continues the termination if its next step is possible now. The caller must call
-    /// [`Container::check_oom`] first, for two reasons. The counter of out-of-memory kills exists
+    /// Continues the termination if its next step is possible now. After the exit was reported, this
+    /// closes the log as soon as it is complete. The caller must call [`Container::check_oom`] first, for two reasons. The counter of out-of-memory kills exists
     /// only as long as the cgroup. The monitor must also report a kill before it reports the exit.
     pub(crate) fn continue_termination(&mut self, buffer: &mut ReadBuffer) -> Vec<Effect> {
-        let State::Terminating(termination) = &mut self.state else {
-            return Vec::new();
+        let termination = match &mut self.state {
+            State::Terminating(termination) => termination,
+            State::Exited { .. } => {
+                self.output.close_written_log(buffer);
+                return Vec::new();
+            }
+            _ => return Vec::new(),
         };
         // The monitor must answer the `start` in progress before it reports the exit.
         if self.starting || !termination.is_cgroup_done(&self.spec.cgroup) {

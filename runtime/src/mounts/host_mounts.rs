@@ -87,7 +87,8 @@ impl HostMounts {
         for mount in sources.mounts {
             mount.id_namespace(sources, &mut ids)?;
         }
-        let locked = NamespaceHolder::create(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?;
+        let locked = NamespaceHolder::create(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)
+            .map_err(|error| error.while_doing("lock a copy of the host's mounts"))?;
         in_mount_namespace(&locked.pidfd, locked.pid, || {
             self.root = Some(sources.clone_root()?);
             let wanted = |mount: &Mount| mount.can_be_locked(sources);

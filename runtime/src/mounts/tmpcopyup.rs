@@ -84,7 +84,7 @@ fn copy_owner_at(to: &OwnedFd, name: &CStr, stat: &Stat) -> Result<()> {
 fn owner_set(result: std::result::Result<(), Errno>) -> Result<()> {
     match result {
         // EINVAL means that the container's user namespace does not map this owner. rrun then
-        // leaves the owner of `to` unchanged.
+        // leaves the owner of the copy unchanged.
         Ok(()) | Err(Errno::INVAL) => Ok(()),
         result => result.doing(|| "set an owner"),
     }

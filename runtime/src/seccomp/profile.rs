@@ -386,6 +386,7 @@ mod tests {
             (&["fly".to_owned()][..], 1)
         );
     }
+
     #[test]
     fn a_call_is_allowed_only_with_all_arguments_and_by_all_rules() {
         let allow = r#"{"names":["close"],"action":"SCMP_ACT_ALLOW"}"#;
