@@ -23,6 +23,26 @@ use crate::sys::clone::{Cloned, clone3};
 /// annotation is in GVariant text format.
 pub(crate) const ANNOTATION: &str = "org.systemd.property.";
 
+/// The prefixes of the files of a cgroup to which systemd adds a `_`: `cgroup`, and the names of the
+/// controllers that systemd knows. See cgroup_controller_table in systemd's source.
+const FILE_PREFIXES: &[&str] = &[
+    "cgroup",
+    "cpu",
+    "cpuacct",
+    "cpuset",
+    "io",
+    "blkio",
+    "memory",
+    "devices",
+    "pids",
+    "bpf-firewall",
+    "bpf-devices",
+    "bpf-foreign",
+    "bpf-socket-bind",
+    "bpf-restrict-network-interfaces",
+    "bpf-bind-network-interface",
+];
+
 /// The time in which systemd processes a request whose answer rrun could not read.
 const ABANDON_TIMEOUT: Duration = Duration::from_secs(2);
 const ABANDON_INTERVAL: Duration = Duration::from_millis(10);
@@ -89,7 +109,7 @@ impl Scope {
             path.push(root.trim_start_matches('/'));
         }
         path.push(expand(&self.slice)?);
-        path.push(&self.unit);
+        path.push(directory_name(&self.unit));
         Ok(path)
     }
 
@@ -220,9 +240,22 @@ fn expand(slice: &str) -> Result<PathBuf> {
         return Err(malformed());
     }
     for (end, _) in name.match_indices('-').chain([(name.len(), "")]) {
-        path.push(format!("{}.slice", name.get(..end).unwrap_or_default()));
+        let slice = format!("{}.slice", name.get(..end).unwrap_or_default());
+        path.push(directory_name(&slice));
     }
     Ok(path)
+}
+
+/// Returns the name of the cgroup of a unit. A name that the kernel could use for a file of a cgroup,
+/// such as `memory.x-1.scope`, begins with an additional `_`, as does a name that begins with `_` or
+/// `.`. See "Cgroup Names" in systemd's CONTROL_GROUP_INTERFACE, and cg_escape() in its source.
+fn directory_name(unit: &str) -> String {
+    let first = unit.split('.').next().unwrap_or_default();
+    if first.is_empty() || first.starts_with('_') || FILE_PREFIXES.contains(&first) {
+        format!("_{unit}")
+    } else {
+        unit.to_owned()
+    }
 }
 
 /// Converts an annotation to a property. This function parses only the simple types of the GVariant
@@ -398,6 +431,12 @@ mod tests {
             Path::new("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice")
         );
         assert_eq!(expand("-.slice").unwrap(), Path::new(""));
+        assert_eq!(
+            expand("memory-x.slice").unwrap(),
+            Path::new("_memory.slice/memory-x.slice")
+        );
+        assert_eq!(directory_name("_x-1.scope"), "__x-1.scope");
+        assert_eq!(directory_name("-x.scope"), "-x.scope");
         let own = Scope::from_spec(Path::new(""), "id", &none).unwrap();
         assert_eq!(own.unit, "rrun-id.scope");
         for bad in [

@@ -38,6 +38,11 @@ pub(crate) const TESTS: &[Test] = &[
         SYSTEMD
     ),
     test!(
+        a_scope_can_have_the_name_of_a_file_of_its_parent_cgroup,
+        SYSTEMD,
+        Need::Rrun
+    ),
+    test!(
         the_error_about_an_invalid_cgroups_path_names_the_field,
         Need::Rrun
     ),
@@ -446,6 +451,28 @@ fn a_container_without_a_cgroups_path_is_in_the_system_slice() -> Result {
         "the systemd unit {unit} still exists after the container was deleted"
     );
     Ok(())
+}
+
+/// systemd adds a `_` to the names of such cgroups, and to names that begin with `_`.
+fn a_scope_can_have_the_name_of_a_file_of_its_parent_cgroup() -> Result {
+    for prefix in ["memory.max", "_e2e", "cgroup.e2e"] {
+        let mut bundle = Bundle::in_slice(SLICE, &["sleep", "600"])?;
+        let unit = format!("{prefix}-{}.scope", bundle.id());
+        let path = format!("{SLICE}:{prefix}:{}", bundle.id());
+        bundle.set("/linux/cgroupsPath", json!(path));
+        bundle.start()?;
+        let group = fs::read_to_string(format!("/proc/{}/cgroup", bundle.pid()?))?;
+        ensure!(
+            group.trim_end().ends_with(&format!("/_{unit}")),
+            "the cgroup of the scope {unit} is {group}"
+        );
+        bundle.end()?;
+        ensure!(
+            !unit_exists(&unit)?,
+            "the systemd unit {unit} still exists after the container was deleted"
+        );
+    }
+    stop_slices()
 }
 
 fn the_error_about_an_invalid_cgroups_path_names_the_field() -> Result {
