@@ -377,15 +377,12 @@ impl Init<'_> {
     /// Makes mounts read-only and masks paths, as the configuration specifies.
     fn finish_root(&self, rootfs: &Rootfs) -> Result<()> {
         let config = self.config;
-        if config.root_readonly {
-            self.make_working_directory(rootfs);
-        }
+        self.make_working_directory(rootfs);
         rootfs.make_read_only()?;
-        let with_root = protection::make_read_only(rootfs, &config.readonly_paths)?;
-        if with_root && !config.root_readonly {
-            self.make_working_directory(rootfs);
-        }
         protection::mask(rootfs, &config.masked_paths, config.mount_label.as_deref())?;
+        // This step copies the mounts that are below a path, so it must follow the step above.
+        // Otherwise it could cover a mount such as /proc with a copy without masks.
+        let with_root = protection::make_read_only(rootfs, &config.readonly_paths)?;
         if config.root_readonly || with_root {
             let field = if with_root {
                 "linux.readonlyPaths"
@@ -399,8 +396,8 @@ impl Init<'_> {
     }
 
     /// Creates a missing working directory, because this is possible only before the root is
-    /// read-only. If this fails, the error is reported later, when the process enters the
-    /// directory.
+    /// read-only, and because the directory can be one of `linux.readonlyPaths`. If this fails, the
+    /// error is reported later, when the process enters the directory.
     fn make_working_directory(&self, rootfs: &Rootfs) {
         let process = &self.config.process;
         if process.cwd != Path::new("/") {

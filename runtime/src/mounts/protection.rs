@@ -75,7 +75,8 @@ fn null_device(rootfs: &Rootfs, doing: impl Fn() -> String + Copy) -> Result<Own
 
 /// Makes the paths of `linux.readonlyPaths` read-only, with all mounts below them. Returns whether a
 /// path leads to the root directory. Like runc and crun, rrun then makes the root itself read-only,
-/// but not the mounts below it. The caller must do this after all other steps that create files.
+/// but not the mounts below it. The caller must do this after all other steps that create files or
+/// mounts.
 pub(crate) fn make_read_only(rootfs: &Rootfs, paths: &[String]) -> Result<bool> {
     let mut includes_root = false;
     for path in distinct(paths) {

@@ -38,11 +38,11 @@ pub(crate) fn copy(from: impl AsFd, to: impl AsFd, is_set: impl Fn(&str) -> bool
     copy_below(&Procfs::open()?, &from, &to, DEPTH_MAX)?;
     let uid = (!is_set("uid")).then(|| Uid::from_raw(stat.st_uid));
     let gid = (!is_set("gid")).then(|| Gid::from_raw(stat.st_gid));
-    copy_owner(&to, uid, gid)?;
+    let owner = copy_owner(&to, uid, gid)?;
     if is_set("mode") {
         return Ok(());
     }
-    rustix::fs::fchmod(&to, mode(&stat)).doing(|| "set the tmpfs's mode")
+    rustix::fs::fchmod(&to, mode_for(owner, &stat)).doing(|| "set the tmpfs's mode")
 }
 
 /// Copies the mode of the mount point `from` to the root directory of the tmpfs `to`.
@@ -56,37 +56,54 @@ fn mode(stat: &Stat) -> Mode {
     Mode::from_raw_mode(stat.st_mode as RawMode & 0o7777)
 }
 
+/// Returns the mode of the copy of a file. If the copy has another owner than the file, it has no
+/// set-uid and set-gid bits. Otherwise a program of an unmapped user would run as the user who owns
+/// the copy, for example as root.
+fn mode_for(owner: Owner, stat: &Stat) -> Mode {
+    match owner {
+        Owner::Copied => mode(stat),
+        Owner::Unmapped => mode(stat) - (Mode::SUID | Mode::SGID),
+    }
+}
+
+#[derive(Clone, Copy)]
+enum Owner {
+    Copied,
+    /// The container's user namespace does not map the owner. The copy has the owner with which rrun
+    /// created it.
+    Unmapped,
+}
+
 /// Sets the owner and the mode of the file `to`. This function sets the owner first, because the
 /// kernel clears the set-uid and set-gid bits of a file when the owner changes.
 fn copy_owner_and_mode(to: &OwnedFd, stat: &Stat) -> Result<()> {
-    let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    copy_owner(to, Some(owner.0), Some(owner.1))?;
-    rustix::fs::fchmod(to, mode(stat)).doing(|| "set a mode")
+    let ids = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    let owner = copy_owner(to, Some(ids.0), Some(ids.1))?;
+    rustix::fs::fchmod(to, mode_for(owner, stat)).doing(|| "set a mode")
 }
 
-fn copy_owner(to: &OwnedFd, uid: Option<Uid>, gid: Option<Gid>) -> Result<()> {
+fn copy_owner(to: &OwnedFd, uid: Option<Uid>, gid: Option<Gid>) -> Result<Owner> {
     owner_set(rustix::fs::fchown(to, uid, gid))
 }
 
 /// Copies the owner to the file `name` in the directory `to`. The file can be a link.
-fn copy_owner_at(to: &OwnedFd, name: &CStr, stat: &Stat) -> Result<()> {
-    let owner = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+fn copy_owner_at(to: &OwnedFd, name: &CStr, stat: &Stat) -> Result<Owner> {
+    let ids = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
     let no_follow = AtFlags::SYMLINK_NOFOLLOW;
     owner_set(rustix::fs::chownat(
         to,
         name,
-        Some(owner.0),
-        Some(owner.1),
+        Some(ids.0),
+        Some(ids.1),
         no_follow,
     ))
 }
 
-fn owner_set(result: std::result::Result<(), Errno>) -> Result<()> {
+fn owner_set(result: std::result::Result<(), Errno>) -> Result<Owner> {
     match result {
-        // EINVAL means that the container's user namespace does not map this owner. rrun then
-        // leaves the owner of the copy unchanged.
-        Ok(()) | Err(Errno::INVAL) => Ok(()),
-        result => result.doing(|| "set an owner"),
+        Ok(()) => Ok(Owner::Copied),
+        Err(Errno::INVAL) => Ok(Owner::Unmapped),
+        Err(errno) => Err(errno).doing(|| "set an owner"),
     }
 }
 
@@ -130,13 +147,14 @@ fn copy_entry(
         FileType::Symlink => {
             let link = rustix::fs::readlinkat(from, name, Vec::new()).doing(|| "read the link")?;
             rustix::fs::symlinkat(&link, to, name).doing(|| "create the copy")?;
-            copy_owner_at(to, name, &stat)
+            copy_owner_at(to, name, &stat).map(drop)
         }
         _ => {
             rustix::fs::mknodat(to, name, kind, Mode::empty(), stat.st_rdev)
                 .doing(|| "create the copy")?;
-            copy_owner_at(to, name, &stat)?;
-            rustix::fs::chmodat(to, name, mode(&stat), AtFlags::empty()).doing(|| "set its mode")
+            let owner = copy_owner_at(to, name, &stat)?;
+            rustix::fs::chmodat(to, name, mode_for(owner, &stat), AtFlags::empty())
+                .doing(|| "set its mode")
         }
     }
 }

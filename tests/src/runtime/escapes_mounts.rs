@@ -34,6 +34,8 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_masked_directory_has_no_room_for_files, Need::Rrun),
     test!(a_masked_file_does_not_expose_the_hosts_null_device),
     test!(a_read_only_path_that_leads_to_the_root_makes_the_root_read_only),
+    test!(a_read_only_path_that_leads_to_proc_or_sys_uncovers_no_masked_path),
+    test!(a_read_only_working_directory_is_created_and_read_only),
     test!(a_masked_path_that_leads_to_the_root_is_refused, Need::Rrun),
     test!(
         a_mount_must_not_replace_the_root_directory_through_a_link,
@@ -438,6 +440,61 @@ fn a_read_only_path_that_leads_to_the_root_makes_the_root_read_only() -> Result 
             "the content of the masked /proc/keys"
         );
         bundle.end()?;
+    }
+    Ok(())
+}
+
+fn a_read_only_path_that_leads_to_proc_or_sys_uncovers_no_masked_path() -> Result {
+    let mut bundle = Bundle::new(&["sleep", "600"])?;
+    for (link, target) in [("p", "/proc"), ("s", "/sys"), ("below", "/sys/fs")] {
+        symlink(target, bundle.join("rootfs").join(link))?;
+    }
+    bundle.set("/linux/maskedPaths/0", json!("/sys/fs/cgroup/cgroup.procs"));
+    for user_namespace in [false, true] {
+        if user_namespace {
+            let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
+            bundle
+                .add("/linux/namespaces", json!({ "type": "user" }))
+                .set("/linux/uidMappings", map.clone())
+                .set("/linux/gidMappings", map);
+        }
+        for paths in [
+            json!(["/p", "/s"]),
+            json!(["/proc", "/sys"]),
+            json!(["/below"]),
+        ] {
+            bundle.set("/linux/readonlyPaths", paths.clone()).start()?;
+            for masked in ["/proc/keys", "/sys/fs/cgroup/cgroup.procs"] {
+                ensure_eq!(
+                    bundle.exec(&[], &["cat", masked]).ok()?.stdout,
+                    "",
+                    "the content of the masked {masked} beside the readonlyPaths {paths} (user namespace: {user_namespace})"
+                );
+            }
+            ensure_eq!(
+                bundle.exec(&[], &["ls", "/sys/firmware"]).ok()?.stdout,
+                "",
+                "the files in the masked /sys/firmware beside the readonlyPaths {paths} (user namespace: {user_namespace})"
+            );
+            bundle.end()?;
+        }
+    }
+    Ok(())
+}
+
+fn a_read_only_working_directory_is_created_and_read_only() -> Result {
+    for cwd in ["/locked", "/locked/below"] {
+        let mut bundle = Bundle::new(&["write", "/locked/new", "text"])?;
+        bundle
+            .set("/root/readonly", json!(false))
+            .set("/process/cwd", json!(cwd))
+            .set("/linux/readonlyPaths", json!(["/locked"]));
+        let output = bundle.call(&["run"])?.exits(1)?;
+        ensure!(
+            output.stderr.contains("Read-only file system"),
+            "/locked is not read-only beside the working directory {cwd}:\n{}",
+            output.told()
+        );
     }
     Ok(())
 }

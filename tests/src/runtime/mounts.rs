@@ -29,6 +29,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_tmpfs_has_the_configured_options),
     test!(a_tmpfs_with_tmpcopyup_contains_a_copy_of_the_covered_files),
     test!(
+        a_tmpfs_with_tmpcopyup_gives_no_program_of_an_unmapped_user_to_root,
+        Need::Rrun
+    ),
+    test!(
         a_tmpfs_with_tmpcopyup_has_room_for_the_holes_of_a_file,
         Need::Rrun
     ),
@@ -251,6 +255,38 @@ fn a_tmpfs_has_the_configured_options() -> Result {
         line.contains("size=1024k"),
         "the size of the tmpfs is not 1024k; its line in mountinfo: {line}"
     );
+    Ok(())
+}
+
+fn a_tmpfs_with_tmpcopyup_gives_no_program_of_an_unmapped_user_to_root() -> Result {
+    let mut bundle = Bundle::new(&[])?;
+    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 1000 }]);
+    bundle
+        .add("/linux/namespaces", json!({ "type": "user" }))
+        .set("/linux/uidMappings", map.clone())
+        .set("/linux/gidMappings", map)
+        .add(
+            "/mounts",
+            json!({
+                "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"],
+            }),
+        );
+    for (name, owner) in [("unmapped", 5), ("mapped", 100_005)] {
+        let path = bundle.join("rootfs/data").join(name);
+        fs::write(&path, "program")?;
+        std::os::unix::fs::lchown(&path, Some(owner), Some(owner))?;
+        let mode = std::os::unix::fs::PermissionsExt::from_mode(0o6755);
+        fs::set_permissions(&path, mode)?;
+    }
+    for (name, owner, mode) in [("unmapped", 0, "755"), ("mapped", 5, "6755")] {
+        let path = format!("/data/{name}");
+        let stat = bundle.args(&["stat", &path]).run()?.json()?;
+        ensure_eq!(
+            json!([stat["uid"], stat["gid"], stat["mode"]]),
+            json!([owner, owner, mode]),
+            "the owner, the group and the mode of the copy of the {name} user's program"
+        );
+    }
     Ok(())
 }
 
