@@ -88,7 +88,7 @@ fn open_by_components(
                 if links > MAX_LINKS || resolve.contains(ResolveFlags::NO_SYMLINKS) {
                     return Err(Errno::LOOP);
                 }
-                let target = target(current, &name, &found)?;
+                let target = link_target(current, &name, &found)?;
                 if target.starts_with(b"/") {
                     above.clear();
                 }
@@ -133,9 +133,14 @@ fn open_one(
     openat2(directory, name, flags, Mode::empty(), resolve)
 }
 
-/// Returns the target of a symbolic link. `link` is the link `name` of `directory`. Fails with `LOOP`
-/// for a magic link.
-fn target(directory: BorrowedFd<'_>, name: &[u8], link: &OwnedFd) -> Result<Vec<u8>, Errno> {
+/// Returns the target of a symbolic link. `link` is an O_PATH descriptor of the link `name` of
+/// `directory`. Fails with `LOOP` for a magic link of /proc, whose text can be a path of the host. Fails
+/// with `INVAL` or `NOENT` if the file is not a link.
+pub fn link_target(
+    directory: BorrowedFd<'_>,
+    name: &[u8],
+    link: &OwnedFd,
+) -> Result<Vec<u8>, Errno> {
     if fstatfs(link)?.f_type as u64 == PROC_SUPER_MAGIC {
         let flags = OFlags::PATH | OFlags::CLOEXEC;
         let resolve = ResolveFlags::NO_MAGICLINKS;

@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::ffi::OsStrExt;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{AtFlags, FileType, Mode, OFlags, ResolveFlags, Stat, StatxFlags, statx};
@@ -527,10 +527,10 @@ impl Walk<'_> {
             }
             found => found?,
         };
-        match rustix::fs::readlinkat(&found, "", Vec::new()) {
+        match in_root::link_target(directory.as_fd(), name.as_bytes(), &found) {
             Ok(link) => {
                 self.reached.pop();
-                Ok(Some(OsStr::from_bytes(link.as_bytes()).into()))
+                Ok(Some(OsString::from_vec(link).into()))
             }
             // The file is not a symbolic link.
             Err(Errno::INVAL | Errno::NOENT) => {

@@ -36,6 +36,10 @@ pub(crate) const TESTS: &[Test] = &[
     test!(a_read_only_path_that_leads_to_the_root_makes_the_root_read_only),
     test!(a_read_only_path_that_leads_to_proc_or_sys_uncovers_no_masked_path),
     test!(a_read_only_working_directory_is_created_and_read_only),
+    test!(
+        a_missing_path_does_not_lead_through_magic_links_of_proc,
+        Need::Rrun
+    ),
     test!(a_masked_path_that_leads_to_the_root_is_refused, Need::Rrun),
     test!(
         a_mount_must_not_replace_the_root_directory_through_a_link,
@@ -494,6 +498,42 @@ fn a_read_only_working_directory_is_created_and_read_only() -> Result {
             output.stderr.contains("Read-only file system"),
             "/locked is not read-only beside the working directory {cwd}:\n{}",
             output.told()
+        );
+    }
+    Ok(())
+}
+
+/// The text of such a link is a path of the host, which the container would then see.
+fn a_missing_path_does_not_lead_through_magic_links_of_proc() -> Result {
+    for (field, words) in [
+        ("/mounts/-", "ELOOP"),
+        ("/process/cwd", "enter process.cwd /data/link/new"),
+    ] {
+        let mut bundle = Bundle::new(&["exit", "0"])?;
+        // The kernel does not find `missing`, so the runtime resolves the rest of the path itself.
+        symlink(
+            "missing/../../proc/self/cwd",
+            bundle.join("rootfs/data/link"),
+        )?;
+        if field == "/process/cwd" {
+            bundle.set(field, json!("/data/link/new"));
+        } else {
+            bundle.add(
+                "/mounts",
+                json!({ "destination": "/data/link/new", "type": "tmpfs", "source": "x" }),
+            );
+        }
+        let before = fs::read_dir(bundle.rootfs())?.count();
+        let output = bundle.call(&["run"])?.exits(1)?;
+        ensure!(
+            output.stderr.contains(words),
+            "the error about {field}: {}",
+            output.told()
+        );
+        ensure_eq!(
+            fs::read_dir(bundle.rootfs())?.count(),
+            before,
+            "the number of files in the root directory after the refusal of {field}"
         );
     }
     Ok(())
