@@ -81,6 +81,8 @@ pub(crate) struct Catalog {
     images: BTreeMap<String, Arc<Image>>,
     /// The image ids, by complete tag or digest reference.
     names: HashMap<String, String>,
+    /// The size of each image's unpacked layers in bytes, by the image's id.
+    layer_bytes: HashMap<String, u64>,
     /// The layers, by their keys. A key is the result of [`key_of`] or [`directory_layer_key`], or
     /// a diff ID if an older version unpacked the layer.
     layers: HashMap<String, Layer>,
@@ -91,9 +93,13 @@ pub(crate) struct Catalog {
     /// The keys of layers whose records are not in the store yet.
     unrecorded: HashSet<String>,
     leases: HashMap<String, Lease>,
-    /// For each layer, the number of pulls in progress that need the layer. The key is the layer's
-    /// key.
-    holds: HashMap<String, usize>,
+    /// For each layer, the number of images, leases and pulls in progress that need the layer. The key
+    /// is the layer's key.
+    uses: HashMap<String, usize>,
+    /// The keys of the layers that can be unused: new layers, and layers whose last use ended. Only
+    /// these layers are examined by [`Catalog::sweep`], because a node can have very many images and
+    /// leases.
+    released: HashSet<String>,
     /// The patterns of names that an image with too many names does not lose.
     pub pins: Pins,
 }
@@ -126,6 +132,7 @@ impl Catalog {
         let mut changes = Vec::new();
         for (key, layer) in store.load::<Layer>(Table::LAYERS)? {
             if is_directory(&directory(root, layer.number).join("fs"))? {
+                catalog.released.insert(key.clone());
                 catalog.layers.insert(key, layer);
             } else {
                 log::error!("the directory of the layer {key} no longer exists");
@@ -147,7 +154,9 @@ impl Catalog {
                 changes.push(Change::delete(Table::CONFIGURATIONS, &id));
             }
         }
-        catalog.leases = store.load(Table::LEASES)?.into_iter().collect();
+        for (owner, lease) in store.load::<Lease>(Table::LEASES)? {
+            catalog.insert_lease(owner, lease);
+        }
         Ok((catalog, changes))
     }
 
@@ -160,7 +169,12 @@ impl Catalog {
         for name in image.repo_tags.iter().chain(&image.repo_digests) {
             self.names.insert(name.clone(), image.id.clone());
         }
-        self.images.insert(image.id.clone(), image);
+        self.hold(image.keys().into_iter());
+        let bytes = self.bytes_of_layers(&image);
+        self.layer_bytes.insert(image.id.clone(), bytes);
+        if let Some(before) = self.images.insert(image.id.clone(), image) {
+            self.release_hold(before.keys().into_iter());
+        }
     }
 
     pub(crate) fn list(&self) -> Vec<Arc<Image>> {
@@ -266,6 +280,8 @@ impl Catalog {
         let Some(image) = self.images.remove(id) else {
             return Vec::new();
         };
+        self.layer_bytes.remove(id);
+        self.release_hold(image.keys().into_iter());
         for name in image.repo_tags.iter().chain(&image.repo_digests) {
             if self.names.get(name).is_some_and(|named| named == id) {
                 self.names.remove(name);
@@ -307,6 +323,7 @@ impl Catalog {
 
     pub(crate) fn add_layer(&mut self, key: &str, layer: Layer) {
         self.unrecorded.insert(key.to_owned());
+        self.released.insert(key.to_owned());
         self.layers.insert(key.to_owned(), layer);
     }
 
@@ -315,18 +332,24 @@ impl Catalog {
         keys.all(|key| self.layers.contains_key(key) && !self.unrecorded.contains(key))
     }
 
+    /// Counts one more use of each layer.
     pub(crate) fn hold<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
         for key in keys {
-            *self.holds.entry(key.to_owned()).or_default() += 1;
+            match self.uses.get_mut(key) {
+                Some(count) => *count += 1,
+                None => drop(self.uses.insert(key.to_owned(), 1)),
+            }
         }
     }
 
+    /// Ends one use of each layer that [`Catalog::hold`] counted.
     pub(crate) fn release_hold<'a>(&mut self, keys: impl Iterator<Item = &'a str>) {
         for key in keys {
-            if let Some(count) = self.holds.get_mut(key) {
+            if let Some(count) = self.uses.get_mut(key) {
                 *count -= 1;
                 if *count == 0 {
-                    self.holds.remove(key);
+                    self.uses.remove(key);
+                    self.released.insert(key.to_owned());
                 }
             }
         }
@@ -336,27 +359,16 @@ impl Catalog {
     /// records, and the changes that delete these records from the store. After the changes are
     /// written, the caller must remove the layers' directories.
     pub(crate) fn sweep(&mut self) -> (Vec<Layer>, Vec<Change>) {
-        let used: HashSet<&str> = self
-            .images
-            .values()
-            .flat_map(|image| image.keys())
-            .chain(
-                self.leases
-                    .values()
-                    .flat_map(|lease| lease.layers.iter().map(String::as_str)),
-            )
-            .chain(self.holds.keys().map(String::as_str))
-            .collect();
-        let unused: Vec<String> = self
-            .layers
-            .keys()
-            .filter(|key| !used.contains(key.as_str()))
-            .cloned()
-            .collect();
         let mut layers = Vec::new();
         let mut changes = Vec::new();
-        for key in unused {
-            layers.extend(self.layers.remove(&key));
+        for key in std::mem::take(&mut self.released) {
+            if self.uses.contains_key(&key) {
+                continue;
+            }
+            let Some(layer) = self.layers.remove(&key) else {
+                continue;
+            };
+            layers.push(layer);
             self.blobs.remove(&key);
             if !self.unrecorded.remove(&key) {
                 changes.push(Change::delete(Table::LAYERS, &key));
@@ -388,13 +400,23 @@ impl Catalog {
         lease: Lease,
     ) -> Result<Vec<Change>, ImageError> {
         let change = Change::put(Table::LEASES, owner, &lease)?;
-        self.leases.insert(owner.to_owned(), lease);
+        self.insert_lease(owner.to_owned(), lease);
         Ok(vec![change])
+    }
+
+    fn insert_lease(&mut self, owner: String, lease: Lease) {
+        self.hold(lease.layers.iter().map(String::as_str));
+        if let Some(before) = self.leases.insert(owner, lease) {
+            self.release_hold(before.layers.iter().map(String::as_str));
+        }
     }
 
     pub(crate) fn remove_lease(&mut self, owner: &str) -> Vec<Change> {
         match self.leases.remove(owner) {
-            Some(_) => vec![Change::delete(Table::LEASES, owner)],
+            Some(lease) => {
+                self.release_hold(lease.layers.iter().map(String::as_str));
+                vec![Change::delete(Table::LEASES, owner)]
+            }
             None => Vec::new(),
         }
     }
@@ -449,15 +471,15 @@ impl Catalog {
     /// Returns the size of an image on the disk in bytes, including its configuration in the store
     /// and the layers that it shares with other images.
     pub(crate) fn bytes_of(&self, image: &Image) -> u64 {
-        let mut counted = HashSet::new();
-        let layers: u64 = image
-            .keys()
-            .into_iter()
-            .filter(|key| counted.insert(*key))
-            .filter_map(|key| self.layers.get(key))
-            .map(|layer| layer.bytes)
-            .sum();
+        let layers = self.layer_bytes.get(&image.id).copied();
+        let layers = layers.unwrap_or_else(|| self.bytes_of_layers(image));
         layers.saturating_add(image.document_bytes())
+    }
+
+    fn bytes_of_layers(&self, image: &Image) -> u64 {
+        let keys: HashSet<&str> = image.keys().into_iter().collect();
+        let layers = keys.into_iter().filter_map(|key| self.layers.get(key));
+        layers.map(|layer| layer.bytes).sum()
     }
 
     /// Returns the number of bytes and inodes of all layers.
@@ -699,6 +721,30 @@ mod tests {
         let (removed, changes) = catalog.sweep();
         assert_eq!((removed.len(), changes.len()), (2, 2));
         assert_eq!(catalog.usage(), (0, 0));
+        Ok(())
+    }
+
+    #[test]
+    fn a_layer_of_an_image_that_is_recorded_twice_is_unused_after_one_removal()
+    -> Result<(), ImageError> {
+        let mut catalog = with_layers(&["1", "2"]);
+        let names = [Name::parse("x")?];
+        catalog.publish(image("a", &["1", "1"]), &names, Some(&id("e")))?;
+        let lease = |image: &str, layer: &str| Lease {
+            image: id(image),
+            layers: vec![id(layer)],
+        };
+        catalog.add_lease("pod", lease("a", "1"))?;
+        let before = catalog
+            .publish(image("a", &["1", "2"]), &names, Some(&id("e")))?
+            .0;
+        assert_eq!(catalog.bytes_of(&before), 20);
+        catalog.add_lease("pod", lease("b", "2"))?;
+        catalog.remove(&id("a"));
+        assert_eq!(catalog.sweep().0.len(), 1);
+        catalog.remove_lease("pod");
+        assert_eq!(catalog.sweep().0.len(), 1);
+        assert!(catalog.sweep().1.is_empty());
         Ok(())
     }
 
