@@ -34,14 +34,14 @@ pub fn container_request(input: &[u8]) -> Option<String> {
 /// Resolves a user. The parts of `input` are separated by the byte 1: the image's user, passwd,
 /// group, and the requested user.
 fn accounts(input: &[u8]) {
-    let text = String::from_utf8_lossy(input);
-    let mut parts = text.splitn(4, '\u{1}').map(str::to_owned);
+    let mut parts = input.splitn(4, |byte| *byte == 1).map(<[u8]>::to_vec);
     let mut next = || parts.next().unwrap_or_default();
     let (image_user, accounts) = (next(), Accounts::of_files(next(), next()));
     let context = LinuxContainerSecurityContext {
-        run_as_username: next(),
+        run_as_username: String::from_utf8_lossy(&next()).into_owned(),
         ..Default::default()
     };
+    let image_user = String::from_utf8_lossy(&image_user);
     if let Ok(user) = accounts.resolve(Some(&context), &image_user) {
         // The kernel interprets this id as "no change", so the process would stay root.
         assert!(user.uid != u32::MAX && !user.groups.contains(&u32::MAX));

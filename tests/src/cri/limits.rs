@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use crate::support::calls::Calls;
 use crate::support::cgroup_use::{file, held_to};
-use crate::support::images::build::Archive;
+use crate::support::images::build::{Archive, ITEM, Item};
 use crate::support::images::{pull_built, with_one_layer};
 use crate::support::machine::{Failed, Result, note, wait_for};
 use crate::support::needs::{Need, Test};
@@ -53,6 +53,11 @@ pub(crate) const TESTS: &[Test] = &[
     ),
     test!(
         the_number_of_terminals_of_a_container_is_limited,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
+        large_files_of_user_names_do_not_fill_the_memory_of_the_server,
         A_NODE,
         Need::RrunCri
     ),
@@ -473,6 +478,52 @@ fn the_number_of_containers_of_a_pod_is_limited() -> Result {
         );
         node.asks(&["rm", &first])?;
         node.run(&pod_id, &pod, &exits("third"))?;
+        Ok(())
+    })
+}
+
+fn large_files_of_user_names_do_not_fill_the_memory_of_the_server() -> Result {
+    on_a_node(|node| {
+        let content = vec![0xff; 4 << 20];
+        let file = |path| Item {
+            path,
+            content: &content,
+            ..ITEM
+        };
+        let archive = Archive::new().dir("etc", 0o755);
+        let archive = archive.item(&file(b"etc/passwd")).item(&file(b"etc/group"));
+        let image = pull_built(node, "names", &with_one_layer(archive, json!({})))?;
+        let pod = node.pod("names");
+        let pod_id = node.runp(&pod)?;
+        let before = node.server_resident()?;
+        let pod_file = node.join("names.json").display().to_string();
+        std::fs::write(&pod_file, pod.to_string())?;
+        let mut calls = Vec::new();
+        for number in 0..48 {
+            let mut container = node.container(&format!("c{number}"), &["/program"]);
+            container["image"]["image"] = json!(image);
+            let file = node.join(&format!("c{number}.json"));
+            std::fs::write(&file, container.to_string())?;
+            let file = file.display().to_string();
+            calls.push(
+                node.crictl(&["create", &pod_id, &file, &pod_file])
+                    .start()?,
+            );
+        }
+        for call in calls {
+            // The image contains only the two files.
+            let output = call.end()?;
+            ensure!(
+                output.stderr.contains("stat /program: no such file"),
+                "the error of crictl create: {}",
+                output.stderr
+            );
+        }
+        let grown = node.server_resident()?.saturating_sub(before);
+        ensure!(
+            grown < 96 << 10,
+            "48 containers whose images have /etc/passwd and /etc/group of 4 MiB made the server {grown} kB larger"
+        );
         Ok(())
     })
 }

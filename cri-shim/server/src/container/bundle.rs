@@ -80,7 +80,9 @@ pub(super) fn fill(mut inputs: Inputs<'_>) -> Result<Filled> {
     let rootfs = mount_rootfs(&inputs, layers, &security, &ids, &writable)?;
 
     let image = &inputs.image.config;
-    let user = Accounts::read(&rootfs)?.resolve(Some(&security.context), &image.user)?;
+    let user = Accounts::read(&rootfs, |accounts| {
+        accounts.resolve(Some(&security.context), &image.user)
+    })?;
     let working_dir = spec::working_dir(&inputs.record.config, image)?;
     rootfs::make_working_dir(&rootfs, working_dir, ids.root)?;
     let mounts = prepare_mounts(&inputs, &security, &ids, &rootfs, &writable)?;

@@ -2,7 +2,9 @@
 //! user, and the image's passwd(5) and group(5) define the ids. An attacker can control the
 //! contents of the image's files.
 
+use std::fs::File;
 use std::path::Path;
+use std::sync::Mutex;
 
 use rrun_proto::v1::{LinuxContainerSecurityContext, SupplementalGroupsPolicy};
 use rustix::fs::OFlags;
@@ -11,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::in_root::InRoot;
 use rrun_calls::error::{During, Error, Result};
+use rrun_calls::lock::lock;
 use rrun_kernel::id::{self, Named};
 use rrun_kernel::regular_file::{self, Unfit};
 
@@ -26,61 +29,60 @@ pub(crate) struct User {
     pub groups: Vec<u32>,
 }
 
+/// The size in bytes from which only one pair of files is in memory at a time. The files of most images
+/// are far smaller.
+const LARGE_FILES_BYTES: u64 = 256 << 10;
+
+const PASSWD: &str = "etc/passwd";
+const GROUP: &str = "etc/group";
+
+/// Held while the server uses large files.
+static LARGE_FILES: Mutex<()> = Mutex::new(());
+
 /// The contents of an image's passwd and group files. A field is empty if its file does not exist.
 #[derive(Default)]
 pub(crate) struct Accounts {
-    passwd: String,
-    group: String,
+    passwd: Vec<u8>,
+    group: Vec<u8>,
 }
 
 impl Accounts {
     /// Returns accounts with these contents of passwd and group.
     #[cfg(feature = "fuzz")]
-    pub(crate) fn of_files(passwd: String, group: String) -> Self {
+    pub(crate) fn of_files(passwd: Vec<u8>, group: Vec<u8>) -> Self {
         Accounts { passwd, group }
     }
 
-    /// Reads etc/passwd and etc/group in `rootfs`. Symbolic links can't lead outside `rootfs`.
-    /// This call blocks.
-    pub(crate) fn read(rootfs: &Path) -> Result<Self> {
+    /// Reads etc/passwd and etc/group in `rootfs`, and passes them to `with`. Symbolic links can't lead
+    /// outside `rootfs`. The author of an image determines the sizes of these files. So if they are large,
+    /// this function waits until no other call of it uses large files. This call blocks.
+    pub(crate) fn read<T>(rootfs: &Path, with: impl FnOnce(&Accounts) -> Result<T>) -> Result<T> {
         let root =
             InRoot::open(rootfs).during(|| "open the image's root file system".to_owned())?;
-        let text = |path: &str| {
-            let bytes = match root.find(path) {
-                Ok(found) => regular_file::reopen(found, OFlags::RDONLY)
-                    .and_then(|file| regular_file::read(file, MAX_FILE_BYTES)),
-                Err(Errno::NOENT | Errno::NOTDIR) => Ok(Vec::new()),
-                Err(errno) => Err(Unfit::Kernel(errno)),
-            };
-            let bytes = bytes.map_err(|unfit| {
-                let file = format!("{path} in the image's root file system");
-                Error::of_file(unfit.errno(), unfit.sentence(&file))
-            })?;
-            Ok::<String, Error>(String::from_utf8_lossy(&bytes).into_owned())
-        };
-        Ok(Accounts {
-            passwd: text("etc/passwd")?,
-            group: text("etc/group")?,
+        let (passwd, group) = (open(&root, PASSWD)?, open(&root, GROUP)?);
+        let bytes = passwd.size.saturating_add(group.size);
+        let _turn = (bytes > LARGE_FILES_BYTES).then(|| lock(&LARGE_FILES));
+        with(&Accounts {
+            passwd: passwd.read()?,
+            group: group.read()?,
         })
     }
 
     /// Returns (name, uid, gid) for each well-formed line of the image's passwd file.
-    fn users(&self) -> impl Iterator<Item = (&str, u32, u32)> {
-        self.passwd.lines().filter_map(|line| {
-            let mut fields = line.split(':');
+    fn users(&self) -> impl Iterator<Item = (&[u8], u32, u32)> {
+        lines(&self.passwd).filter_map(|mut fields| {
             let name = fields.next()?;
-            let uid = fields.nth(1)?.parse().ok()?;
-            let gid = fields.next()?.parse().ok()?;
+            let uid = parse(fields.nth(1)?)?;
+            let gid = parse(fields.next()?)?;
             Some((name, uid, gid))
         })
     }
 
     /// Returns (name, gid, members) for each well-formed line of the image's group file.
-    fn groups(&self) -> impl Iterator<Item = (&str, u32, &str)> {
-        self.group.lines().filter_map(|line| {
-            let mut fields = line.split(':');
+    fn groups(&self) -> impl Iterator<Item = (&[u8], u32, &[u8])> {
+        lines(&self.group).filter_map(|mut fields| {
             let name = fields.next()?;
-            let gid = fields.nth(1)?.parse().ok()?;
+            let gid = parse(fields.nth(1)?)?;
             Some((name, gid, fields.next().unwrap_or_default()))
         })
     }
@@ -91,7 +93,7 @@ impl Accounts {
         }
         let mut groups = self.groups();
         groups
-            .find(|(known, ..)| *known == name)
+            .find(|(known, ..)| *known == name.as_bytes())
             .map(|(_, gid, _)| gid)
             .ok_or_else(|| Error::invalid(format!("the image's /etc/group has no group {name:?}")))
     }
@@ -150,7 +152,7 @@ impl Accounts {
         let by_number = by_number(name, "user")?;
         let entry = self.users().find(|(known, uid, _)| match by_number {
             Some(number) => *uid == number,
-            None => *known == name,
+            None => *known == name.as_bytes(),
         });
         match (entry, by_number) {
             (Some((login, uid, gid)), _) => Ok(Account {
@@ -170,16 +172,69 @@ impl Accounts {
     }
 
     /// Returns the ids of the groups that list the user `login` as a member.
-    fn groups_of<'a>(&'a self, login: &'a str) -> impl Iterator<Item = u32> + 'a {
+    fn groups_of<'a>(&'a self, login: &'a [u8]) -> impl Iterator<Item = u32> + 'a {
+        let contains =
+            move |members: &[u8]| members.split(|byte| *byte == b',').any(|it| it == login);
         self.groups()
-            .filter(move |(_, _, members)| members.split(',').any(|member| member == login))
+            .filter(move |(_, _, members)| contains(members))
             .map(|(_, gid, _)| gid)
     }
 }
 
+/// An open file of an image, or a file that the image does not have.
+struct AccountFile {
+    path: &'static str,
+    file: Option<File>,
+    size: u64,
+}
+
+fn open(root: &InRoot, path: &'static str) -> Result<AccountFile> {
+    let found = match root.find(path) {
+        Ok(found) => regular_file::reopen(found, OFlags::RDONLY).map(Some),
+        Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
+        Err(errno) => Err(Unfit::Kernel(errno)),
+    };
+    let file = found.map_err(|unfit| unfit_error(path, &unfit))?;
+    let size = match &file {
+        Some(file) => file
+            .metadata()
+            .during(|| format!("find the size of {path}"))?
+            .len(),
+        None => 0,
+    };
+    Ok(AccountFile { path, file, size })
+}
+
+impl AccountFile {
+    fn read(self) -> Result<Vec<u8>> {
+        match self.file {
+            Some(file) => regular_file::read(file, MAX_FILE_BYTES)
+                .map_err(|unfit| unfit_error(self.path, &unfit)),
+            None => Ok(Vec::new()),
+        }
+    }
+}
+
+fn unfit_error(path: &str, unfit: &Unfit) -> Error {
+    let file = format!("{path} in the image's root file system");
+    Error::of_file(unfit.errno(), unfit.sentence(&file))
+}
+
+/// Returns the fields of each line of a passwd or group file.
+fn lines(text: &[u8]) -> impl Iterator<Item = impl Iterator<Item = &[u8]>> {
+    text.split(|byte| *byte == b'\n').map(|line| {
+        let line = line.strip_suffix(b"\r").unwrap_or(line);
+        line.split(|byte| *byte == b':')
+    })
+}
+
+fn parse(field: &[u8]) -> Option<u32> {
+    std::str::from_utf8(field).ok()?.parse().ok()
+}
+
 /// A user's account. `login` is `None` if the image's passwd does not contain the user.
 struct Account<'a> {
-    login: Option<&'a str>,
+    login: Option<&'a [u8]>,
     uid: u32,
     gid: u32,
 }
@@ -238,8 +293,11 @@ mod tests {
 
     fn accounts() -> Accounts {
         Accounts {
-            passwd: "root:x:0:0:root:/:/bin/sh\nbroken\nwww:x:33:34::/:/bin/sh\n".into(),
-            group: "root:x:0:\nwww:x:34:\ncdrom:x:24:root,www\naudio:x:29:www\nbad:x:y:www\n"
+            passwd: b"root:x:0:0:root:/:/bin/sh\nbroken\nwww:x:33:34::/:/bin/sh\n\
+                      latin:x:60:61:J\xfcrgen:/:/bin/sh\r\n\xff:x:70:71::/:/bin/sh\n"
+                .into(),
+            group: b"root:x:0:\nwww:x:34:\ncdrom:x:24:root,www\naudio:x:29:www\nbad:x:y:www\n\
+                     odd:x:72:\xff,www\n"
                 .into(),
         }
     }
@@ -264,8 +322,10 @@ mod tests {
     fn the_images_user_is_resolved_by_name_number_and_group() -> Result<()> {
         let all = accounts();
         assert_eq!(all.resolve(None, "")?, user(0, 0, &[0, 24]));
-        assert_eq!(all.resolve(None, "www")?, user(33, 34, &[34, 24, 29]));
-        assert_eq!(all.resolve(None, "33:cdrom")?, user(33, 24, &[24, 29]));
+        assert_eq!(all.resolve(None, "www")?, user(33, 34, &[34, 24, 29, 72]));
+        assert_eq!(all.resolve(None, "latin")?, user(60, 61, &[61]));
+        assert_eq!(all.resolve(None, "70")?, user(70, 71, &[71, 72]));
+        assert_eq!(all.resolve(None, "33:cdrom")?, user(33, 24, &[24, 29, 72]));
         assert_eq!(all.resolve(None, "1000")?, user(1000, 0, &[0]));
         assert_eq!(
             all.resolve(None, "1000:50000")?,
@@ -280,13 +340,13 @@ mod tests {
         let requested = context(Some(33), None);
         assert_eq!(
             all.resolve(Some(&requested), "5:6")?,
-            user(33, 34, &[34, 24, 29])
+            user(33, 34, &[34, 24, 29, 72])
         );
         let mut requested = context(Some(33), Some(7));
         requested.supplemental_groups = vec![24, 99];
         assert_eq!(
             all.resolve(Some(&requested), "")?,
-            user(33, 7, &[7, 24, 29, 99])
+            user(33, 7, &[7, 24, 29, 72, 99])
         );
         requested.set_supplemental_groups_policy(SupplementalGroupsPolicy::Strict);
         assert_eq!(
@@ -310,10 +370,10 @@ mod tests {
         both.run_as_username = "www".into();
         refused.push(all.resolve(Some(&both), ""));
         let odd = Accounts {
-            passwd: "4294967296:x:0:0::/:\n-0:x:0:0::/:\nevil:x:4294967295:0::/:\n\
+            passwd: b"4294967296:x:0:0::/:\n-0:x:0:0::/:\nevil:x:4294967295:0::/:\n\
                      gid:x:5:4294967295::/:\nmember:x:6:6::/:\n"
                 .into(),
-            group: "4294967296:x:0:\nnone:x:4294967295:member\n".into(),
+            group: b"4294967296:x:0:\nnone:x:4294967295:member\n".into(),
         };
         for user in [
             "4294967295",
