@@ -96,6 +96,7 @@ pub(crate) async fn install(
         descriptors,
         configuration,
     } = image;
+    check_count(descriptors.len(), store.settings.layers)?;
     check_configuration(&image, store.settings.configuration_bytes)?;
     check_sizes(&descriptors, store.settings.layer_bytes)?;
     let published = {
@@ -125,6 +126,17 @@ pub(crate) async fn install(
         store.release_fetches().await?;
     }
     published
+}
+
+/// Refuses an image with too many layers.
+fn check_count(layers: usize, limit: usize) -> Result<(), ImageError> {
+    if layers <= limit {
+        return Ok(());
+    }
+    Err(ImageError::new(
+        Kind::ResourceExhausted,
+        format!("the image has {layers} layers, and the limit is {limit} layers (image.layers)"),
+    ))
 }
 
 /// Refuses an image whose configuration needs too much memory.

@@ -21,6 +21,9 @@ pub struct ImageSettings {
     pub parallel_layers_per_host: Option<usize>,
     /// The maximum number of layers that are unpacked at the same time.
     pub parallel_unpacks: usize,
+    /// The maximum number of layers of one image. The kernel needs memory for each layer of each mount of
+    /// an image, and the server for each layer of each image.
+    pub layers: usize,
     /// The maximum number of bytes of one layer: of its uncompressed archive, and of its files on the
     /// disk.
     pub layer_bytes: u64,
@@ -71,6 +74,7 @@ impl Default for ImageSettings {
             parallel_layers: 4,
             parallel_layers_per_host: None,
             parallel_unpacks: 3,
+            layers: 128,
             layer_bytes: 64 << 30,
             layer_files: 4 << 20,
             configuration_bytes: 1 << 20,
@@ -101,6 +105,7 @@ impl ImageSettings {
                 self.parallel_layers_per_host == Some(0),
             ),
             ("image.parallel_unpacks", self.parallel_unpacks == 0),
+            ("image.layers", self.layers == 0),
             ("image.layer_bytes", self.layer_bytes == 0),
             ("image.layer_files", self.layer_files == 0),
             ("image.configuration_bytes", self.configuration_bytes == 0),
@@ -111,6 +116,12 @@ impl ImageSettings {
         ];
         if let Some((key, _)) = zeros.into_iter().find(|(_, zero)| *zero) {
             return Err((key, "0 would prevent all pulls".to_owned()));
+        }
+        if self.layers > MAX_LAYERS {
+            return Err((
+                "image.layers",
+                format!("an image can't have more than {MAX_LAYERS} layers"),
+            ));
         }
         if self.document_bytes < DOCUMENT_BYTES {
             return Err((

@@ -182,18 +182,23 @@ async fn reconcile_pod(node: &Arc<Node>, sandbox: &Arc<Sandbox>) {
             lost(node, sandbox, &error).await
         }
     };
-    let unmounted = unmount_stopped(node, sandbox).await;
+    let unmounted = unmount_unused(node, sandbox).await;
     for error in [result, unmounted].into_iter().filter_map(Result::err) {
         log::error!("{}: {error}", sandbox.name());
     }
 }
 
-/// Unmounts the file systems of a stopped pod. An earlier version of the server kept these mounts
-/// until the pod's removal. The server may also have been killed while it stopped the pod.
-async fn unmount_stopped(node: &Node, sandbox: &Sandbox) -> Result<()> {
+/// Unmounts the file systems of a stopped pod, or of the exited containers of another pod. An earlier
+/// version of the server kept these mounts until the pod's removal. The server may also have been killed
+/// while it stopped the pod.
+async fn unmount_unused(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let containers = node.containers_of(&sandbox.id);
     let live = containers.iter().any(|one| one.state().in_runtime);
     if sandbox.state().ready || live {
+        let exited = containers.iter().filter(|one| one.phase() == Phase::Exited);
+        for one in exited {
+            container::unmount::soon(&one.name(), node.bundle(&sandbox.id, &one.id));
+        }
         return Ok(());
     }
     stop::unmount(node, sandbox, &containers).await

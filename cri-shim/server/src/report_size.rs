@@ -194,6 +194,10 @@ impl Report for PodSandboxMetrics {
     fn shorten(&mut self) {
         self.container_metrics.clear();
     }
+
+    fn shorten_more(&mut self) {
+        self.metrics.clear();
+    }
 }
 
 impl Report for Image {

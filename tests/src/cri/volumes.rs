@@ -33,6 +33,11 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE,
         Need::RrunCri
     ),
+    test!(
+        the_file_systems_of_an_exited_container_are_unmounted,
+        A_NODE,
+        Need::RrunCri
+    ),
     test!(a_volume_that_an_image_declares_is_a_separate_mount, A_NODE),
     test!(
         the_volumes_of_an_image_do_not_fill_the_disk,
@@ -230,7 +235,7 @@ fn the_numbers_of_mounts_and_of_image_volumes_are_limited() -> Result {
         node.terminate_server()?;
         let file = node.join("config.toml");
         let text = fs::read_to_string(&file)?;
-        let limits = "container_mounts = 5\ncontainer_image_volumes = 1\n";
+        let limits = "container_mounts = 5\ncontainer_image_volumes = 1\npod_image_volumes = 2\n";
         fs::write(&file, format!("{limits}{text}"))?;
         node.start_server()?;
         node.pull(BUSYBOX)?;
@@ -258,7 +263,36 @@ fn the_numbers_of_mounts_and_of_image_volumes_are_limited() -> Result {
                 output.stderr
             );
         }
+        node.run(&pod_id, &pod, &with_image_volumes(node, "second", WEB, 2))?;
+        let third = with_image_volumes(node, "third", WEB, 1);
+        let output = node.try_create(&pod_id, &pod, &third)?;
+        let words = "mount 2 images already, and the limit is 2 images (pod_image_volumes)";
+        ensure!(
+            output.code == 1 && output.stderr.contains(words),
+            "the error does not contain {words:?}: {}",
+            output.stderr
+        );
         Ok(())
+    })
+}
+
+/// The kernel needs memory for each layer of each mount, and kubelet keeps exited containers.
+fn the_file_systems_of_an_exited_container_are_unmounted() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        node.pull(WEB)?;
+        let pod = node.pod("exits");
+        let pod_id = node.runp(&pod)?;
+        let mut container = with_image_volumes(node, "exits", WEB, 2);
+        container["command"] = json!(["true"]);
+        let id = node.run(&pod_id, &pod, &container)?;
+        wait_for("the file systems of the container to be unmounted", || {
+            let status = node.status(&id)?;
+            let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+            Ok((status["state"] == "CONTAINER_EXITED" && !mounts.contains(&id)).then_some(()))
+        })?;
+        node.asks(&["rm", &id])?;
+        node.asks(&["rmp", "-f", &pod_id]).map(drop)
     })
 }
 

@@ -512,7 +512,10 @@ async fn many() -> Result<(), Failure> {
     let built = built(layers);
     let server = Server::start(&[("app", &built)], |_| None)?;
     let name = format!("{}/app:1", server.host());
-    let node = Node::new()?;
+    let node = Node::with(ImageSettings {
+        layers: 201,
+        ..ImageSettings::default()
+    })?;
     node.images.pull(&name, None).await?;
     let lowers = node.images.lease("c", &built.id).await?;
     assert_eq!(lowers.len(), 202);

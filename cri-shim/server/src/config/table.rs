@@ -77,6 +77,9 @@ pub(crate) struct Config {
     pub container_mounts: NonZeroUsize,
     /// The maximum number of different images of the image volumes of a container.
     pub container_image_volumes: NonZeroUsize,
+    /// The maximum number of different images of the image volumes of each container, added up for all
+    /// containers of a pod.
+    pub pod_image_volumes: NonZeroUsize,
     pub monitor: PathBuf,
     /// See [`Config::namespaces`].
     pub(super) netns_dir: PathBuf,
@@ -155,11 +158,12 @@ impl Default for Config {
             stats_cgroups: NonZeroUsize::new(4096).unwrap_or(NonZeroUsize::MIN),
             stats_interfaces: NonZeroUsize::new(64).unwrap_or(NonZeroUsize::MIN),
             pod_cgroups: NonZeroUsize::new(1000).unwrap_or(NonZeroUsize::MIN),
-            pod_containers: NonZeroUsize::new(200).unwrap_or(NonZeroUsize::MIN),
+            pod_containers: NonZeroUsize::new(128).unwrap_or(NonZeroUsize::MIN),
             pod_configuration_bytes: NonZeroUsize::new(16 << 20).unwrap_or(NonZeroUsize::MIN),
             container_terminals: NonZeroU32::new(256).unwrap_or(NonZeroU32::MIN),
             container_mounts: NonZeroUsize::new(10_000).unwrap_or(NonZeroUsize::MIN),
             container_image_volumes: NonZeroUsize::new(16).unwrap_or(NonZeroUsize::MIN),
+            pod_image_volumes: NonZeroUsize::new(128).unwrap_or(NonZeroUsize::MIN),
             monitor: "rrun-monitor".into(),
             netns_dir: "/run/netns".into(),
             default_runtime: RuntimeHandler::BUILT_IN.to_owned(),

@@ -156,8 +156,8 @@ fn check(config: &ContainerConfig, sandbox: &Sandbox) -> Result<()> {
     spec::check(config)
 }
 
-/// Refuses a container if its pod has too many containers. Each container needs a mount and files
-/// until it is removed, also after its exit.
+/// Refuses a container if its pod has too many containers. Each container needs files until it is
+/// removed, also after its exit, and most answers to kubelet contain it.
 fn check_count(node: &Node, sandbox: &Sandbox) -> Result<()> {
     let limit = node.config.pod_containers.get();
     if node.containers_of(&sandbox.id).len() >= limit {
@@ -244,7 +244,7 @@ async fn assemble(
 ) -> Result<Arc<Container>> {
     let pod = sandbox.name();
     let layers = node.images.lease_soon(&record.id, &image.id)?;
-    let image_volumes = image_volume::lease(node, &record.id, &mut record.config.mounts).await?;
+    let image_volumes = image_volume::lease(node, sandbox, &mut record).await?;
     let owners = NamespaceOwners::find(node, sandbox, &record.config)?;
     let features = node.handlers.features(&node.config, &sandbox.handler).await;
     // To save time, the server starts the runtime before the bundle is complete, and the runtime

@@ -3,27 +3,26 @@
 //! its volumes in a container, because a mount of an image with many layers is slow, and because the
 //! kernel limits the number of mounts on the node.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use futures_util::future::try_join_all;
 use rrun_proto::v1::Mount;
 
-use super::idmap;
 use super::in_root::InRoot;
+use super::unmount::IMAGES;
+use super::{ContainerRecord, idmap};
 use crate::node::Node;
+use crate::sandbox::Sandbox;
 use crate::sandbox::files::private_dir;
 use crate::selinux::label::Label;
-use rrun_calls::error::{During, Error, Result};
+use rrun_calls::error::{Code, During, Error, Result};
 use rrun_calls::wait::slow;
 use rrun_kernel::empty_tmpfs;
 use rrun_kernel::errno::describe;
 use rrun_kernel::mount_setattr::{MountAttr, mount_setattr};
 use rrun_kernel::namespace_limits::beyond_limit;
-
-/// The directory in the bundle in which image volumes are mounted.
-const DIR: &str = "images";
 
 /// Returns the name that owns the lease on an image volume's layers. `number` is the index of the
 /// image's first volume in the list of the container's mounts.
@@ -84,22 +83,17 @@ pub(crate) fn check(mount: &Mount) -> Result<()> {
     Ok(())
 }
 
-/// Finds the images that the mounts request, acquires leases on their layers, and sets the mounts'
-/// `image_ref`. The leases are acquired in parallel, because the store then writes many leases to
+/// Finds the images that the container's mounts request, acquires leases on their layers, and sets the
+/// mounts' `image_ref`. The leases are acquired in parallel, because the store then writes many leases to
 /// the disk at once.
 pub(crate) async fn lease(
     node: &Node,
-    container: &str,
-    mounts: &mut [Mount],
+    sandbox: &Sandbox,
+    record: &mut ContainerRecord,
 ) -> Result<Vec<ResolvedImage>> {
-    let images = find(node, mounts)?;
-    let limit = node.config.container_image_volumes.get();
-    if images.len() > limit {
-        return Err(Error::invalid(format!(
-            "the container mounts {} different images, and the limit is {limit} images (container_image_volumes)",
-            images.len()
-        )));
-    }
+    let images = find(node, &mut record.config.mounts)?;
+    let container = record.id.as_str();
+    check_count(node, sandbox, images.len())?;
     let leases = images.into_iter().map(async |(id, mut image)| {
         let owner = owner(container, image.first);
         let what = format!("acquire a lease on the image {id} for a mount");
@@ -107,6 +101,42 @@ pub(crate) async fn lease(
         Ok::<_, Error>(image)
     });
     try_join_all(leases).await
+}
+
+/// Refuses a container with image volumes of `count` different images if these are too many for one
+/// container, or together with the pod's other containers. The kernel needs memory for each layer of each
+/// mounted image.
+fn check_count(node: &Node, sandbox: &Sandbox, count: usize) -> Result<()> {
+    let limit = node.config.container_image_volumes.get();
+    if count > limit {
+        return Err(Error::invalid(format!(
+            "the container mounts {count} different images, and the limit is {limit} images (container_image_volumes)"
+        )));
+    }
+    let others = node.containers_of(&sandbox.id);
+    let of_others: usize = others
+        .iter()
+        .map(|other| images_of(&other.config.mounts))
+        .sum();
+    let limit = node.config.pod_image_volumes.get();
+    if count > 0 && of_others + count > limit {
+        return Err(Error::new(
+            Code::ResourceExhausted,
+            format!(
+                "the container mounts {count} images, but the other containers of {} mount {of_others} images already, and the limit is {limit} images (pod_image_volumes)",
+                sandbox.name()
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Returns the number of different images that [`lease`] found for the mounts of a container.
+fn images_of(mounts: &[Mount]) -> usize {
+    let images = mounts.iter().filter(|mount| is_image(mount));
+    let images = images.filter_map(|mount| mount.image.as_ref());
+    let images: BTreeSet<&str> = images.map(|image| image.image_ref.as_str()).collect();
+    images.len()
 }
 
 /// Returns the images that the mounts request, by their ids and without their layers. Sets the
@@ -154,7 +184,7 @@ pub(crate) fn mount(
     go_on: impl Fn() -> Result<()>,
 ) -> Result<()> {
     for image in found {
-        let target = bundle.join(DIR).join(image.first.to_string());
+        let target = bundle.join(IMAGES).join(image.first.to_string());
         private_dir(&target)?;
         for number in &image.volumes {
             go_on()?;
@@ -251,18 +281,6 @@ fn protect(tree: &OwnedFd) -> Result<()> {
     };
     mount_setattr(tree.as_fd(), false, &attr)
         .during(|| "make the image volume read-only".to_owned())
-}
-
-/// Unmounts the volumes that [`mount`] mounted. A container without image volumes is not an error.
-/// This call blocks.
-pub(crate) fn unmount(bundle: &Path) -> Result<()> {
-    let Ok(entries) = std::fs::read_dir(bundle.join(DIR)) else {
-        return Ok(());
-    };
-    for entry in entries.flatten() {
-        crate::sandbox::files::unmount(&entry.path())?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]

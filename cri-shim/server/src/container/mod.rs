@@ -36,6 +36,7 @@ pub(crate) mod spec;
 pub(crate) mod start;
 pub(crate) mod status;
 pub(crate) mod stop;
+pub(crate) mod unmount;
 pub(crate) mod user;
 pub(crate) mod volumes;
 
@@ -325,6 +326,7 @@ impl Container {
         if changed {
             log::info!("{}: exited with code {code}, {reason}", self.name());
             self.save_soon(node);
+            unmount::soon(&self.name(), node.bundle(&self.sandbox.id, &self.id));
             if !starting {
                 status::publish(node, self, ContainerEventType::ContainerStoppedEvent);
             }

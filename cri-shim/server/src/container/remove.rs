@@ -1,7 +1,6 @@
 //! RemoveContainer, and the cleanup of containers whose monitor has died. Callers can repeat both
 //! operations: a step that an earlier call has already completed succeeds again.
 
-use std::path::Path;
 use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,11 +9,11 @@ use futures_util::future::try_join_all;
 use rrun_proto::v1::ContainerEventType;
 use tokio::process::Command;
 
-use super::{Container, Phase, image_volume, status, stop};
+use super::{Container, Phase, image_volume, status, stop, unmount};
 use crate::cgroup;
 use crate::clock::now;
 use crate::node::Node;
-use crate::sandbox::files::{read_record, remove_tree, unmount};
+use crate::sandbox::files::{read_record, remove_tree};
 use crate::sandbox::stop::unless_it_hangs;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::wait::{blocking, slow};
@@ -65,19 +64,13 @@ async fn remove_files(node: &Node, container: &Container) -> Result<()> {
     let bundle = node.bundle(&container.sandbox.id, &container.id);
     let writable = node.writable_layer(&container.id);
     blocking(format!("{name}: remove the container's files"), move || {
-        unmount_bundle(&bundle)?;
+        unmount::bundle(&bundle)?;
         remove_tree(&bundle)
     })
     .await?;
     let pod = &container.sandbox.id;
     node.removals.begin_counted(pod, vec![writable]);
     Ok(())
-}
-
-/// Unmounts the container's root file system and its image volumes. This call blocks.
-pub(crate) fn unmount_bundle(bundle: &Path) -> Result<()> {
-    unmount(&bundle.join("rootfs"))?;
-    image_volume::unmount(bundle)
 }
 
 /// Deletes the container from the monitor and the runtime, and kills its remaining processes.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rrun_proto::v1::{ContainerEventType, LinuxContainerResources};
 
-use super::{Container, resources, status};
+use super::{Container, resources, status, unmount};
 use crate::clock::now;
 use crate::node::Node;
 use crate::sandbox::watch;
@@ -77,6 +77,8 @@ async fn record_failed_start(
         reason.clone_into(&mut state.message);
     });
     container.save(node).await?;
+    let bundle = node.bundle(&container.sandbox.id, &container.id);
+    unmount::soon(&container.name(), bundle);
     status::publish(node, container, ContainerEventType::ContainerStoppedEvent);
     Ok(())
 }

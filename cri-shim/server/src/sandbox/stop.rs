@@ -163,7 +163,7 @@ pub(crate) async fn unmount(
         files::unmount_pod(&dir)?;
         bundles
             .iter()
-            .try_for_each(|bundle| container::remove::unmount_bundle(bundle))
+            .try_for_each(|bundle| container::unmount::bundle(bundle))
     })
     .await
 }

@@ -27,6 +27,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             configurations,
         ),
         trial(
+            "an_image_with_too_many_layers_is_refused_before_their_download",
+            too_many_layers,
+        ),
+        trial(
             "a_large_configuration_is_on_the_disk_and_its_size_is_reported",
             large_configuration,
         ),
@@ -169,6 +173,25 @@ async fn configurations() -> Result<(), Failure> {
     assert!(record.len() < 10_000, "{} bytes", record.len());
     let whole = node.images.configuration(&pulled.id)?;
     assert!(whole.is_some_and(|whole| whole.get().contains("label-59999")));
+    Ok(())
+}
+
+async fn too_many_layers() -> Result<(), Failure> {
+    let layers = ["a", "b", "c"].map(|name| noisy(name, 1000));
+    let (fits, large) = (image(&layers[..2], json!({})), image(&layers, json!({})));
+    let server = Server::start(&[("fits", &fits), ("large", &large)], |_| None)?;
+    let node = Node::with(ImageSettings {
+        layers: 2,
+        ..ImageSettings::default()
+    })?;
+    let error = failure(&node, &format!("{}/large:1", server.host())).await?;
+    assert_eq!(error.kind(), Kind::ResourceExhausted, "{error}");
+    let words = "the image has 3 layers, and the limit is 2 layers (image.layers)";
+    assert!(error.to_string().contains(words), "{error}");
+    assert_eq!(server.count(&large.layers[0]), 0);
+    node.images
+        .pull(&format!("{}/fits:1", server.host()), None)
+        .await?;
     Ok(())
 }
 
