@@ -13,6 +13,7 @@ use crate::failure::cause;
 use crate::hosts::Endpoint;
 use crate::identity::{self, ClientCertificates, Identity};
 use crate::reach::{GuardedResolver, Reach};
+use crate::request_thread::RequestThread;
 
 /// The HTTP clients for one endpoint. They do not follow redirections. If reqwest followed a
 /// redirection to another host, it would remove only the secret headers that it recognises. The
@@ -24,6 +25,8 @@ pub(crate) struct Clients {
     /// servers. This client sends no client certificate, because a certificate would identify this
     /// node to the other servers. It connects only to addresses that the registry may lead to.
     pub elsewhere: Client,
+    /// The thread that sends the requests of both clients.
+    pub thread: RequestThread,
 }
 
 impl Clients {
@@ -82,6 +85,7 @@ impl Clients {
         Ok(Clients {
             home: home.build().map_err(|error| failed(&error))?,
             elsewhere: elsewhere.build().map_err(|error| failed(&error))?,
+            thread: RequestThread::default(),
         })
     }
 }

@@ -41,6 +41,7 @@ mod record;
 mod reference;
 mod registry;
 mod removals;
+mod request_thread;
 mod resolved;
 mod settings;
 mod slots;

@@ -14,9 +14,9 @@ use reqwest::header::{
     ACCEPT, AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATION, RANGE, RETRY_AFTER,
     WWW_AUTHENTICATE,
 };
-use reqwest::{Response, StatusCode, Url};
+use reqwest::{RequestBuilder, Response, StatusCode, Url};
 
-use self::answer::{Blob, Timeouts, bounded, transport};
+use self::answer::{Blob, Timeouts, bounded, no_answer, transport};
 use crate::auth::Credential;
 use crate::challenge;
 use crate::client::Clients;
@@ -337,6 +337,22 @@ impl Registry {
         self.accepted(response, at_home).await
     }
 
+    /// Sends a request, and waits for the head of the answer.
+    async fn send(
+        &self,
+        request: RequestBuilder,
+        watch: &RateWatch,
+    ) -> Result<Response, RequestFailure> {
+        let sent = self.clients.thread.send(request);
+        // The HTTP client has the same time limit. But its timer runs in the thread that sends the
+        // request, and the registry can keep this thread busy.
+        let sent = tokio::time::timeout(self.timeouts.silence, sent);
+        match watch.wait(Phase::Head, sent).await? {
+            Ok(sent) => sent?.map_err(|error| transport(error, self.timeouts)),
+            Err(_) => Err(no_answer(self.timeouts)),
+        }
+    }
+
     /// Sends a request and follows redirections. The `private` headers are sent only to this
     /// endpoint, because they can contain credentials. After a redirection to another server, the
     /// private headers are not sent again, even if a later redirection leads back to this endpoint.
@@ -356,10 +372,7 @@ impl Registry {
             } else {
                 self.clients.elsewhere.get(at.clone())
             };
-            let response = watch
-                .wait(Phase::Head, request.headers(public.clone()).send())
-                .await?
-                .map_err(|error| transport(error, self.timeouts))?;
+            let response = self.send(request.headers(public.clone()), watch).await?;
             if at_home {
                 self.reach.learn(response.remote_addr());
             }

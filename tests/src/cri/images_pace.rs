@@ -59,6 +59,11 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
+        response_heads_without_end_delay_no_other_call,
+        A_NODE,
+        Need::RrunCri
+    ),
+    test!(
         a_pull_skips_a_slow_mirror_and_uses_the_next_host,
         A_NODE,
         Need::RrunCri
@@ -466,6 +471,46 @@ fn a_pull_below_the_minimum_rate_fails_and_the_error_names_the_measured_rate() -
             "number of partial downloads after the failed pulls"
         );
         Ok(())
+    })
+}
+
+/// The registry answers the requests for all layers with informational heads without end. Three such
+/// connections could occupy both threads of the server's runtime.
+fn response_heads_without_end_delay_no_other_call() -> Result {
+    on_a_node(|node| {
+        configure(node, "silence_seconds = 3\n")?;
+        let built = of_layers("heads", 3);
+        let layers = built.layers.clone();
+        let server = serve(&[("heads", &built)], move |request| {
+            let mut answer = Answer::new(200, "");
+            answer.endless_heads = true;
+            let is_layer = layers.iter().any(|layer| request.path.ends_with(layer));
+            is_layer.then_some(answer)
+        })?;
+        let reference = format!("{}/heads:1", server.host());
+        let mut pull = node.crictl(&["pull", &reference]).start()?;
+        requested(&server, &built)?;
+        for _ in 0..3 {
+            node.asks(&["version"])?;
+        }
+        ensure!(
+            pull.lives(),
+            "the pull ended before the calls, so the calls were not made during the attack"
+        );
+        pull.end()?.fails_with("no answer within 3 s")?;
+        wait_for("the registry's connections to end", || {
+            Ok((server.open() == 0).then_some(()))
+        })?;
+        let threads = format!("/proc/{}/task", node.server_pid()?);
+        wait_for("the server's thread for the registry to end", || {
+            for thread in fs::read_dir(&threads)? {
+                if fs::read_to_string(thread?.path().join("comm"))? == "registry\n" {
+                    return Ok(None);
+                }
+            }
+            Ok(Some(()))
+        })?;
+        is_clean(node)
     })
 }
 

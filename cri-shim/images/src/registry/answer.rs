@@ -127,9 +127,7 @@ pub(super) fn transport(error: reqwest::Error, timeouts: Timeouts) -> RequestFai
     let why = if error.is_timeout() && error.is_connect() {
         format!("no connection within {:?}", timeouts.connect)
     } else if error.is_timeout() && what == "send the request" {
-        // The time limit applies to the whole response head. The message is therefore also correct
-        // if a part of the head arrived.
-        format!("no answer within {} s", timeouts.silence.as_secs())
+        return no_answer(timeouts);
     } else if error.is_timeout() {
         format!("no data arrived for {} s", timeouts.silence.as_secs())
     } else {
@@ -138,6 +136,21 @@ pub(super) fn transport(error: reqwest::Error, timeouts: Timeouts) -> RequestFai
     RequestFailure {
         retry: !error.is_builder() && !error.is_redirect(),
         error: ImageError::new(Kind::Unavailable, format!("{what}: {why}")),
+        wait: None,
+        slow: false,
+    }
+}
+
+/// Describes a request whose response head did not arrive in time. The time limit applies to the
+/// whole response head. The message is therefore also correct if a part of the head arrived.
+pub(super) fn no_answer(timeouts: Timeouts) -> RequestFailure {
+    let seconds = timeouts.silence.as_secs();
+    RequestFailure {
+        retry: true,
+        error: ImageError::new(
+            Kind::Unavailable,
+            format!("send the request: no answer within {seconds} s"),
+        ),
         wait: None,
         slow: false,
     }

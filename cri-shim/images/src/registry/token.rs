@@ -7,13 +7,12 @@ use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use reqwest::{RequestBuilder, Url};
 use serde::Deserialize;
 
-use super::answer::transport;
 use super::{Registry, host_of, secret};
 use crate::auth::Credential;
 use crate::challenge::Challenge;
 use crate::error::{ImageError, Kind};
 use crate::failure::{RequestFailure, clean};
-use crate::pace::{Phase, RateWatch};
+use crate::pace::RateWatch;
 
 /// The maximum number of bytes of a token server's answer. A pull keeps its token until it ends.
 const TOKEN_BYTES: u64 = 64 << 10;
@@ -64,11 +63,7 @@ impl Registry {
             ..failure
         };
         let request = self.token_request(url, fields)?;
-        let response = watch
-            .wait(Phase::Head, request.send())
-            .await
-            .map_err(named)?
-            .map_err(|error| named(transport(error, self.timeouts)))?;
+        let response = self.send(request, watch).await.map_err(named)?;
         let quoted = self.is_at_home(response.url());
         let response = self.accepted(response, quoted).await.map_err(named)?;
         let body = self.receive(response, TOKEN_BYTES, "the token", watch);

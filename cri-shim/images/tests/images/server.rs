@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -33,6 +34,9 @@ pub(crate) struct Answer {
     pub piece: usize,
     /// True if the response head is also sent in pieces.
     pub slow_head: bool,
+    /// True if the server never sends this answer. Instead, it sends heads with the status 103 until
+    /// the client closes the connection.
+    pub endless_heads: bool,
 }
 
 impl Answer {
@@ -45,6 +49,7 @@ impl Answer {
             slow: Duration::ZERO,
             piece: 16 << 10,
             slow_head: false,
+            endless_heads: false,
         }
     }
 
@@ -73,6 +78,7 @@ type Seen = Arc<Mutex<Vec<Request>>>;
 pub(crate) struct Server {
     address: SocketAddr,
     seen: Seen,
+    closed: Arc<AtomicUsize>,
 }
 
 impl Server {
@@ -107,9 +113,12 @@ impl Server {
         let seen = Seen::default();
         let (content, answer) = (Arc::new(content), Arc::new(answer));
         let log = Arc::clone(&seen);
+        let closed = Arc::new(AtomicUsize::new(0));
+        let count = Arc::clone(&closed);
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 let (content, answer, log) = (content.clone(), answer.clone(), log.clone());
+                let count = Arc::clone(&count);
                 std::thread::spawn(move || {
                     let Some(request) = read(&stream) else {
                         return;
@@ -126,10 +135,15 @@ impl Server {
                         ),
                     });
                     let _ = write(stream, &answer);
+                    count.fetch_add(1, Ordering::Relaxed);
                 });
             }
         });
-        Ok(Server { address, seen })
+        Ok(Server {
+            address,
+            seen,
+            closed,
+        })
     }
 
     pub(crate) fn host(&self) -> String {
@@ -141,6 +155,12 @@ impl Server {
             .lock()
             .map(|seen| seen.clone())
             .unwrap_or_default()
+    }
+
+    /// Returns the number of requests whose connections are still open.
+    pub(crate) fn open(&self) -> usize {
+        let closed = self.closed.load(Ordering::Relaxed);
+        self.seen().len().saturating_sub(closed)
     }
 
     pub(crate) fn count(&self, part: &str) -> usize {
@@ -182,6 +202,14 @@ fn read(stream: &TcpStream) -> Option<Request> {
 }
 
 fn write(mut stream: TcpStream, answer: &Answer) -> std::io::Result<()> {
+    if answer.endless_heads {
+        // A debug build needs more than ten seconds for as many shorter heads as it reads at once.
+        let head = format!("HTTP/1.1 103 E\r\nLink: {}\r\n\r\n", "a".repeat(200));
+        let heads = head.repeat(5000).into_bytes();
+        loop {
+            stream.write_all(&heads)?;
+        }
+    }
     let mut head = format!(
         "HTTP/1.1 {} X\r\nConnection: close\r\nContent-Length: {}\r\n",
         answer.status,

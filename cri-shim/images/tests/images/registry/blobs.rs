@@ -2,6 +2,7 @@
 //! kept of them.
 
 use std::path::PathBuf;
+use std::pin::pin;
 use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,6 +11,7 @@ use std::time::Duration;
 use libtest_mimic::Trial;
 use rrun_images::{ImageSettings, Kind};
 use serde_json::json;
+use tokio::sync::oneshot;
 
 use super::{failure, noisy, simple};
 use crate::build::{Failure, Image, digest, image};
@@ -26,6 +28,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         ),
         trial("a_blob_that_is_never_complete_fails_the_pull", never_whole),
         trial("a_slow_response_head_times_out", dripping_head),
+        trial(
+            "response_heads_without_end_do_not_occupy_the_runtime",
+            endless_heads,
+        ),
         trial(
             "redirected_layers_count_towards_the_limit_of_their_new_host",
             sent_on,
@@ -123,6 +129,68 @@ async fn dripping_head() -> Result<(), Failure> {
         "{error}"
     );
     Ok(())
+}
+
+/// The registry answers the requests for both layers with informational heads without end. Each of
+/// the two connections could occupy a thread of this test's runtime, which has two threads.
+async fn endless_heads() -> Result<(), Failure> {
+    let built = simple();
+    let layers = built.layers.clone();
+    let server = Arc::new(Server::start(&[("app", &built)], move |request| {
+        let mut answer = Answer::new(200, "");
+        answer.endless_heads = true;
+        let is_layer = layers.iter().any(|layer| request.path.ends_with(layer));
+        is_layer.then_some(answer)
+    })?);
+    let node = Node::with(ImageSettings {
+        silence_seconds: 2,
+        ..ImageSettings::default()
+    })?;
+    let ticks = Arc::new(AtomicUsize::new(0));
+    let ticking = tokio::spawn({
+        let ticks = Arc::clone(&ticks);
+        async move {
+            loop {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+                ticks.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    });
+    // A thread checks the task, because no timer of the runtime would run during a successful attack.
+    let (reports, runs) = oneshot::channel();
+    let watched = Arc::clone(&server);
+    std::thread::spawn(move || {
+        let soon = |condition: &dyn Fn() -> bool| {
+            (0..3000).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                condition()
+            })
+        };
+        let under_attack = soon(&|| watched.open() >= 2);
+        let before = ticks.load(Ordering::Relaxed);
+        let runs = soon(&|| ticks.load(Ordering::Relaxed) >= before + 20);
+        let _ = reports.send((under_attack, runs));
+    });
+    let reference = format!("{}/app:1", server.host());
+    let mut pull = pin!(failure(&node, &reference));
+    tokio::select! {
+        result = &mut pull => return Err(format!("the pull ended early: {result:?}").into()),
+        report = runs => assert_eq!(report?, (true, true)),
+    }
+    let error = pull.await?;
+    ticking.abort();
+    assert_eq!(error.kind(), Kind::Unavailable, "{error}");
+    assert!(
+        error.to_string().contains("no answer within 2 s"),
+        "{error}"
+    );
+    for _ in 0..3000 {
+        if server.open() == 0 {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Err("connections of the failed pull are still open".into())
 }
 
 async fn sent_on() -> Result<(), Failure> {
