@@ -16,8 +16,8 @@ use nix::errno::Errno;
 
 use crate::address::Range;
 use crate::config::NetworkConfig;
-use crate::conntrack::{self, Stale};
 use crate::error::NetworkError;
+use crate::flows::Flows;
 use crate::forwarding;
 use crate::host_ports::{Listener, Mapping};
 use crate::link::{self, POD_INTERFACE, neighbour};
@@ -37,6 +37,7 @@ pub(crate) struct Bridge {
     /// The sockets on which the server itself listens.
     listeners: OnceLock<Vec<Listener>>,
     rules: Mutex<Rules>,
+    flows: Arc<Flows>,
     /// The number of the socket in [`Rules`], see [`Socket::port`].
     own_socket: Arc<AtomicU32>,
     /// True if this server process has created the nftables tables. If the value is false, the
@@ -111,6 +112,7 @@ impl Bridge {
             ranges,
             listeners: OnceLock::new(),
             rules: Mutex::default(),
+            flows: Arc::default(),
             own_socket: Arc::default(),
             has_tables: AtomicBool::new(false),
             lacks_filter: AtomicBool::new(false),
@@ -219,48 +221,70 @@ impl Bridge {
     }
 
     /// Opens host ports. If another program removed the bridge or the nftables tables, this function
-    /// creates the removed objects again.
+    /// creates the removed objects again. The number of flows to the host ports can be large, so the
+    /// lock on the rules is released before stale flows are deleted.
     pub(crate) fn publish(
         &self,
         mappings: Vec<Mapping>,
         pods: &dyn Pods,
     ) -> Result<(), NetworkError> {
-        let translates6 = forwarding::can_translate_loopback6()?;
-        let rules = &mut self.rules();
         let elements = Elements {
             mappings,
             ports: Vec::new(),
         };
-        match rules.known.map(|state| (state.index, state.loopback6)) {
-            Some((index, loopback6)) if loopback6 == translates6 => {
-                let mappings = &elements.mappings;
-                let mut socket = Socket::route()?;
-                self.route_loopbacks(&mut socket, index, loopback6, mappings, pods)?;
-                self.change(rules, nftables::add, &elements, pods)?;
-            }
-            _ => drop(self.repair_all(rules, Repair::Replace, pods)?),
-        }
-        forget_flows(&elements.mappings, Stale::Elsewhere);
+        self.add_mappings(&elements, pods)?;
+        self.flows.direct_to_the_pod(&elements.mappings);
         Ok(())
     }
 
-    /// Closes host ports. The function `free` makes the ports available to other pods. `withdraw`
-    /// holds the lock on the rules until `withdraw` returns. If another pod reserves the same ports,
-    /// [`Bridge::publish`] for that pod waits for this lock. The other pod's ports are therefore
-    /// opened only after the old ports were closed.
+    fn add_mappings(&self, elements: &Elements, pods: &dyn Pods) -> Result<(), NetworkError> {
+        let translates6 = forwarding::can_translate_loopback6()?;
+        let rules = &mut self.rules();
+        let mappings = &elements.mappings;
+        self.flows.open(mappings);
+        match rules.known.map(|state| (state.index, state.loopback6)) {
+            Some((index, loopback6)) if loopback6 == translates6 => {
+                let mut socket = Socket::route()?;
+                self.route_loopbacks(&mut socket, index, loopback6, mappings, pods)?;
+                self.change(rules, nftables::add, elements, pods)?;
+            }
+            _ => drop(self.repair_all(rules, Repair::Replace, pods)?),
+        }
+        Ok(())
+    }
+
+    /// Closes host ports. The function `free` makes the ports available to other pods. `free` is
+    /// called while the lock on the rules is held, until the ports are closed. If another pod
+    /// reserves the same ports, [`Bridge::publish`] for that pod waits for this lock. The other
+    /// pod's ports are therefore opened only after the old ports were closed. The flows to this
+    /// pod are deleted after the release of the lock.
     pub(crate) fn withdraw(
         &self,
         mappings: Vec<Mapping>,
         free: impl FnOnce(),
         pods: &dyn Pods,
     ) -> Result<(), NetworkError> {
-        let rules = &mut self.rules();
-        free();
         let elements = Elements {
             mappings,
             ports: Vec::new(),
         };
-        self.change(rules, nftables::remove, &elements, pods)?;
+        let routed = self.remove_mappings(&elements, free, pods)?;
+        self.flows.forget_the_pod(&elements.mappings);
+        routed
+    }
+
+    /// Closes host ports for [`Bridge::withdraw`]. The inner result is about the node's routes. Its
+    /// error does not mean that the ports are still open.
+    fn remove_mappings(
+        &self,
+        elements: &Elements,
+        free: impl FnOnce(),
+        pods: &dyn Pods,
+    ) -> Result<Result<(), NetworkError>, NetworkError> {
+        let rules = &mut self.rules();
+        free();
+        self.flows.close(&elements.mappings);
+        self.change(rules, nftables::remove, elements, pods)?;
         let routed = if pods.has_port_on_loopback4() {
             Ok(())
         } else {
@@ -271,8 +295,7 @@ impl Bridge {
             // The sysctl must not stay 1. The next pod repairs the bridge.
             rules.known = None;
         }
-        forget_flows(&elements.mappings, Stale::ToThePod);
-        routed
+        Ok(routed)
     }
 
     /// Deletes the bridge ports of removed pods from the nftables sets. The function `free` makes
@@ -633,6 +656,7 @@ impl Bridge {
         if is_complete {
             return Ok(before);
         }
+        self.flows.replace(&tables.elements.mappings);
         nftables::replace(socket, &tables, TableFamily::Inet)?;
         if tables.filters_sources
             && let Err(error) = nftables::replace(socket, &tables, TableFamily::Bridge)
@@ -645,7 +669,7 @@ impl Bridge {
             // family returns an error.
             let _ = nftables::delete(socket, tables.name, TableFamily::Bridge);
         }
-        forget_flows(&tables.elements.mappings, Stale::Elsewhere);
+        self.flows.check_all_soon();
         let after = nftables::generation(socket)?;
         rules.replacements += 1;
         self.has_tables.store(true, Ordering::Relaxed);
@@ -716,14 +740,4 @@ enum Repair {
     /// The tables are replaced if they are not complete.
     Check,
     Replace,
-}
-
-/// Deletes stale flows. An error is only logged, because the error affects only peers that have
-/// already sent packets to a host port.
-fn forget_flows(mappings: &[Mapping], stale: Stale) {
-    if let Err(error) = conntrack::forget(mappings, stale) {
-        log::warn!(
-            "packets for host ports may still be sent to their previous destination: {error}"
-        );
-    }
 }

@@ -30,6 +30,12 @@ impl Protocol {
             Protocol::Sctp => 132,
         }
     }
+
+    /// Returns the protocol with the number `number` in the IP header.
+    pub(crate) fn from_number(number: u8) -> Option<Self> {
+        let mut all = [Protocol::Tcp, Protocol::Udp, Protocol::Sctp].into_iter();
+        all.find(|protocol| protocol.number() == number)
+    }
 }
 
 impl fmt::Display for Protocol {

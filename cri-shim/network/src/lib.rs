@@ -12,6 +12,7 @@ mod conntrack;
 mod counters;
 mod embedded;
 mod error;
+mod flows;
 mod forwarding;
 #[cfg(feature = "fuzz")]
 pub mod fuzz;

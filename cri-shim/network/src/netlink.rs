@@ -7,6 +7,8 @@
 //! close it. The client is used for rtnetlink, nf_tables and ctnetlink. See netlink(7) and
 //! rtnetlink(7).
 
+use std::borrow::Cow;
+use std::ops::ControlFlow;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
@@ -68,7 +70,7 @@ pub(crate) struct Batch {
 struct Request {
     /// The description of the action that the message requests. If the kernel reports an error for
     /// the message, the [`NetworkError`] contains this description.
-    action: String,
+    action: Cow<'static, str>,
     begin: usize,
     /// True if the kernel sends an acknowledgement or the end of a dump, even if the message
     /// succeeds.
@@ -80,7 +82,7 @@ impl Batch {
     /// NLM_F_REQUEST.
     pub(crate) fn message(
         &mut self,
-        action: impl Into<String>,
+        action: impl Into<Cow<'static, str>>,
         kind: u16,
         flags: u16,
         body: impl FnOnce(&mut Body),
@@ -292,6 +294,8 @@ enum Answer {
     Failure(NetworkError),
     /// A change of the dumped table interrupted a dump, or a datagram was longer than the buffer.
     Interrupted,
+    /// The caller has ended a dump. The socket still has answers that nobody has read.
+    Stopped,
 }
 
 impl Answer {
@@ -390,8 +394,12 @@ impl Socket {
             let mut from = 0;
             while from < batch.messages.len() {
                 let to = batch.end_of_piece(from);
-                match self.exchange(batch, from..to, |reply| each(&mut result, reply))? {
-                    Answer::Success => {}
+                let add = |reply| {
+                    each(&mut result, reply);
+                    ControlFlow::Continue(())
+                };
+                match self.exchange(batch, from..to, add)? {
+                    Answer::Success | Answer::Stopped => {}
                     Answer::Failure(error) => drop(failure.get_or_insert(error)),
                     Answer::Interrupted => continue 'tries,
                 }
@@ -402,24 +410,43 @@ impl Socket {
         Err(NetworkError::kernel(last_action(batch), Errno::EINTR))
     }
 
+    /// Sends the request for a dump in `batch`, and calls `each` for each entry until `each` ends the
+    /// dump. After a dump that `each` has ended, the caller must close the socket. If a dump is
+    /// interrupted, the dump is repeated, and `each` gets the same entries again.
+    pub(crate) fn dump(
+        &mut self,
+        batch: &Batch,
+        mut each: impl FnMut(Reply) -> ControlFlow<()>,
+    ) -> Result<(), NetworkError> {
+        for _ in 0..DUMP_TRIES {
+            match self.exchange(batch, 0..batch.messages.len(), &mut each)? {
+                Answer::Success | Answer::Stopped => return Ok(()),
+                Answer::Failure(error) => return Err(error),
+                Answer::Interrupted => {}
+            }
+        }
+        Err(NetworkError::kernel(last_action(batch), Errno::EINTR))
+    }
+
     /// Sends all messages with one `send` call, as the kernel requires for a transaction. If the
     /// socket's send buffer is too small, this function enlarges it. Without the capability
     /// CAP_NET_ADMIN in the initial user namespace, the size of the buffer is limited. In this case,
     /// the function can fail with the error EMSGSIZE.
     pub(crate) fn execute_whole(&mut self, batch: &Batch) -> Result<(), NetworkError> {
-        match self.exchange(batch, 0..batch.messages.len(), drop)? {
+        let ignore = |_| ControlFlow::Continue(());
+        match self.exchange(batch, 0..batch.messages.len(), ignore)? {
             Answer::Failure(error) => Err(error),
-            Answer::Success | Answer::Interrupted => Ok(()),
+            Answer::Success | Answer::Interrupted | Answer::Stopped => Ok(()),
         }
     }
 
     /// Sends the messages with the sequence numbers in `range` with one `send` call, and calls
-    /// `each` for each of the kernel's replies.
+    /// `each` for each of the kernel's replies until `each` ends the exchange.
     fn exchange(
         &mut self,
         batch: &Batch,
         range: std::ops::Range<usize>,
-        mut each: impl FnMut(Reply),
+        mut each: impl FnMut(Reply) -> ControlFlow<()>,
     ) -> Result<Answer, NetworkError> {
         let bytes = batch
             .bytes
@@ -465,9 +492,8 @@ impl Socket {
                             failure.get_or_insert(error);
                         }
                     }
-                    _ => each(Reply {
-                        body: message.body.to_vec(),
-                    }),
+                    _ if each(message.reply()).is_break() => return Ok(Answer::Stopped),
+                    _ => {}
                 }
             }
         }
@@ -511,9 +537,7 @@ pub(crate) fn parse_all(received: &[u8]) -> (Vec<NetworkError>, Vec<Reply>) {
     for message in Messages(received) {
         match message.kind {
             NLMSG_ERROR | NLMSG_DONE => errors.extend(message.error(&batch)),
-            _ => replies.push(Reply {
-                body: message.body.to_vec(),
-            }),
+            _ => replies.push(message.reply()),
         }
     }
     (errors, replies)
@@ -565,6 +589,12 @@ struct Message<'a> {
 }
 
 impl Message<'_> {
+    fn reply(&self) -> Reply {
+        Reply {
+            body: self.body.to_vec(),
+        }
+    }
+
     /// Returns the message of `batch` to which this message is the answer.
     fn request<'a>(&self, batch: &'a Batch) -> Option<&'a Request> {
         batch.messages.get(usize::try_from(self.sequence).ok()?)
@@ -597,7 +627,7 @@ impl Message<'_> {
         let request = self.request(batch);
         let action = request.map_or_else(|| last_action(batch), |request| &request.action);
         Some(NetworkError::Kernel {
-            action: action.to_owned(),
+            action: action.to_string(),
             errno: Errno::from_raw(code.saturating_neg()),
             detail: detail
                 .map(|detail| format!(": {detail}"))

@@ -4,10 +4,11 @@
 
 use std::fs;
 use std::io::Write;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::path::Path;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::support::inside::traffic::{Sctp, ask};
@@ -36,6 +37,8 @@ pub(crate) const TESTS: &[Test] = tests![
     host_ports_on_ipv6_loopback_refuse_connections_immediately_if_br_netfilter_filters_ipv6, BR_NETFILTER;
     a_udp_flow_reaches_the_pod_that_has_the_host_port;
     thousands_of_udp_flows_reach_the_pod_that_has_the_host_port;
+    another_pod_starts_while_the_server_deletes_the_flows_of_a_host_port, Need::Program("strace");
+    the_end_of_a_pod_ends_only_the_flows_to_its_host_ports;
     sctp_traffic_passes_through_a_host_port, SCTP;
     only_traffic_through_a_host_port_has_the_nodes_source_address, BR_NETFILTER;
     pods_can_have_only_an_ipv6_address;
@@ -286,6 +289,115 @@ fn thousands_of_udp_flows_reach_the_pod_that_has_the_host_port() -> Result {
             answers(&socket, "mapped ")?;
         }
         Ok(())
+    })
+}
+
+/// The time after which the kernel forgets a flow without an answer. Dropping the value restores
+/// the previous time.
+struct FlowTimeout(String);
+
+impl FlowTimeout {
+    const PATH: &str = "/proc/sys/net/netfilter/nf_conntrack_udp_timeout";
+
+    fn of_ten_minutes() -> Result<Self> {
+        let before = fs::read_to_string(Self::PATH)?;
+        fs::write(Self::PATH, "600")?;
+        Ok(FlowTimeout(before))
+    }
+}
+
+impl Drop for FlowTimeout {
+    fn drop(&mut self) {
+        let _ = fs::write(Self::PATH, self.0.trim_end());
+    }
+}
+
+fn flow_count() -> Result<usize> {
+    let count = fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count")?;
+    Ok(count.trim_end().parse()?)
+}
+
+/// Sends a packet from each of the ports `clients` to `host_port`.
+fn send_from_each(clients: std::ops::Range<u16>, host_port: SocketAddr) -> Result {
+    for port in clients {
+        let socket = UdpSocket::bind((Uplink::V4, port))?;
+        let _ = socket.send_to(b"question", host_port);
+    }
+    Ok(())
+}
+
+fn another_pod_starts_while_the_server_deletes_the_flows_of_a_host_port() -> Result {
+    let _uplink = Uplink::new()?;
+    on_a_node(|node| {
+        // With the first pod, connection tracking begins.
+        let (first, _) = serving(node, "first", json!([]))?;
+        let _timeout = FlowTimeout::of_ten_minutes()?;
+        // Each flow has another destination, so that the kernel cannot delete many with one message.
+        let client = UdpSocket::bind("127.0.0.1:20000")?;
+        for number in 0..20_000_u16 {
+            let [third, fourth] = number.to_be_bytes();
+            let _ = client.send_to(b"question", (Ipv4Addr::new(127, 1, third, fourth), 8092));
+        }
+        let before = flow_count()?;
+        ensure!(before >= 20_000, "the kernel tracks only {before} flows");
+        // The server deletes the flows with hundreds of calls of sendto(2). The start of another pod
+        // needs far fewer of these calls.
+        let pid = node.server_pid()?.to_string();
+        let delay = "inject=sendto:delay_enter=100000";
+        let strace = command("strace", ["-f", "-o", "/dev/null", "-e", delay, "-p", &pid]);
+        let mut strace = strace.start()?;
+        wait_for("strace to attach to the server", || {
+            Ok(strace.stderr().contains("attached").then_some(()))
+        })?;
+        let ports = json!([{ "host_port": 8092, "container_port": 5000, "protocol": 1 }]);
+        let starting = node.start_runp(&mapped(node, "mapped", ports))?;
+        wait_for("the server to delete flows", || {
+            Ok((flow_count()? < before - 50).then_some(()))
+        })?;
+        let other = node.runp(&node.pod("other"))?;
+        let remaining = flow_count()?;
+        strace.signal(Signal::SIGTERM);
+        strace.end()?;
+        ensure!(
+            remaining > 1000,
+            "a pod without host ports started only when the flows of another pod's host port were \
+             deleted: {remaining} of {before} flows remained"
+        );
+        let started = starting.end()?;
+        ensure!(started.code == 0, "{}", started.told());
+        let remaining = flow_count()?;
+        ensure!(
+            remaining < 1000,
+            "the pod started, but {remaining} flows to its host port remain"
+        );
+        node.asks(&["stopp", &first, &other]).map(drop)
+    })
+}
+
+fn the_end_of_a_pod_ends_only_the_flows_to_its_host_ports() -> Result {
+    let _uplink = Uplink::new()?;
+    on_a_node(|node| {
+        let start = |name: &str, host_port: u16| {
+            let ports = json!([{ "host_port": host_port, "container_port": 5000, "protocol": 1 }]);
+            serving(node, name, ports)
+        };
+        let (ends, _) = start("ends", 8092)?;
+        start("stays", 8093)?;
+        let _timeout = FlowTimeout::of_ten_minutes()?;
+        send_from_each(20_000..23_000, at(Uplink::V4, 8092)?)?;
+        send_from_each(20_000..22_000, at(Uplink::V4, 8093)?)?;
+        send_from_each(20_000..21_000, at(Uplink::V4, 8094)?)?;
+        let before = flow_count()?;
+        ensure!(before >= 6000, "the kernel tracks only {before} flows");
+        node.asks(&["stopp", &ends])?;
+        let after = flow_count()?;
+        ensure!(
+            (3000..4000).contains(&after),
+            "after the end of a pod with 3000 flows, {after} of {before} flows remain"
+        );
+        let socket = UdpSocket::bind((Uplink::V4, 20_000))?;
+        socket.connect(at(Uplink::V4, 8093)?)?;
+        answers(&socket, "stays ")
     })
 }
 
