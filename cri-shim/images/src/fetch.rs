@@ -187,9 +187,7 @@ async fn download(
                 Err(failure) => failure,
             };
         if slot.gave_way() && error.kind() == Kind::Unavailable {
-            if farthest.load(Ordering::Relaxed) == before {
-                slot.record_no_progress();
-            }
+            slot.end_turn(farthest.load(Ordering::Relaxed) - before);
             log::info!(
                 "layer {}: {error}; the fetch continues later",
                 descriptor.digest

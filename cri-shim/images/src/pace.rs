@@ -8,6 +8,9 @@ use std::pin::pin;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
 use crate::error::{ImageError, Kind};
 use crate::failure::RequestFailure;
 use crate::limits::MinRate;
@@ -84,6 +87,23 @@ impl RateWatch {
             match done {
                 Some(done) => return Ok(done),
                 None => self.check(phase)?,
+            }
+        }
+    }
+
+    /// Passes `chunk` to the thread that unpacks the layer, and returns whether the thread still
+    /// receives. Fails if another pull gets this fetch's slot during the wait. A few bytes can
+    /// decompress to gigabytes, so the thread can need hours for the chunks in its queue.
+    pub(crate) async fn pass_on(
+        &self,
+        to: &mpsc::Sender<Bytes>,
+        chunk: Bytes,
+    ) -> Result<bool, RequestFailure> {
+        let mut sent = pin!(to.send(chunk));
+        loop {
+            match tokio::time::timeout(CHECK_INTERVAL, &mut sent).await {
+                Ok(sent) => return Ok(sent.is_ok()),
+                Err(_) => self.check(Phase::Body)?,
             }
         }
     }

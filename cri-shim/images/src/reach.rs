@@ -143,6 +143,20 @@ impl Reach {
         }
     }
 
+    /// Returns the network from which an answer came: the IPv4 address, or the 64-bit prefix of the
+    /// IPv6 address, because one machine can use all addresses of such a prefix. Returns `None` if
+    /// the address is not known. If the server uses a proxy, the address can be the proxy's address.
+    pub(crate) fn network(&self, address: Option<SocketAddr>) -> Option<String> {
+        let address = address.filter(|_| self.proxies.is_empty())?;
+        Some(match address.ip().to_canonical() {
+            IpAddr::V4(address) => address.to_string(),
+            IpAddr::V6(address) => {
+                let [a, b, c, d, ..] = address.segments();
+                format!("{}/64", Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
+            }
+        })
+    }
+
     /// Records the address from which the registry itself has answered a request.
     pub(crate) fn learn(&self, address: Option<SocketAddr>) {
         // If the server uses a proxy, the address can be the proxy's address.
@@ -378,5 +392,31 @@ mod tests {
         ] {
             assert_eq!(proxy_host(value).as_deref(), Some("proxy"), "{value}");
         }
+    }
+
+    #[test]
+    fn all_ports_of_an_address_and_all_addresses_of_a_prefix_are_one_network()
+    -> Result<(), Box<dyn std::error::Error>> {
+        let network = |address: &str, proxies: Vec<String>| {
+            let reach = Reach {
+                everything: false,
+                own: Mutex::default(),
+                proxies,
+            };
+            let address: SocketAddr = address.parse()?;
+            Ok::<_, Box<dyn std::error::Error>>(reach.network(Some(address)))
+        };
+        for (address, expected) in [
+            ("192.0.2.1:80", "192.0.2.1"),
+            ("192.0.2.1:5000", "192.0.2.1"),
+            ("[::ffff:192.0.2.1]:80", "192.0.2.1"),
+            ("[2001:db8:1:2:3::4]:80", "2001:db8:1:2::/64"),
+            ("[2001:db8:1:2:5::6]:90", "2001:db8:1:2::/64"),
+        ] {
+            assert_eq!(network(address, Vec::new())?.as_deref(), Some(expected));
+        }
+        let proxied = network("192.0.2.1:80", vec!["proxy".to_owned()])?;
+        assert_eq!(proxied, None, "the address of a proxy is not the host's");
+        Ok(())
     }
 }

@@ -57,8 +57,8 @@ pub(crate) struct Registry {
     /// The error of a request whose answer was too slow. If `slowness` is set, the pull does not
     /// use the endpoint again.
     slowness: Mutex<Option<ImageError>>,
-    /// The host to which the registry last redirected a request.
-    sends_to: Mutex<Option<String>>,
+    /// The host that last sent a blob, or to which the registry last redirected a request.
+    sender: Mutex<Option<Sender>>,
     endpoint: Endpoint,
     repository: String,
     /// The name of the original registry, if this endpoint is a mirror. Each request to a mirror
@@ -69,6 +69,14 @@ pub(crate) struct Registry {
     /// The `Authorization` header that the registry accepted last. If the caller provided no bearer
     /// token, the client creates the header when it answers the registry's first challenge.
     authorization: Mutex<Option<HeaderValue>>,
+}
+
+/// A host that sends blobs.
+struct Sender {
+    /// The name of the host without the port.
+    name: String,
+    /// The network of the host (see [`Reach::network`]), or its name if the network is not known.
+    network: String,
 }
 
 /// Returns the headers that hosts.toml sets for an endpoint. The values of these headers can be
@@ -136,7 +144,7 @@ impl Registry {
             document_timeout: limits.document,
             documents,
             slowness: Mutex::default(),
-            sends_to: Mutex::default(),
+            sender: Mutex::default(),
             namespace: endpoint.mirror.then(|| registry.to_owned()),
             endpoint,
             repository: repository.to_owned(),
@@ -177,7 +185,15 @@ impl Registry {
         let response = self.get(url, None, offset, &watch).await?;
         // If the request was redirected, another host than the endpoint's host can send the bytes.
         let elsewhere = self.elsewhere_of(&response);
-        lock(&self.sends_to).clone_from(&elsewhere);
+        let name = name_of(response.url());
+        let network = self.reach.network(response.remote_addr());
+        let network = network.unwrap_or_else(|| name.clone());
+        *lock(&self.sender) = Some(Sender {
+            name,
+            network: network.clone(),
+        });
+        let moved = watch.comes_from(&network);
+        moved.map_err(|failure| self.named(failure))?;
         let begins = match response.status() {
             StatusCode::PARTIAL_CONTENT if offset > 0 => offset,
             _ => 0,
@@ -194,12 +210,26 @@ impl Registry {
         })
     }
 
-    /// Returns the host that probably provides the layers. If this endpoint has redirected a
-    /// request, returns the host of the last redirection. Otherwise, returns the endpoint's own
-    /// host.
+    /// Returns the host that probably provides the layers: the host of the last blob or redirection
+    /// or, before the first of them, the endpoint's own host. The host is without the port, because
+    /// one server can listen on many ports.
     pub(crate) fn layers_come_from(&self) -> String {
-        let elsewhere = lock(&self.sends_to).clone();
-        elsewhere.unwrap_or_else(|| self.endpoint.host.clone())
+        let network = lock(&self.sender).as_ref().map(|s| s.network.clone());
+        network.unwrap_or_else(|| {
+            let base = Url::parse(&self.endpoint.base);
+            base.map_or_else(|_| self.endpoint.host.clone(), |base| name_of(&base))
+        })
+    }
+
+    /// Records a redirection to the host `name`, and returns the host as
+    /// [`Registry::layers_come_from`] does.
+    fn redirects_to(&self, name: String) -> String {
+        let mut sender = lock(&self.sender);
+        if let Some(known) = sender.as_ref().filter(|known| known.name == name) {
+            return known.network.clone();
+        }
+        let network = name.clone();
+        sender.insert(Sender { name, network }).network.clone()
     }
 
     /// Returns the host that sent `response`, or `None` if this endpoint itself sent the response.
@@ -401,8 +431,7 @@ impl Registry {
                         "the server redirects the request to {host}, {why}"
                     ))
                 })?;
-                *lock(&self.sends_to) = Some(host.clone());
-                watch.comes_from(&host)?;
+                watch.comes_from(&self.redirects_to(name_of(&next)))?;
             }
             at = next;
         }
@@ -489,6 +518,11 @@ fn host_of(url: &Url) -> String {
         Some(port) => format!("{host}:{port}"),
         None => host,
     }
+}
+
+/// Returns the host of a URL without the port.
+fn name_of(url: &Url) -> String {
+    clean(url.host_str().unwrap_or_default())
 }
 
 /// Creates a header value that debug output does not show.

@@ -2,21 +2,28 @@
 //!
 //! A fetch of a layer needs a slot. The number of slots limits how many layers all pulls together
 //! fetch at the same time. A separate, lower limit applies to each host. One slow host therefore
-//! can't block the pulls from all other hosts. Several hosts together could still occupy all slots.
-//! If all normal slots are occupied, a pull without a slot therefore gets one of the extra slots
-//! for a fetch from a host without a slot. Only the extra slots have a separate limit.
+//! can't block the pulls from all other hosts. A host is an IP address, or a name if the address is
+//! not known. The port does not matter, because one server can listen on many ports.
+//!
+//! Several hosts together could still occupy all slots. If all normal slots are occupied, a pull
+//! without a slot therefore gets one of the extra slots for a fetch from a host without a slot. The
+//! extra slots have a separate limit. They are only for pulls that have had little slot time.
 //!
 //! A turn is a period in which a fetch has a slot. A fetch gives its slot to a waiting pull if
 //! almost no bytes arrive, or if the turn is over. The received bytes are kept, and the fetch
 //! continues after these bytes in its next turn.
 //!
+//! A pull that has had little slot time goes before other pulls. It waits only for short turns of
+//! other fetches. A small image is therefore fetched soon, although many slow pulls wait.
+//!
 //! Two kinds of fetches must receive all bytes again in their next turn. One kind is the fetch of a
 //! very small layer, because the layer's received bytes are not kept. The other kind is a fetch
 //! from a registry that always sends a blob from its beginning. If a fetch of one of these kinds
-//! receives no new byte in a turn, its next turn is twice as long.
+//! receives almost no new bytes in a turn, its next turn is twice as long.
 
+use std::cell::Cell;
 use std::cmp::Reverse;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -24,6 +31,10 @@ use std::time::{Duration, Instant};
 use tokio::sync::oneshot;
 
 use rrun_calls::lock::lock;
+
+/// The minimum length of a turn. A turn is that short if a pull without a slot waits that has had
+/// almost no slot time yet.
+const FIRST_TURN: Duration = Duration::from_secs(3);
 
 /// The normal length of a turn while another pull waits for a slot.
 const SHORT_TURN: Duration = Duration::from_secs(60);
@@ -35,10 +46,10 @@ const SHORT_TURN: Duration = Duration::from_secs(60);
 const LONG_TURN: Duration = Duration::from_secs(600);
 
 /// The rate at which the bytes from earlier turns are probably unpacked again, in bytes per second,
-/// divided by four. If a pull without a slot waits, a turn lasts [`SHORT_TURN`] plus the time for
-/// these bytes at this rate. A fetch then spends at most about a quarter of its turns on bytes that
-/// it already had, and a fetch without such bytes does not keep its slot longer than
-/// [`SHORT_TURN`], even if it is fast.
+/// divided by four. If a pull without a slot waits, a turn in a normal slot lasts at most
+/// [`SHORT_TURN`] plus the time for these bytes at this rate. A fetch then spends at most about a
+/// quarter of its turns on bytes that it already had, and a fetch without such bytes does not keep
+/// its slot longer than [`SHORT_TURN`], even if it is fast.
 const REPLAY_BYTES_PER_SECOND: u64 = 16 << 20;
 
 /// The maximum length of a turn while another pull waits for a slot.
@@ -53,6 +64,16 @@ const LARGE_REPLAY_BYTES: u64 = 64 << 20;
 /// The maximum number of times that one layer queues again because of a redirection to another
 /// host.
 const MAX_MOVES: u64 = 3;
+
+/// A layer waits in the queue as if it had arrived later. This factor, times the slot time of its
+/// pull, is the delay. The maximum delay is [`LONG_TURN`], so that no layer waits forever behind the
+/// layers of new pulls.
+const DELAY_FACTOR: u32 = 10;
+
+/// A fetch that has not called [`Slot::gives_way`] for this time can't give up its slot now, for
+/// example because it waits before it repeats a failed request. Another fetch gives up its slot
+/// instead.
+const UNRESPONSIVE_TIME: Duration = Duration::from_secs(2);
 
 /// The time after which a layer's wait for a slot is logged.
 const WAIT_BEFORE_LOG: Duration = Duration::from_secs(10);
@@ -75,6 +96,16 @@ struct SlotTable {
     holders: Vec<Holder>,
     /// The layers that wait for a slot. The layer that has waited longest is first.
     waiters: VecDeque<Waiter>,
+    pulls: HashMap<u64, PullTime>,
+}
+
+/// The slot time of one pull.
+#[derive(Default)]
+struct PullTime {
+    /// The number of the pull's [`Slot`] values.
+    slots: usize,
+    /// The sum of the pull's turns that are over.
+    had: Duration,
 }
 
 struct Holder {
@@ -84,6 +115,10 @@ struct Holder {
     /// True if the fetch has an extra slot.
     extra: bool,
     since: Instant,
+    /// The time of the last call of [`Slot::gives_way`].
+    checked: Instant,
+    /// True if this fetch was chosen to give up its slot.
+    chosen: Cell<bool>,
     gauge: Arc<Gauge>,
 }
 
@@ -91,6 +126,7 @@ struct Waiter {
     id: u64,
     pull: u64,
     host: String,
+    since: Instant,
     gauge: Arc<Gauge>,
     granted: oneshot::Sender<()>,
 }
@@ -101,8 +137,8 @@ struct Waiter {
 struct Gauge {
     before: AtomicU64,
     now: AtomicU64,
-    /// The number of turns in vain. In a turn in vain, the fetch received only bytes that earlier
-    /// turns had already received.
+    /// The number of turns in vain. In a turn in vain, almost all received bytes were bytes that
+    /// earlier turns had already received.
     in_vain: AtomicU32,
 }
 
@@ -119,13 +155,18 @@ impl Holder {
         self.gauge.now.load(Ordering::Relaxed) / seconds
     }
 
-    /// Returns whether this fetch must give its slot to another pull. `is_first` is true if the
-    /// other pull has no slot.
-    fn has_had_its_turn(&self, now: Instant, is_first: bool) -> bool {
+    /// Returns whether this fetch must give its slot to another pull. If the other pull has no slot,
+    /// `first` is the slot time that the other pull has had.
+    fn has_had_its_turn(&self, now: Instant, first: Option<Duration>) -> bool {
         let before = self.gauge.before.load(Ordering::Relaxed);
-        let turn = if is_first {
+        let turn = if let Some(had) = first {
+            let turn = had.clamp(FIRST_TURN, SHORT_TURN);
+            // No fetch keeps an extra slot longer. The extra slots are for new pulls.
+            if self.extra {
+                return now.duration_since(self.since) >= turn;
+            }
             let replay = Duration::from_secs(before / REPLAY_BYTES_PER_SECOND);
-            SHORT_TURN.saturating_add(replay).min(LONG_TURN)
+            turn.saturating_add(replay).min(LONG_TURN)
         } else if before >= LARGE_REPLAY_BYTES || self.rate(now) >= FAST_BYTES_PER_SECOND {
             LONG_TURN
         } else {
@@ -133,6 +174,27 @@ impl Holder {
         };
         let longer = 2u32.saturating_pow(self.gauge.in_vain.load(Ordering::Relaxed));
         now.duration_since(self.since) >= turn.saturating_mul(longer).min(MAX_TURN)
+    }
+}
+
+impl SlotTable {
+    /// Returns the slot time of a pull until now.
+    fn time_of(&self, pull: u64, now: Instant) -> Duration {
+        let turns = self.holders.iter().filter(|h| h.pull == pull);
+        let turns: Duration = turns.map(|h| now.duration_since(h.since)).sum();
+        self.pulls.get(&pull).map_or(turns, |time| time.had + turns)
+    }
+
+    /// Ends a turn, and returns whether the layer `id` had a slot.
+    fn release(&mut self, id: u64) -> bool {
+        let Some(at) = self.holders.iter().position(|h| h.id == id) else {
+            return false;
+        };
+        let holder = self.holders.remove(at);
+        if let Some(time) = self.pulls.get_mut(&holder.pull) {
+            time.had += holder.since.elapsed();
+        }
+        true
     }
 }
 
@@ -152,6 +214,7 @@ impl Slots {
     pub(crate) fn slot(self: &Arc<Self>, pull: u64, what: String) -> Slot {
         let mut state = lock(&self.state);
         state.next += 1;
+        state.pulls.entry(pull).or_default().slots += 1;
         Slot {
             id: state.next,
             slots: Arc::clone(self),
@@ -182,6 +245,7 @@ impl Slots {
         state: &SlotTable,
         (pull, host): (u64, &str),
         without: Option<u64>,
+        now: Instant,
     ) -> Option<bool> {
         let others = || state.holders.iter().filter(|h| Some(h.id) != without);
         let from_host = others().filter(|h| h.host == host).count();
@@ -192,23 +256,29 @@ impl Slots {
             Some(false)
         } else {
             let is_first = from_host == 0 && others().all(|h| h.pull != pull);
-            (is_first && extra < self.extra).then_some(true)
+            let is_new = state.time_of(pull, now) < SHORT_TURN;
+            (is_first && is_new && extra < self.extra).then_some(true)
         }
     }
 
     /// Grants the free slots to waiting layers. Each free slot is granted to a layer of the pull
     /// with the fewest slots. A pull therefore need not wait until all layers of an earlier, larger
-    /// pull are fetched.
+    /// pull are fetched. Among these layers, a layer of a pull with little slot time goes first.
     fn grant(&self, state: &mut SlotTable) {
         state.waiters.retain(|waiter| !waiter.granted.is_closed());
         loop {
-            let of_pull = |pull| state.holders.iter().filter(|h| h.pull == pull).count();
+            let now = Instant::now();
+            let order = |waiter: &Waiter| {
+                let slots = state.holders.iter().filter(|h| h.pull == waiter.pull);
+                let delay = state.time_of(waiter.pull, now).saturating_mul(DELAY_FACTOR);
+                (slots.count(), waiter.since + delay.min(LONG_TURN))
+            };
             let waiters = state.waiters.iter().enumerate();
             let next = waiters
                 .filter_map(|(at, waiter)| {
-                    Some((at, waiter, self.free(state, waiter.wants(), None)?))
+                    Some((at, waiter, self.free(state, waiter.wants(), None, now)?))
                 })
-                .min_by_key(|(_, waiter, _)| of_pull(waiter.pull))
+                .min_by_key(|(_, waiter, _)| order(waiter))
                 .map(|(at, _, extra)| (at, extra));
             let Some((at, extra)) = next else { return };
             let Some(waiter) = state.waiters.remove(at) else {
@@ -221,7 +291,9 @@ impl Slots {
                     pull: waiter.pull,
                     host: waiter.host,
                     extra,
-                    since: Instant::now(),
+                    since: now,
+                    checked: now,
+                    chosen: Cell::new(false),
                     gauge: waiter.gauge,
                 });
             }
@@ -237,7 +309,7 @@ impl Slots {
         let waiting = state.waiters.iter().filter(|w| !w.granted.is_closed());
         for waiter in waiting.filter(|waiter| waiter.pull != ours.pull) {
             let helps = |holder: &Holder| {
-                let free = |without| self.free(state, waiter.wants(), without);
+                let free = |without| self.free(state, waiter.wants(), without, now);
                 free(None).is_none() && free(Some(holder.id)).is_some()
             };
             if !helps(ours) {
@@ -247,19 +319,26 @@ impl Slots {
                 return true;
             }
             let is_first = state.holders.iter().all(|h| h.pull != waiter.pull);
+            let first = is_first.then(|| state.time_of(waiter.pull, now));
             // If the turns of several fetches are over, only one of them gives up its slot: a fetch
-            // from the host with the most slots, and the slowest fetch from such a host.
+            // from the host with the most slots, and the slowest fetch from such a host. The choice
+            // must not change until this fetch checks: each fetch checks just after it has received
+            // bytes, so each of several equally slow fetches would choose another one.
             let leaving = state
                 .holders
                 .iter()
                 .filter(|holder| holder.pull != waiter.pull && helps(holder))
-                .filter(|holder| holder.has_had_its_turn(now, is_first))
+                .filter(|holder| holder.has_had_its_turn(now, first))
+                .filter(|holder| now.duration_since(holder.checked) < UNRESPONSIVE_TIME)
                 .min_by_key(|holder| {
                     let slots = Self::from_host(state, &holder.host);
-                    (Reverse(slots), holder.rate(now))
+                    (!holder.chosen.get(), Reverse(slots), holder.rate(now))
                 });
-            if leaving.is_some_and(|leaving| leaving.id == id) {
-                return true;
+            if let Some(leaving) = leaving {
+                leaving.chosen.set(true);
+                if leaving.id == id {
+                    return true;
+                }
             }
         }
         false
@@ -289,17 +368,16 @@ impl Slot {
         let (granted, answer) = oneshot::channel();
         {
             let mut state = lock(&self.slots.state);
-            let held = state.holders.iter().position(|h| h.id == self.id);
-            if let Some(at) = held {
-                if state.holders[at].host == host {
-                    return;
-                }
-                state.holders.remove(at);
+            let held = state.holders.iter().find(|h| h.id == self.id);
+            if held.is_some_and(|held| held.host == host) {
+                return;
             }
+            state.release(self.id);
             state.waiters.push_back(Waiter {
                 id: self.id,
                 pull: self.pull,
                 host: host.to_owned(),
+                since: Instant::now(),
                 gauge: Arc::clone(&self.gauge),
                 granted,
             });
@@ -342,7 +420,7 @@ impl Slot {
             host.clone_into(&mut state.holders[at].host);
         } else {
             self.gave_way.store(true, Ordering::Relaxed);
-            state.holders.remove(at);
+            state.release(self.id);
         }
         self.slots.grant(&mut state);
         stays
@@ -361,9 +439,7 @@ impl Slot {
     /// Releases the slot.
     pub(crate) fn leave(&self) {
         let mut state = lock(&self.slots.state);
-        let before = state.holders.len();
-        state.holders.retain(|holder| holder.id != self.id);
-        if state.holders.len() != before {
+        if state.release(self.id) {
             self.slots.grant(&mut state);
         }
     }
@@ -382,10 +458,12 @@ impl Slot {
     /// `stalled` is true if almost no bytes arrive.
     pub(crate) fn gives_way(&self, stalled: bool) -> bool {
         let mut state = lock(&self.slots.state);
-        if !self
-            .slots
-            .must_leave(&state, self.id, stalled, Instant::now())
-        {
+        let now = Instant::now();
+        let ours = state.holders.iter_mut().find(|h| h.id == self.id);
+        if let Some(ours) = ours {
+            ours.checked = now;
+        }
+        if !self.slots.must_leave(&state, self.id, stalled, now) {
             return false;
         }
         self.gave_way.store(true, Ordering::Relaxed);
@@ -394,7 +472,7 @@ impl Slot {
         // fetch to each other, the moves continue. The moves are not a busy loop, because each turn
         // lasts some time.
         self.moves.store(0, Ordering::Relaxed);
-        state.holders.retain(|holder| holder.id != self.id);
+        state.release(self.id);
         self.slots.grant(&mut state);
         true
     }
@@ -416,12 +494,14 @@ impl Slot {
         self.turn_was_over.store(false, Ordering::Relaxed);
     }
 
-    /// Records that the last turn of the fetch was in vain: the fetch received only bytes that
-    /// earlier turns had already received. If the fetch gave up its slot because its turn was over,
-    /// the next turn is twice as long. If the fetch gave up its slot because almost no bytes
-    /// arrived, its turns do not become longer.
-    pub(crate) fn record_no_progress(&self) {
-        if self.turn_was_over.load(Ordering::Relaxed) {
+    /// Records at the end of a turn that the fetch received `gained` bytes for the first time. If
+    /// fewer than a quarter of the turn's bytes were new and the fetch gave up its slot because its
+    /// turn was over, the next turn is twice as long. If the fetch gave up its slot because almost
+    /// no bytes arrived, its turns do not become longer.
+    pub(crate) fn end_turn(&self, gained: u64) {
+        let received = self.gauge.now.load(Ordering::Relaxed);
+        let in_vain = gained == 0 || gained < received / 4;
+        if in_vain && self.turn_was_over.load(Ordering::Relaxed) {
             self.gauge.in_vain.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -430,6 +510,13 @@ impl Slot {
 impl Drop for Slot {
     fn drop(&mut self) {
         self.leave();
+        let mut state = lock(&self.slots.state);
+        if let Some(time) = state.pulls.get_mut(&self.pull) {
+            time.slots -= 1;
+            if time.slots == 0 {
+                state.pulls.remove(&self.pull);
+            }
+        }
     }
 }
 
@@ -548,10 +635,7 @@ mod tests {
         let sibling = slot(&slots, 1);
         let mut sibling_waits = Box::pin(sibling.at("b"));
         assert!((&mut sibling_waits).now_or_never().is_none());
-        let must = |slot: &Slot, after| {
-            let state = lock(&slots.state);
-            slots.must_leave(&state, slot.id, false, Instant::now() + after)
-        };
+        let must = |slot: &Slot, after| must_leave(slot, Instant::now() + after);
         assert!(
             !must(&slow, SHORT_TURN),
             "a fetch would lose its slot to a layer of the same image"
@@ -561,6 +645,7 @@ mod tests {
         let other = slot(&slots, 2);
         let mut other_waits = Box::pin(other.at("b"));
         assert!((&mut other_waits).now_or_never().is_none());
+        set_time(&other, SHORT_TURN);
         assert!(!must(&slow, SHORT_TURN / 2));
         assert!(must(&slow, SHORT_TURN));
         assert!(!must(&fast, SHORT_TURN));
@@ -605,6 +690,7 @@ mod tests {
         let other = slot(&slots, 2);
         let mut waits = Box::pin(other.at("b"));
         assert!((&mut waits).now_or_never().is_none());
+        set_time(&other, SHORT_TURN);
         fast.count_received(1 << 40);
         let second = Duration::from_secs(1);
         assert!(!must_leave_after(&fast, SHORT_TURN - second));
@@ -621,12 +707,26 @@ mod tests {
         let other = slot(&slots, 3);
         let mut waits = Box::pin(other.at("b"));
         assert!((&mut waits).now_or_never().is_none());
-        let state = lock(&slots.state);
         let after = Instant::now() + SHORT_TURN;
-        let leaves = held
-            .each_ref()
-            .map(|slot| slots.must_leave(&state, slot.id, false, after));
+        let leaves = held.each_ref().map(|slot| must_leave(slot, after));
         assert_eq!(leaves, [false, true, false]);
+    }
+
+    /// Sets the slot time that the pull of `slot` has had.
+    fn set_time(slot: &Slot, had: Duration) {
+        let mut state = lock(&slot.slots.state);
+        if let Some(time) = state.pulls.get_mut(&slot.pull) {
+            time.had = had;
+        }
+    }
+
+    /// Returns whether the fetch must give up its slot at the time `now`.
+    fn must_leave(slot: &Slot, now: Instant) -> bool {
+        let mut state = lock(&slot.slots.state);
+        for holder in &mut state.holders {
+            holder.checked = now;
+        }
+        slot.slots.must_leave(&state, slot.id, false, now)
     }
 
     /// Returns whether the fetch gives up its slot to another pull after it has had the slot for
@@ -645,8 +745,8 @@ mod tests {
         let slots = Slots::new(1, 1);
         let small = slot(&slots, 1);
         let second = Duration::from_secs(1);
-        let mut turn = SHORT_TURN;
-        for _ in 0..8 {
+        let mut turn = FIRST_TURN;
+        for _ in 0..12 {
             small.begin_turn();
             assert!(enters(&small, "a"));
             let other = slot(&slots, 2);
@@ -654,7 +754,7 @@ mod tests {
             assert!((&mut waits).now_or_never().is_none());
             assert!(!must_leave_after(&small, turn - second), "{turn:?}");
             assert!(must_leave_after(&small, turn), "{turn:?}");
-            small.record_no_progress();
+            small.end_turn(0);
             turn = (turn * 2).min(MAX_TURN);
         }
         assert_eq!(turn, MAX_TURN);
@@ -671,7 +771,7 @@ mod tests {
             let mut waits = Box::pin(other.at("a"));
             assert!((&mut waits).now_or_never().is_none());
             assert!(stalled.gives_way(true));
-            stalled.record_no_progress();
+            stalled.end_turn(0);
         }
         assert_eq!(stalled.gauge.in_vain.load(Ordering::Relaxed), 0);
     }
@@ -696,6 +796,96 @@ mod tests {
         assert!(
             !second.moves_to("a"),
             "a second fetch from the host `a` was allowed, although the limit is one fetch per host"
+        );
+    }
+
+    #[tokio::test]
+    async fn a_new_pull_goes_before_pulls_that_have_had_much_slot_time() {
+        let slots = Slots::new(2, 2);
+        let old: Vec<Slot> = (0..30).map(|pull| slot(&slots, pull)).collect();
+        // Two old pulls have the normal slots, one has the extra slot, and the others wait.
+        let mut waiting = Vec::new();
+        for (number, old) in old.iter().enumerate() {
+            let mut waits = Box::pin(async move { old.at(&format!("host {number}")).await });
+            assert_eq!((&mut waits).now_or_never().is_some(), number < 3);
+            waiting.push(waits);
+        }
+        for old in &old {
+            set_time(old, SHORT_TURN);
+        }
+        let new = slot(&slots, 99);
+        let mut new_waits = Box::pin(new.at("new"));
+        assert!((&mut new_waits).now_or_never().is_none());
+        let second = Duration::from_secs(1);
+        assert!(
+            !old.iter()
+                .any(|old| must_leave_after(old, FIRST_TURN - second))
+        );
+        assert!(
+            old.iter().any(|old| must_leave_after(old, FIRST_TURN)),
+            "no old pull gave up its slot to a new pull"
+        );
+        assert!(
+            (&mut new_waits).now_or_never().is_some(),
+            "a pull that had much slot time got a slot before a new pull"
+        );
+        // The new pull keeps its slot for a whole turn.
+        assert!(!must_leave_after(&new, SHORT_TURN - second));
+    }
+
+    #[tokio::test]
+    async fn an_extra_slot_is_only_for_new_pulls() {
+        let slots = Slots::new(2, 1);
+        let held = [1, 2, 3].map(|pull| slot(&slots, pull));
+        assert!(enters(&held[0], "a") && enters(&held[1], "b"));
+        set_time(&held[2], SHORT_TURN);
+        assert!(!enters(&held[2], "c"), "an old pull got an extra slot");
+        set_time(&held[2], Duration::ZERO);
+        assert!(enters(&held[2], "c"));
+        let other = slot(&slots, 4);
+        let mut waits = Box::pin(other.at("c"));
+        assert!((&mut waits).now_or_never().is_none());
+        // Neither the bytes from earlier turns nor turns in vain make a turn in an extra slot longer.
+        held[2].begins_at(1 << 40);
+        held[2].gauge.in_vain.store(5, Ordering::Relaxed);
+        assert!(must_leave_after(&held[2], FIRST_TURN));
+        assert!((&mut waits).now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_fetch_that_can_not_react_keeps_no_other_fetch_from_giving_way() {
+        let slots = Slots::new(2, 2);
+        let held = [1, 2].map(|pull| slot(&slots, pull));
+        assert!(enters(&held[0], "a") && enters(&held[1], "a"));
+        held[1].count_received(1000);
+        let other = slot(&slots, 3);
+        let mut waits = Box::pin(other.at("a"));
+        assert!((&mut waits).now_or_never().is_none());
+        let after = Instant::now() + FIRST_TURN;
+        assert!(!must_leave(&held[1], after));
+        // The slower fetch no longer checks whether it must leave.
+        let mut state = lock(&slots.state);
+        state.holders[1].checked = after;
+        state.holders[0].checked = after - UNRESPONSIVE_TIME;
+        assert!(slots.must_leave(&state, held[1].id, false, after));
+    }
+
+    #[tokio::test]
+    async fn one_of_several_equally_slow_fetches_gives_up_its_slot() {
+        let slots = Slots::new(2, 2);
+        let held = [1, 2].map(|pull| slot(&slots, pull));
+        assert!(enters(&held[0], "a") && enters(&held[1], "a"));
+        let other = slot(&slots, 3);
+        let mut waits = Box::pin(other.at("a"));
+        assert!((&mut waits).now_or_never().is_none());
+        let after = Instant::now() + FIRST_TURN;
+        // Each fetch checks just after it has received bytes.
+        held[0].count_received(1000);
+        assert!(!must_leave(&held[0], after));
+        held[1].count_received(2000);
+        assert!(
+            must_leave(&held[1], after),
+            "each fetch chose the other one"
         );
     }
 }

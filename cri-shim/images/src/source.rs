@@ -222,7 +222,8 @@ impl Source {
             progress(chunk.len() as u64);
             // If the layer is invalid, the thread that unpacks the layer drops the receiver and
             // reports the reason itself.
-            if to.send(chunk).await.is_err() {
+            let sent = watch.pass_on(to, chunk).await;
+            if !sent.map_err(|failure| (failure.error, at))? {
                 return Ok(());
             }
         }
