@@ -85,6 +85,10 @@ impl BlobReader {
 
 impl Read for BlobReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // The rest of an ended layer is not needed. The thread must not wait for it.
+        if self.turn.effort().is_ended() {
+            return Err(io::Error::other("the unpacking was ended"));
+        }
         if self.replayed < self.replay
             && let Some(partial) = &self.partial
         {
@@ -93,6 +97,7 @@ impl Read for BlobReader {
             let most = left.min(buffer.len());
             let count = partial.read_at(&mut buffer[..most], self.replayed)?;
             self.replayed += count as u64;
+            self.turn.effort().add_read(count);
             return Ok(count);
         }
         while self.current.is_empty() {
@@ -118,6 +123,7 @@ impl Read for BlobReader {
         }
         let count = buffer.len().min(self.current.len());
         self.current.copy_to_slice(&mut buffer[..count]);
+        self.turn.effort().add_read(count);
         Ok(count)
     }
 }

@@ -25,7 +25,7 @@ use crate::places::{Place, Places};
 use crate::settings::ImageSettings;
 use crate::slots::{Slot, Slots};
 use crate::source::Source;
-use crate::turns::{ReaderInTurns, UnpackTurn, UnpackTurns};
+use crate::turns::{Effort, ReaderInTurns, UnpackTurn, UnpackTurns};
 use crate::unpacked_layer::{LayerDirectories, UnpackedLayer};
 use rrun_calls::wait::{blocking, slow};
 
@@ -105,16 +105,26 @@ pub(crate) async fn fetch(
 }
 
 /// Waits for a place. `what` names the layer in the log, for example "layer sha256:…".
-async fn place(queues: &Queues, pull: u64, what: &str) -> Place {
+async fn place(queues: &Queues, pull: u64, what: &str, effort: &Arc<Effort>) -> Place {
     let what = format!("{what}: wait until other layers are unpacked");
-    slow(what, queues.places.take(pull)).await
+    slow(what, queues.places.take(pull, effort)).await
 }
 
-/// Waits for a place for a layer that has a slot. Returns `None` if another pull gets the slot
-/// during the wait.
-async fn place_or_give_way(queues: &Queues, pull: u64, slot: &Slot, digest: &str) -> Option<Place> {
+/// Waits for a slot and a place for a layer. Returns `None` if another pull gets the slot during the
+/// wait for a place.
+async fn begin_turn(
+    source: &Source,
+    queues: &Queues,
+    (pull, slot): (u64, &Slot),
+    digest: &str,
+    effort: &Arc<Effort>,
+) -> Option<Place> {
+    slot.begin_turn();
+    if let Some(host) = source.first_host() {
+        slot.at(&host).await;
+    }
     let what = format!("layer {digest}");
-    let mut place = std::pin::pin!(place(queues, pull, &what));
+    let mut place = std::pin::pin!(place(queues, pull, &what, effort));
     loop {
         match tokio::time::timeout(GIVE_WAY_INTERVAL, &mut place).await {
             Ok(place) => return Some(place),
@@ -134,10 +144,11 @@ async fn extract(
     let LayerDescriptor { digest, size, .. } = request.descriptor.clone();
     let reader = archive.blob(&digest)?;
     let what = format!("layer {digest}");
-    let _place = place(queues, pull, &what).await;
+    let effort = Arc::default();
+    let _place = place(queues, pull, &what, &effort).await;
     let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
     let unpacked = on_a_thread(move |is_abandoned| {
-        let turn = Rc::new(UnpackTurn::new(&turns, what));
+        let turn = Rc::new(UnpackTurn::new(&turns, what, &effort));
         let in_turns = ReaderInTurns {
             reader,
             turn: Rc::clone(&turn),
@@ -156,22 +167,19 @@ async fn download(
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, ImageError> {
-    let descriptor = &request.descriptor;
+    let LayerDescriptor { digest, .. } = &request.descriptor;
     let slot = Arc::new(slot);
     let watch = Arc::new(RateWatch::new(queues.min_rate, Some(Arc::clone(&slot))));
     let place = (&*queues.directories.root, &queues.partials);
-    let kept = PartialName::new(place, source.name(), descriptor);
+    let kept = PartialName::new(place, source.name(), &request.descriptor);
     let _piece = DiscardOnDrop::of_small(&kept);
     // The highest number of bytes that an attempt has received. Only later bytes are progress.
     let farthest = AtomicU64::new(0);
+    let effort = Arc::default();
     let mut restarted = false;
     loop {
-        slot.begin_turn();
-        if let Some(host) = source.first_host() {
-            slot.at(&host).await;
-        }
-        let place = place_or_give_way(queues, pull, &slot, &descriptor.digest);
-        let Some(_place) = place.await else { continue };
+        let begun = begin_turn(source, queues, (pull, &slot), digest, &effort);
+        let Some(_place) = begun.await else { continue };
         let before = farthest.load(Ordering::Relaxed);
         let at = AtomicU64::new(0);
         let progress = |bytes: u64| {
@@ -181,17 +189,22 @@ async fn download(
                 progress(now - before);
             }
         };
-        let (had, error) =
-            match attempt((source, &kept), request, &slot, &watch, queues, progress).await {
-                Ok(layer) => return Ok(layer),
-                Err(failure) => failure,
-            };
+        let (had, error) = match attempt(
+            (source, &kept),
+            request,
+            (&slot, &effort),
+            &watch,
+            queues,
+            progress,
+        )
+        .await
+        {
+            Ok(layer) => return Ok(layer),
+            Err(failure) => failure,
+        };
         if slot.gave_way() && error.kind() == Kind::Unavailable {
             slot.end_turn(farthest.load(Ordering::Relaxed) - before);
-            log::info!(
-                "layer {}: {error}; the fetch continues later",
-                descriptor.digest
-            );
+            log::info!("layer {digest}: {error}; the fetch continues later");
             continue;
         }
         // The kept bytes of an earlier attempt can be wrong. This function therefore tries the
@@ -199,10 +212,7 @@ async fn download(
         if had == 0 || restarted || error.kind() != Kind::DataLoss {
             return Err(error);
         }
-        log::info!(
-            "layer {}: {error}; the fetch starts again from the first byte",
-            descriptor.digest
-        );
+        log::info!("layer {digest}: {error}; the fetch starts again from the first byte");
         kept.discard();
         restarted = true;
     }
@@ -213,7 +223,7 @@ async fn download(
 async fn attempt(
     (source, kept): (&Source, &PartialName),
     request: &LayerRequest,
-    slot: &Arc<Slot>,
+    (slot, effort): (&Arc<Slot>, &Arc<Effort>),
     watch: &Arc<RateWatch>,
     queues: &Queues,
     progress: impl Fn(u64),
@@ -223,10 +233,10 @@ async fn attempt(
     let (send_had, had) = oneshot::channel();
     let (for_thread, kept) = (request.clone(), kept.clone());
     let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
-    let gave_way = slot.gave_way_flag();
+    let (gave_way, effort) = (slot.gave_way_flag(), Arc::clone(effort));
     let unpacked = on_a_thread(move |is_abandoned| {
         let LayerDescriptor { digest, size, .. } = &for_thread.descriptor;
-        let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}")));
+        let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}"), &effort));
         let partial = Partial::open(&kept);
         let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
         let _ = send_had.send(blob.replay);
@@ -299,8 +309,15 @@ fn on_a_thread(
     Ok(unpacked)
 }
 
+/// The error of a layer whose unpacking was ended.
+fn ended_for_others() -> LayerError {
+    LayerError::Bound(
+        "unpacking the layer was ended: other layers wait to be unpacked, and this layer needs the most processing time for its size".to_owned(),
+    )
+}
+
 /// Unpacks a layer. The thread keeps `turn` for at most its time slice, and stops soon after
-/// `is_abandoned` returns true.
+/// `is_abandoned` returns true or the layer must give its place to other layers.
 fn receive(
     compressed: impl Read,
     turn: &UnpackTurn,
@@ -310,7 +327,7 @@ fn receive(
 ) -> Result<UnpackedLayer, LayerError> {
     let go_on = || {
         turn.take();
-        if is_abandoned() {
+        if is_abandoned() || turn.effort().is_ended() {
             Err(abandoned())
         } else {
             Ok(())
@@ -321,8 +338,11 @@ fn receive(
             descriptor, bounds, ..
         } = request;
         layer::unpack(compressed, into, descriptor, bounds, &go_on).map(Some)
-    })?;
-    made.ok_or_else(ended_early)
+    });
+    match made {
+        Err(_) if turn.effort().is_ended() => Err(ended_for_others()),
+        made => made?.ok_or_else(ended_early),
+    }
 }
 
 /// Creates an image's directory layer, if the image needs one. A directory layer sets the owner and
@@ -348,8 +368,9 @@ pub(crate) async fn make_directory_layer(
         .collect();
     let what = "set the owner and mode of directories that the image's layers do not list";
     let whole = format!("pull {pull_name}: {what}");
-    let place = place(queues, pull, &whole).await;
-    let turn = UnpackTurn::new(&queues.turns, whole.clone());
+    let effort = Arc::default();
+    let place = place(queues, pull, &whole, &effort).await;
+    let turn = UnpackTurn::new(&queues.turns, whole.clone(), &effort);
     let directories = Arc::clone(&queues.directories);
     let waits = Arc::new(());
     let waiter = Arc::downgrade(&waits);
@@ -357,6 +378,9 @@ pub(crate) async fn make_directory_layer(
         let _place = place;
         let go_on = || {
             turn.take();
+            if turn.effort().is_ended() {
+                return Err(ended_for_others());
+            }
             match waiter.strong_count() {
                 0 => Err(LayerError::Stream(abandoned())),
                 _ => Ok(()),

@@ -5,11 +5,15 @@
 //! other layer. After a time slice ([`TURN_SLICE`]), a thread gives its turn to a waiting thread,
 //! and queues again. The thread checks the time slice after each piece of unpacked data, because a
 //! few received bytes can decompress to gigabytes.
+//!
+//! A layer that has been unpacked for a long time waits longer for its turns. The layers of a
+//! hostile image can need hours, and a layer that needs only a second must not wait for them.
 
 use std::cell::Cell;
-use std::collections::VecDeque;
+use std::collections::BTreeSet;
 use std::io::{self, Read};
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +21,10 @@ use rrun_calls::lock::lock;
 
 /// The maximum time for which a thread keeps its turn to unpack while another thread waits.
 const TURN_SLICE: Duration = Duration::from_millis(100);
+
+/// Each doubling of a layer's processing time lets this number of later threads go first. The number
+/// is finite, so no layer waits forever.
+const LATER_THREADS: u64 = 8;
 
 /// The time after which a layer's wait for a turn is logged.
 const WAIT_BEFORE_LOG: Duration = Duration::from_secs(10);
@@ -31,7 +39,56 @@ pub(crate) struct UnpackTurns {
 struct TurnQueue {
     taken: usize,
     next: u64,
-    waiting: VecDeque<u64>,
+    /// The waiting threads. Each thread has its position and a unique number.
+    waiting: BTreeSet<(u64, u64)>,
+}
+
+/// The effort for unpacking one layer.
+#[derive(Default)]
+pub(crate) struct Effort {
+    /// The sum of the layer's turns in milliseconds.
+    processed: AtomicU64,
+    /// The number of compressed bytes that were read.
+    read: AtomicU64,
+    ended: AtomicBool,
+}
+
+impl Effort {
+    pub(crate) fn processed(&self) -> Duration {
+        Duration::from_millis(self.processed.load(Ordering::Relaxed))
+    }
+
+    /// Returns the processing time in milliseconds for each MiB of compressed bytes.
+    pub(crate) fn per_mebibyte(&self) -> u64 {
+        let read = self.read.load(Ordering::Relaxed) >> 20;
+        self.processed.load(Ordering::Relaxed) / (read + 1)
+    }
+
+    /// Ends the unpacking of the layer, because other layers need its place.
+    pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+
+    /// Adds a turn, or a part of a turn, to the processing time.
+    pub(crate) fn add(&self, turn: Duration) {
+        let turn = u64::try_from(turn.as_millis()).unwrap_or(u64::MAX);
+        self.processed.fetch_add(turn, Ordering::Relaxed);
+    }
+
+    pub(crate) fn add_read(&self, bytes: usize) {
+        self.read.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Returns how many later threads may go before the thread of this layer.
+    fn later_threads(&self) -> u64 {
+        let seconds = self.processed().as_secs();
+        let doublings = seconds.checked_ilog2().map_or(0, |log| log + 1);
+        u64::from(doublings) * LATER_THREADS
+    }
 }
 
 impl UnpackTurns {
@@ -43,18 +100,21 @@ impl UnpackTurns {
         })
     }
 
-    fn take(&self, what: &str) {
+    /// Waits for a turn. Returns false if the layer's unpacking was ended during the wait.
+    fn take(&self, what: &str, effort: &Effort) -> bool {
         let mut state = lock(&self.state);
         if state.taken < self.most && state.waiting.is_empty() {
             state.taken += 1;
-            return;
+            return true;
         }
-        let ours = state.next;
         state.next += 1;
-        state.waiting.push_back(ours);
+        let ours = (state.next + effort.later_threads(), state.next);
+        state.waiting.insert(ours);
         let begun = Instant::now();
         let mut next_log = WAIT_BEFORE_LOG;
-        while state.taken >= self.most || state.waiting.front() != Some(&ours) {
+        while !effort.is_ended()
+            && (state.taken >= self.most || state.waiting.first() != Some(&ours))
+        {
             let waited = self.changed.wait_timeout(state, WAIT_BEFORE_LOG);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
             if begun.elapsed() >= next_log {
@@ -66,10 +126,12 @@ impl UnpackTurns {
                 );
             }
         }
-        state.waiting.pop_front();
-        state.taken += 1;
+        state.waiting.remove(&ours);
+        let granted = !effort.is_ended();
+        state.taken += usize::from(granted);
         // If another turn is free, the next waiting thread can take it now.
         self.changed.notify_all();
+        granted
     }
 
     fn give_back(&self) {
@@ -89,37 +151,52 @@ impl UnpackTurns {
 pub(crate) struct UnpackTurn {
     turns: Arc<UnpackTurns>,
     what: String,
+    effort: Arc<Effort>,
     since: Cell<Option<Instant>>,
 }
 
 impl UnpackTurn {
     /// Creates the `UnpackTurn` of a thread that does not have a turn yet. `what` names the layer
     /// in the log, for example "layer sha256:…".
-    pub(crate) fn new(turns: &Arc<UnpackTurns>, what: String) -> Self {
+    pub(crate) fn new(turns: &Arc<UnpackTurns>, what: String, effort: &Arc<Effort>) -> Self {
         UnpackTurn {
             turns: Arc::clone(turns),
             what,
+            effort: Arc::clone(effort),
             since: Cell::new(None),
         }
     }
 
     /// Waits until this thread has a turn. If this thread already has a turn, keeps it for at most
     /// [`TURN_SLICE`]. If other threads wait after this time, gives the turn back and queues again.
-    /// This call blocks.
+    /// If the layer's unpacking was ended, returns immediately without a turn. This call blocks.
     pub(crate) fn take(&self) {
-        match self.since.get() {
-            Some(since) if since.elapsed() < TURN_SLICE || !self.turns.has_waiters() => return,
-            Some(_) => self.give_back(),
-            None => {}
+        if let Some(since) = self.since.get() {
+            let turn = since.elapsed();
+            if turn < TURN_SLICE {
+                return;
+            }
+            if !self.turns.has_waiters() {
+                self.effort.add(turn);
+                self.since.set(Some(Instant::now()));
+                return;
+            }
+            self.give_back();
         }
-        self.turns.take(&self.what);
-        self.since.set(Some(Instant::now()));
+        if self.turns.take(&self.what, &self.effort) {
+            self.since.set(Some(Instant::now()));
+        }
     }
 
     pub(crate) fn give_back(&self) {
-        if self.since.take().is_some() {
+        if let Some(since) = self.since.take() {
+            self.effort.add(since.elapsed());
             self.turns.give_back();
         }
+    }
+
+    pub(crate) fn effort(&self) -> &Effort {
+        &self.effort
     }
 }
 
@@ -139,7 +216,9 @@ pub(crate) struct ReaderInTurns<R> {
 impl<R: Read> Read for ReaderInTurns<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         self.turn.take();
-        self.reader.read(buffer)
+        let count = self.reader.read(buffer)?;
+        self.turn.effort().add_read(count);
+        Ok(count)
     }
 }
 
@@ -157,7 +236,7 @@ mod tests {
         std::thread::scope(|scope| {
             for _ in 0..8 {
                 scope.spawn(|| {
-                    let turn = UnpackTurn::new(&turns, "a layer".to_owned());
+                    let turn = UnpackTurn::new(&turns, "a layer".to_owned(), &Arc::default());
                     for _ in 0..200 {
                         turn.take();
                         most.fetch_max(inside.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);

@@ -8,7 +8,7 @@ use serde_json::json;
 use tonic::Code;
 
 use crate::support::calls::Calls;
-use crate::support::images::build::{Archive, Compression, Image, digest, image};
+use crate::support::images::build::{Archive, Compression, Image, bombs, digest, image};
 use crate::support::images::pull;
 use crate::support::images::server::{Answer, Request, Server};
 use crate::support::machine::{Result, Running, wait_for};
@@ -105,29 +105,6 @@ fn dripping(image: &Image) -> impl Fn(&Request) -> Option<Answer> + Send + Sync 
             .find(|(layer, _)| request.path.ends_with(layer.as_str()))?;
         Some(Answer::new(200, blob.clone()).dripping(DRIP_INTERVAL))
     }
-}
-
-/// Returns an image with `count` layers. Each layer is a zstd frame of 2 MiB that decompresses to
-/// almost 64 GiB of zeros (RFC 8878, section 3.1.1.2).
-fn of_bombs(name: &str, count: usize) -> Image {
-    const BLOCK: u32 = 128 << 10;
-    let block = |last: u32| {
-        let header = (BLOCK << 3 | 1 << 1 | last).to_le_bytes();
-        [&header[..3], &[0]].concat()
-    };
-    let layers: Vec<_> = (0..count)
-        .map(|number| {
-            let skipped = format!("{name}-{number:10}");
-            let mut frame = b"\x50\x2a\x4d\x18".to_vec();
-            frame.extend((skipped.len() as u32).to_le_bytes());
-            frame.extend(skipped.into_bytes());
-            frame.extend([0x28, 0xb5, 0x2f, 0xfd, 0, 0x38]);
-            frame.extend(block(0).repeat((1 << 19) - 2));
-            frame.extend(block(1));
-            (frame, Compression::None)
-        })
-        .collect();
-    image(&layers, json!({ "Labels": { "name": name } }))
 }
 
 /// Returns an image with `count` empty layers of 3 MiB.
@@ -319,13 +296,13 @@ fn layers_that_need_hours_to_be_unpacked_delay_no_other_pull() -> Result {
     on_a_node(|node| {
         let mut hanging = Vec::new();
         for name in ["first", "second"] {
-            let bombs = of_bombs(name, 9);
-            let server = serve(&[(name, &bombs)], |_| None)?;
+            let built = bombs(name, 9);
+            let server = serve(&[(name, &built)], |_| None)?;
             let pull = format!("{}/{name}:1", server.host());
             hanging.push(node.crictl(&["pull", &pull]).start()?);
             wait_for("the registry to send layers of the hostile image", || {
                 let sent = |layer: &&String| server.count(layer) > 0;
-                Ok((bombs.layers.iter().filter(sent).count() >= 1).then_some(()))
+                Ok((built.layers.iter().filter(sent).count() >= 1).then_some(()))
             })?;
         }
         node.pull(BUSYBOX)?;

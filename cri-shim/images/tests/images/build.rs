@@ -245,6 +245,29 @@ pub(crate) fn image(layers: &[(Vec<u8>, Compression)], config: Value) -> Image {
     }
 }
 
+/// Returns an image with `count` layers. Each layer is a zstd frame of 2 MiB that decompresses to
+/// almost 64 GiB of zeros (RFC 8878, section 3.1.1.2).
+pub(crate) fn bombs(name: &str, count: usize) -> Image {
+    const BLOCK: u32 = 128 << 10;
+    let block = |last: u32| {
+        let header = (BLOCK << 3 | 1 << 1 | last).to_le_bytes();
+        [&header[..3], &[0]].concat()
+    };
+    let layers: Vec<_> = (0..count)
+        .map(|number| {
+            let skipped = format!("{name}-{number:10}");
+            let mut frame = b"\x50\x2a\x4d\x18".to_vec();
+            frame.extend((skipped.len() as u32).to_le_bytes());
+            frame.extend(skipped.into_bytes());
+            frame.extend([0x28, 0xb5, 0x2f, 0xfd, 0, 0x38]);
+            frame.extend(block(0).repeat((1 << 19) - 2));
+            frame.extend(block(1));
+            (frame, Compression::None)
+        })
+        .collect();
+    image(&layers, json!({ "Labels": { "name": name } }))
+}
+
 impl Image {
     /// Writes the image as an OCI image layout that skopeo can push. The image has the tag
     /// `latest`.

@@ -3,6 +3,7 @@
 
 mod authentication;
 mod blobs;
+mod crowds;
 mod documents;
 mod errors;
 mod manifests;
@@ -21,6 +22,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     [
         authentication::trials(),
         blobs::trials(),
+        crowds::trials(),
         documents::trials(),
         errors::trials(),
         manifests::trials(),
