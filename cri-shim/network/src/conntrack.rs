@@ -264,14 +264,12 @@ impl<'a> Search<'a> {
                 address,
             })
         };
-        if let Some(owner) = at(destination) {
-            return Ok(owner != to);
-        }
         let any = match destination {
             IpAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
             IpAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
         };
-        match at(any) {
+        // A host port can have an address that the node does not have.
+        match at(destination).or_else(|| at(any)) {
             Some(owner) if owner != to => self.is_of_this_node(destination),
             _ => Ok(false),
         }
@@ -516,13 +514,15 @@ mod tests {
     #[test]
     fn a_flow_to_another_machine_is_not_stale() -> Result<(), NetworkError> {
         let to = "10.88.0.2:53".parse().unwrap();
-        let owner_of = |asked| (asked == port(53, "0.0.0.0")).then_some(to);
+        let ports = [port(53, "0.0.0.0"), port(55, "198.51.100.1")];
+        let owner_of = |asked| ports.contains(&asked).then_some(to);
         let mut search = Search::new(&owner_of);
         let mut is_stale = |destination: &str, number| {
             let other = "198.51.100.1:53".parse().unwrap();
             search.is_elsewhere(Protocol::Udp, destination.parse().unwrap(), number, other)
         };
         assert!(!is_stale("198.51.100.1", 53)?);
+        assert!(!is_stale("198.51.100.1", 55)?);
         assert!(is_stale("127.0.0.1", 53)?);
         assert!(!is_stale("127.0.0.1", 54)?);
         Ok(())
