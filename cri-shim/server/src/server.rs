@@ -57,8 +57,8 @@ pub(crate) fn run(source: ConfigSource, config: Config) -> Result<()> {
     descriptor_limit::raise();
     // With two worker threads, a task that blocks by mistake does not stop the tasks that are ready to
     // run. The tasks that wait for a socket or a timer can wait for its end nevertheless, because one
-    // of the threads polls them for both. So work that blocks, and long computations, run in separate
-    // threads.
+    // of the threads polls them for both. So work that is known to block or to compute for long runs in
+    // separate threads.
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .max_blocking_threads(MAX_BLOCKING_THREADS)

@@ -425,11 +425,8 @@ fn a_container_can_not_use_the_cgroup_of_another_container() -> Result {
 /// The root directory belongs to the host's root, who is not a user of the user namespace.
 fn a_directory_that_can_not_be_created_is_reported() -> Result {
     let mut bundle = Bundle::new(&["exit", "0"])?;
-    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65536 }]);
     bundle
-        .add("/linux/namespaces", json!({ "type": "user" }))
-        .set("/linux/uidMappings", map.clone())
-        .set("/linux/gidMappings", map)
+        .map_users(65536)
         .add(
             "/mounts",
             json!({ "destination": "/new/directory", "type": "tmpfs", "source": "tmpfs" }),

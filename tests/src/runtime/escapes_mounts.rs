@@ -280,11 +280,7 @@ fn a_link_that_replaces_root_path_during_the_creation_is_not_followed() -> Resul
     for new_user in [false, true] {
         let mut bundle = Bundle::new(&["sleep", "600"])?;
         if new_user {
-            let maps = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
-            bundle
-                .add("/linux/namespaces", json!({ "type": "user" }))
-                .set("/linux/uidMappings", maps.clone())
-                .set("/linux/gidMappings", maps);
+            bundle.map_users(65_536);
         }
         bundle.write_config()?;
         symlink(other.path(), bundle.join("link"))?;
@@ -456,11 +452,7 @@ fn a_read_only_path_that_leads_to_proc_or_sys_uncovers_no_masked_path() -> Resul
     bundle.set("/linux/maskedPaths/0", json!("/sys/fs/cgroup/cgroup.procs"));
     for user_namespace in [false, true] {
         if user_namespace {
-            let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 65_536 }]);
-            bundle
-                .add("/linux/namespaces", json!({ "type": "user" }))
-                .set("/linux/uidMappings", map.clone())
-                .set("/linux/gidMappings", map);
+            bundle.map_users(65_536);
         }
         for paths in [
             json!(["/p", "/s"]),

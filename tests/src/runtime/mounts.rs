@@ -260,17 +260,12 @@ fn a_tmpfs_has_the_configured_options() -> Result {
 
 fn a_tmpfs_with_tmpcopyup_gives_no_program_of_an_unmapped_user_to_root() -> Result {
     let mut bundle = Bundle::new(&[])?;
-    let map = json!([{ "containerID": 0, "hostID": 100_000, "size": 1000 }]);
-    bundle
-        .add("/linux/namespaces", json!({ "type": "user" }))
-        .set("/linux/uidMappings", map.clone())
-        .set("/linux/gidMappings", map)
-        .add(
-            "/mounts",
-            json!({
-                "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"],
-            }),
-        );
+    bundle.map_users(1000).add(
+        "/mounts",
+        json!({
+            "destination": "/data", "type": "tmpfs", "source": "x", "options": ["tmpcopyup"],
+        }),
+    );
     for (name, owner) in [("unmapped", 5), ("mapped", 100_005)] {
         let path = bundle.join("rootfs/data").join(name);
         fs::write(&path, "program")?;

@@ -117,6 +117,14 @@ impl Bundle {
         Ok(bundle)
     }
 
+    /// Gives the container a user namespace that maps `size` ids to the ids from 100,000.
+    pub(crate) fn map_users(&mut self, size: u32) -> &mut Self {
+        let map = json!([{ "containerID": 0, "hostID": 100_000, "size": size }]);
+        self.add("/linux/namespaces", json!({ "type": "user" }))
+            .set("/linux/uidMappings", map.clone())
+            .set("/linux/gidMappings", map)
+    }
+
     /// Returns the name of the container's systemd unit, for a bundle that [`Bundle::in_slice`]
     /// created.
     pub(crate) fn unit(&self) -> String {

@@ -107,6 +107,9 @@ pub(crate) async fn lease(
 /// container, or together with the pod's other containers. The kernel needs memory for each layer of each
 /// mounted image.
 fn check_count(node: &Node, sandbox: &Sandbox, count: usize) -> Result<()> {
+    if count == 0 {
+        return Ok(());
+    }
     let limit = node.config.container_image_volumes.get();
     if count > limit {
         return Err(Error::invalid(format!(
@@ -119,7 +122,7 @@ fn check_count(node: &Node, sandbox: &Sandbox, count: usize) -> Result<()> {
         .map(|other| images_of(&other.config.mounts))
         .sum();
     let limit = node.config.pod_image_volumes.get();
-    if count > 0 && of_others + count > limit {
+    if of_others + count > limit {
         return Err(Error::new(
             Code::ResourceExhausted,
             format!(

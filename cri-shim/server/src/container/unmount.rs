@@ -28,8 +28,8 @@ pub(crate) fn bundle(bundle: &Path) -> Result<()> {
 pub(crate) fn soon(name: &str, directory: PathBuf) {
     let what = format!("{name}: unmount the file systems of the exited container");
     tokio::spawn(async move {
-        if let Err(error) = blocking(what, move || bundle(&directory)).await {
-            log::warn!("{}", Error::sentence(&error));
+        if let Err(error) = blocking(what.clone(), move || bundle(&directory)).await {
+            log::warn!("{what}: {}", Error::sentence(&error));
         }
     });
 }

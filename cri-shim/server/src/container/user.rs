@@ -15,6 +15,7 @@ use super::in_root::InRoot;
 use rrun_calls::error::{During, Error, Result};
 use rrun_calls::lock::lock;
 use rrun_kernel::id::{self, Named};
+use rrun_kernel::procfs::Procfs;
 use rrun_kernel::regular_file::{self, Unfit};
 
 /// The maximum size in bytes of the files passwd and group. A larger file is refused, because a
@@ -59,7 +60,8 @@ impl Accounts {
     pub(crate) fn read<T>(rootfs: &Path, with: impl FnOnce(&Accounts) -> Result<T>) -> Result<T> {
         let root =
             InRoot::open(rootfs).during(|| "open the image's root file system".to_owned())?;
-        let (passwd, group) = (open(&root, PASSWD)?, open(&root, GROUP)?);
+        let procfs = Procfs::open().map_err(|error| unfit_error(PASSWD, &error.into()))?;
+        let (passwd, group) = (open(&procfs, &root, PASSWD)?, open(&procfs, &root, GROUP)?);
         let bytes = passwd.size.saturating_add(group.size);
         let _turn = (bytes > LARGE_FILES_BYTES).then(|| lock(&LARGE_FILES));
         with(&Accounts {
@@ -188,19 +190,15 @@ struct AccountFile {
     size: u64,
 }
 
-fn open(root: &InRoot, path: &'static str) -> Result<AccountFile> {
+fn open(procfs: &Procfs, root: &InRoot, path: &'static str) -> Result<AccountFile> {
     let found = match root.find(path) {
-        Ok(found) => regular_file::reopen(found, OFlags::RDONLY).map(Some),
+        Ok(found) => regular_file::reopen_by(procfs, found, OFlags::RDONLY).map(Some),
         Err(Errno::NOENT | Errno::NOTDIR) => Ok(None),
         Err(errno) => Err(Unfit::Kernel(errno)),
     };
-    let file = found.map_err(|unfit| unfit_error(path, &unfit))?;
-    let size = match &file {
-        Some(file) => file
-            .metadata()
-            .during(|| format!("find the size of {path}"))?
-            .len(),
-        None => 0,
+    let (file, size) = match found.map_err(|unfit| unfit_error(path, &unfit))? {
+        Some((file, stat)) => (Some(file), u64::try_from(stat.st_size).unwrap_or(0)),
+        None => (None, 0),
     };
     Ok(AccountFile { path, file, size })
 }
