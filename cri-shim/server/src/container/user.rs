@@ -60,6 +60,7 @@ impl Accounts {
     pub(crate) fn read<T>(rootfs: &Path, with: impl FnOnce(&Accounts) -> Result<T>) -> Result<T> {
         let root =
             InRoot::open(rootfs).during(|| "open the image's root file system".to_owned())?;
+        // O_DIRECTORY: this is /proc itself.
         let procfs = Procfs::open().map_err(|error| unfit_error(PASSWD, &error.into()))?;
         let (passwd, group) = (open(&procfs, &root, PASSWD)?, open(&procfs, &root, GROUP)?);
         let bytes = passwd.size.saturating_add(group.size);
