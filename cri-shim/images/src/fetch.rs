@@ -1,8 +1,8 @@
 //! Fetches one layer from its origin and unpacks it into its directory.
 //!
 //! A future receives the data from the network, and a separate thread decompresses, hashes and
-//! unpacks the data. A short queue connects the future and the thread. If the disk is slow, the
-//! queue is full and the future stops receiving. The data therefore can't fill the memory.
+//! unpacks the data. A short queue connects the future and the thread. If the queue is full, its
+//! data moves to a file, or the future stops receiving. The data therefore can't fill the memory.
 
 use std::io::{self, Read};
 use std::rc::Rc;
@@ -10,10 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::oneshot;
 
 use crate::archive::ImageArchive;
-use crate::blob_reader::BlobReader;
+use crate::blob_reader::{BlobReader, blob_queue};
 use crate::catalog::{Layer, directory};
 use crate::error::{ImageError, Kind};
 use crate::layer::{self, Bounds, LayerDescriptor, LayerError, LowerLayer, UnpackSummary};
@@ -28,10 +28,6 @@ use crate::source::Source;
 use crate::turns::{Effort, ReaderInTurns, UnpackTurn, UnpackTurns};
 use crate::unpacked_layer::{LayerDirectories, UnpackedLayer};
 use rrun_calls::wait::{blocking, slow};
-
-/// The maximum number of chunks that wait for the unpacking thread. A chunk from the HTTP client
-/// has at most 400 KiB, so one queue contains at most about 3 MiB.
-const CHUNK_QUEUE_LENGTH: usize = 8;
 
 /// The interval at which a fetch that waits for a place checks whether another pull needs its slot.
 const GIVE_WAY_INTERVAL: Duration = Duration::from_millis(500);
@@ -104,34 +100,36 @@ pub(crate) async fn fetch(
     fetched.map_err(|error| error.context(what))
 }
 
-/// Waits for a place. `what` names the layer in the log, for example "layer sha256:…".
-async fn place(queues: &Queues, pull: u64, what: &str, effort: &Arc<Effort>) -> Place {
+/// Waits until `place` is granted. `what` names the layer in the log, for example
+/// "layer sha256:…".
+async fn granted(place: &Place, host: &str, what: &str) {
     let what = format!("{what}: wait until other layers are unpacked");
-    slow(what, queues.places.take(pull, effort)).await
+    slow(what, place.granted(host)).await;
 }
 
-/// Waits for a slot and a place for a layer. Returns `None` if another pull gets the slot during the
-/// wait for a place.
-async fn begin_turn(
-    source: &Source,
-    queues: &Queues,
-    (pull, slot): (u64, &Slot),
-    digest: &str,
-    effort: &Arc<Effort>,
-) -> Option<Place> {
-    slot.begin_turn();
-    if let Some(host) = source.first_host() {
-        slot.at(&host).await;
-    }
-    let what = format!("layer {digest}");
-    let mut place = std::pin::pin!(place(queues, pull, &what, effort));
-    loop {
-        match tokio::time::timeout(GIVE_WAY_INTERVAL, &mut place).await {
-            Ok(place) => return Some(place),
-            Err(_) if slot.gives_way(true) => return None,
-            Err(_) => {}
+/// Waits for the slot and the place of a layer. If `slot` is `None`, waits only for the place.
+/// Returns false if another pull gets the slot during the wait for the place.
+async fn begin_turn(source: &Source, (slot, place): (Option<&Slot>, &Place), digest: &str) -> bool {
+    let host = source.first_host();
+    if let Some(slot) = slot {
+        slot.begin_turn();
+        if let Some(host) = &host {
+            slot.at(host).await;
         }
     }
+    let what = format!("layer {digest}");
+    let host = host.unwrap_or_default();
+    let mut granted = std::pin::pin!(granted(place, &host, &what));
+    while tokio::time::timeout(GIVE_WAY_INTERVAL, &mut granted)
+        .await
+        .is_err()
+    {
+        if slot.is_some_and(|slot| slot.gives_way(true)) {
+            place.leave();
+            return false;
+        }
+    }
+    true
 }
 
 async fn extract(
@@ -141,23 +139,38 @@ async fn extract(
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, ImageError> {
-    let LayerDescriptor { digest, size, .. } = request.descriptor.clone();
-    let reader = archive.blob(&digest)?;
+    let LayerDescriptor { digest, size, .. } = &request.descriptor;
     let what = format!("layer {digest}");
     let effort = Arc::default();
-    let _place = place(queues, pull, &what, &effort).await;
-    let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
-    let unpacked = on_a_thread(move |is_abandoned| {
-        let turn = Rc::new(UnpackTurn::new(&turns, what, &effort));
-        let in_turns = ReaderInTurns {
-            reader,
-            turn: Rc::clone(&turn),
-        };
-        receive(in_turns, &turn, is_abandoned, &request, &directories)
-    })?;
-    let fetched = unpacked.await.unwrap_or_else(|_| Err(ended_early()))?;
-    progress(size);
-    Ok(fetched)
+    loop {
+        let reader = archive.blob(digest)?;
+        let place = queues.places.place(pull, &effort);
+        granted(&place, "", &what).await;
+        let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
+        let (for_thread, effort_of_thread) = (request.clone(), Arc::clone(&effort));
+        let name = what.clone();
+        let unpacked = on_a_thread(move |is_abandoned| {
+            let turn = Rc::new(UnpackTurn::new(&turns, name, &effort_of_thread));
+            let in_turns = ReaderInTurns {
+                reader,
+                turn: Rc::clone(&turn),
+            };
+            receive(in_turns, &turn, is_abandoned, &for_thread, &directories)
+        })?;
+        match unpacked.await.unwrap_or_else(|_| Err(ended_early())) {
+            Err(_) if effort.is_preempted() => log_preemption(&what),
+            unpacked => {
+                let unpacked = unpacked?;
+                progress(*size);
+                return Ok(unpacked);
+            }
+        }
+    }
+}
+
+/// Logs that a layer is unpacked again later.
+fn log_preemption(what: &str) {
+    log::info!("{what}: stop to unpack it, because other layers wait; it is unpacked again later");
 }
 
 async fn download(
@@ -177,9 +190,11 @@ async fn download(
     let farthest = AtomicU64::new(0);
     let effort = Arc::default();
     let mut restarted = false;
+    let mut all_is_kept = false;
     loop {
-        let begun = begin_turn(source, queues, (pull, &slot), digest, &effort);
-        let Some(_place) = begun.await else { continue };
+        let place = queues.places.place(pull, &effort);
+        let needed = (!all_is_kept).then_some(&*slot);
+        while !begin_turn(source, (needed, &place), digest).await {}
         let before = farthest.load(Ordering::Relaxed);
         let at = AtomicU64::new(0);
         let progress = |bytes: u64| {
@@ -189,19 +204,18 @@ async fn download(
                 progress(now - before);
             }
         };
-        let (had, error) = match attempt(
-            (source, &kept),
-            request,
-            (&slot, &effort),
-            &watch,
-            queues,
-            progress,
-        )
-        .await
-        {
+        let (from, ours) = ((source, &kept), (&slot, &effort));
+        let made = attempt(from, request, ours, &watch, queues, progress).await;
+        let (had, error) = match made {
             Ok(layer) => return Ok(layer),
             Err(failure) => failure,
         };
+        all_is_kept = false;
+        if effort.is_preempted() {
+            log_preemption(&format!("layer {digest}"));
+            all_is_kept = kept.is_whole().await;
+            continue;
+        }
         if slot.gave_way() && error.kind() == Kind::Unavailable {
             slot.end_turn(farthest.load(Ordering::Relaxed) - before);
             log::info!("layer {digest}: {error}; the fetch continues later");
@@ -229,7 +243,7 @@ async fn attempt(
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, (u64, ImageError)> {
     let descriptor = &request.descriptor;
-    let (to_thread, chunks) = mpsc::channel(CHUNK_QUEUE_LENGTH);
+    let (to_thread, chunks) = blob_queue();
     let (send_had, had) = oneshot::channel();
     let (for_thread, kept) = (request.clone(), kept.clone());
     let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
@@ -241,11 +255,8 @@ async fn attempt(
         let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
         let _ = send_had.send(blob.replay);
         let result = receive(&mut blob, &turn, is_abandoned, &for_thread, &directories);
-        blob.end(
-            result.as_ref().err(),
-            *size,
-            gave_way.load(Ordering::Relaxed),
-        );
+        let gave_way = gave_way.load(Ordering::Relaxed);
+        blob.end(result.as_ref().err(), *size, gave_way, is_abandoned());
         result
     });
     let unpacked = unpacked.map_err(|error| (0, error))?;
@@ -309,15 +320,8 @@ fn on_a_thread(
     Ok(unpacked)
 }
 
-/// The error of a layer whose unpacking was ended.
-fn ended_for_others() -> LayerError {
-    LayerError::Bound(
-        "unpacking the layer was ended: other layers wait to be unpacked, and this layer needs the most processing time for its size".to_owned(),
-    )
-}
-
 /// Unpacks a layer. The thread keeps `turn` for at most its time slice, and stops soon after
-/// `is_abandoned` returns true or the layer must give its place to other layers.
+/// `is_abandoned` returns true or the layer was preempted.
 fn receive(
     compressed: impl Read,
     turn: &UnpackTurn,
@@ -327,7 +331,7 @@ fn receive(
 ) -> Result<UnpackedLayer, LayerError> {
     let go_on = || {
         turn.take();
-        if is_abandoned() || turn.effort().is_ended() {
+        if is_abandoned() || turn.effort().is_preempted() {
             Err(abandoned())
         } else {
             Ok(())
@@ -339,10 +343,7 @@ fn receive(
         } = request;
         layer::unpack(compressed, into, descriptor, bounds, &go_on).map(Some)
     });
-    match made {
-        Err(_) if turn.effort().is_ended() => Err(ended_for_others()),
-        made => made?.ok_or_else(ended_early),
-    }
+    made?.ok_or_else(ended_early)
 }
 
 /// Creates an image's directory layer, if the image needs one. A directory layer sets the owner and
@@ -369,33 +370,37 @@ pub(crate) async fn make_directory_layer(
     let what = "set the owner and mode of directories that the image's layers do not list";
     let whole = format!("pull {pull_name}: {what}");
     let effort = Arc::default();
-    let place = place(queues, pull, &whole, &effort).await;
-    let turn = UnpackTurn::new(&queues.turns, whole.clone(), &effort);
-    let directories = Arc::clone(&queues.directories);
-    let waits = Arc::new(());
-    let waiter = Arc::downgrade(&waits);
-    let made = blocking(whole, move || {
-        let _place = place;
-        let go_on = || {
-            turn.take();
-            if turn.effort().is_ended() {
-                return Err(ended_for_others());
-            }
-            match waiter.strong_count() {
-                0 => Err(LayerError::Stream(abandoned())),
-                _ => Ok(()),
-            }
-        };
-        directories.make(|into| {
-            let (inodes, bytes) = layer::make_directory_layer(&layers, into, go_on)?;
-            Ok((inodes > 0).then(|| UnpackSummary {
-                bytes,
-                inodes,
-                ..UnpackSummary::default()
-            }))
-        })
-    });
-    let made = made.await;
-    drop(waits);
-    made.map_err(|error| ImageError::from(error).context(what))
+    loop {
+        let place = queues.places.place(pull, &effort);
+        granted(&place, "", &whole).await;
+        let turn = UnpackTurn::new(&queues.turns, whole.clone(), &effort);
+        let (directories, layers) = (Arc::clone(&queues.directories), layers.clone());
+        let waits = Arc::new(());
+        let waiter = Arc::downgrade(&waits);
+        let made = blocking(whole.clone(), move || {
+            let _place = place;
+            let go_on = || {
+                turn.take();
+                match waiter.strong_count() {
+                    0 => Err(LayerError::Stream(abandoned())),
+                    _ if turn.effort().is_preempted() => Err(LayerError::Stream(abandoned())),
+                    _ => Ok(()),
+                }
+            };
+            directories.make(|into| {
+                let (inodes, bytes) = layer::make_directory_layer(&layers, into, go_on)?;
+                Ok((inodes > 0).then(|| UnpackSummary {
+                    bytes,
+                    inodes,
+                    ..UnpackSummary::default()
+                }))
+            })
+        });
+        let made = made.await;
+        drop(waits);
+        match made {
+            Err(_) if effort.is_preempted() => log_preemption(&whole),
+            made => return made.map_err(|error| ImageError::from(error).context(what)),
+        }
+    }
 }

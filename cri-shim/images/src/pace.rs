@@ -9,8 +9,8 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::mpsc;
 
+use crate::blob_reader::BlobSender;
 use crate::error::{ImageError, Kind};
 use crate::failure::RequestFailure;
 use crate::limits::MinRate;
@@ -96,13 +96,13 @@ impl RateWatch {
     /// decompress to gigabytes, so the thread can need hours for the chunks in its queue.
     pub(crate) async fn pass_on(
         &self,
-        to: &mpsc::Sender<Bytes>,
+        to: &BlobSender,
         chunk: Bytes,
     ) -> Result<bool, RequestFailure> {
         let mut sent = pin!(to.send(chunk));
         loop {
             match tokio::time::timeout(CHECK_INTERVAL, &mut sent).await {
-                Ok(sent) => return Ok(sent.is_ok()),
+                Ok(sent) => return Ok(sent),
                 Err(_) => self.check(Phase::Body)?,
             }
         }

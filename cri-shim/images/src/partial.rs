@@ -17,6 +17,7 @@ use rustix::fs::{FlockOperation, flock};
 
 use crate::layer::{LayerDescriptor, digest_of};
 use crate::partial_budget::{PartialBudget, Reservation};
+use rrun_calls::wait::blocking;
 
 /// The minimum size of a blob whose beginning is kept for a later pull. Fetching a smaller blob
 /// again costs less than keeping its beginning.
@@ -40,6 +41,8 @@ pub(crate) struct Partial {
     file: File,
     path: PathBuf,
     length: u64,
+    /// The size of the whole blob in bytes.
+    size: u64,
     room: Reservation,
     /// True if there was no room for more bytes. The file contains the bytes before.
     full: bool,
@@ -77,6 +80,14 @@ impl PartialName {
             size: layer.size,
             budget: Arc::clone(budget),
         }
+    }
+
+    /// Returns whether the file contains all bytes of the blob.
+    pub(crate) async fn is_whole(&self) -> bool {
+        let (path, size) = (self.path.clone(), self.size);
+        let what = format!("read the size of {}", path.display());
+        let is_whole = move || std::fs::symlink_metadata(path).is_ok_and(|file| file.len() == size);
+        blocking(what, is_whole).await
     }
 
     /// Removes the file.
@@ -127,6 +138,7 @@ impl Partial {
             file,
             path,
             length,
+            size,
             room,
             full: false,
         })
@@ -144,24 +156,29 @@ impl Partial {
         }
     }
 
-    /// Adds bytes to the file, if there is room for them. Without room, the file does not change
-    /// any more.
-    pub(crate) fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
+    /// Adds bytes to the file, if there is room for them. Returns whether the file contains the
+    /// bytes. Without room, or after an error, the file does not change any more.
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> io::Result<bool> {
         let length = self.length + bytes.len() as u64;
-        if self.full {
-            return Ok(());
+        if self.full || length > self.size {
+            self.full = true;
+            return Ok(false);
         }
         if !self.room.grow(length) {
             self.full = true;
             log_no_room(&self.path);
-            return Ok(());
+            return Ok(false);
         }
-        self.file.write_all_at(bytes, self.length)?;
+        if let Err(error) = self.file.write_all_at(bytes, self.length) {
+            self.full = true;
+            return Err(error);
+        }
         self.length = length;
-        Ok(())
+        Ok(true)
     }
 
-    pub(crate) fn remove(self) {
+    /// Removes the name of the file. The bytes in the file can still be read.
+    pub(crate) fn remove(&self) {
         if let Err(error) = remove(&self.path) {
             log::warn!(
                 "cannot remove the partial blob {}: {error}",
@@ -289,7 +306,7 @@ mod tests {
         let other = other.ok_or(io::ErrorKind::Other)?;
         assert_eq!(other.length(), 0);
         other.remove();
-        drop(first);
+        drop((other, first));
         let again = Partial::open(&name).ok_or(io::ErrorKind::Other)?;
         assert_eq!(again.length(), 3);
         again.file.set_len(MIN_KEPT_BYTES + 1)?;

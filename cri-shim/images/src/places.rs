@@ -6,9 +6,9 @@
 //! The layers of a hostile image can be tiny blobs that need hours to be unpacked. Such layers
 //! could occupy all places. A layer that has been processed for [`QUICK_TIME`] therefore leaves the
 //! normal places, and only counts towards the limit for all layers. If a pull without a place waits
-//! at this limit, the layer with the most processing time for its size is ended.
+//! at this limit, a layer with more processing time is preempted: it gives its place to the pull,
+//! waits for another place, and is unpacked again from its beginning.
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -27,12 +27,18 @@ const FIRST_FACTOR: usize = 2;
 /// The limit for all layers, as a multiple of the limit of normal places.
 const ALL_FACTOR: usize = 3;
 
+/// A layer can be preempted after it has been processed as long as in all its earlier turns
+/// together, but at least for [`QUICK_TIME`] and at most for this time. A layer that was preempted
+/// several times is therefore unpacked in the end, and a new pull does not wait long for layers
+/// that need hours.
+const LONG_TURN: Duration = Duration::from_secs(64);
+
 /// The interval at which a waiting layer looks for layers that no longer need a normal place.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// The minimum time between two layers that are ended. Within this time, the thread of an ended
-/// layer stops, unless its disk hangs.
-const END_INTERVAL: Duration = Duration::from_secs(1);
+/// The minimum time between two preemptions. Within this time, the thread of a preempted layer
+/// stops, unless its disk hangs.
+const PREEMPTION_INTERVAL: Duration = Duration::from_secs(1);
 
 pub(crate) struct Places {
     /// The number of normal places for layers of pulls that already have a place.
@@ -43,24 +49,18 @@ pub(crate) struct Places {
 #[derive(Default)]
 struct PlaceTable {
     next: u64,
-    holders: Vec<TakenPlace>,
-    /// The layers that wait for a place. The layer that has waited longest is first.
-    waiters: VecDeque<PlaceRequest>,
-    /// The time at which a layer was last ended.
-    ended: Option<Instant>,
+    holders: Vec<Claim>,
+    waiters: Vec<(Claim, oneshot::Sender<()>)>,
+    preempted: Option<Instant>,
 }
 
-struct TakenPlace {
+/// One layer that has a place or waits for a place.
+struct Claim {
     id: u64,
     pull: u64,
+    /// The host from which the layer is fetched. The host is empty if the layer is in an archive.
+    host: String,
     effort: Arc<Effort>,
-}
-
-struct PlaceRequest {
-    id: u64,
-    pull: u64,
-    effort: Arc<Effort>,
-    granted: oneshot::Sender<()>,
 }
 
 impl Places {
@@ -71,108 +71,147 @@ impl Places {
         })
     }
 
-    /// Waits for a place for one layer of the pull `pull`.
-    pub(crate) async fn take(self: &Arc<Self>, pull: u64, effort: &Arc<Effort>) -> Place {
-        let (granted, mut answer) = oneshot::channel();
-        let place = {
-            let mut state = lock(&self.state);
-            state.next += 1;
-            let id = state.next;
-            state.waiters.push_back(PlaceRequest {
-                id,
-                pull,
-                effort: Arc::clone(effort),
-                granted,
-            });
-            self.grant(&mut state);
-            Place {
-                places: Arc::clone(self),
-                id,
+    /// Returns a place for one turn of a layer of the pull `pull`. The place is not granted yet.
+    pub(crate) fn place(self: &Arc<Self>, pull: u64, effort: &Arc<Effort>) -> Place {
+        effort.begin_turn();
+        let mut state = lock(&self.state);
+        state.next += 1;
+        Place {
+            places: Arc::clone(self),
+            id: state.next,
+            pull,
+            effort: Arc::clone(effort),
+        }
+    }
+
+    /// Grants the free places to waiting layers. Each place is granted to a layer of the pull with
+    /// the fewest places. Among these layers, the layer that has waited longest goes first, but
+    /// layers that have had little processing time go before some layers that have had much.
+    fn grant(&self, state: &mut PlaceTable) {
+        state.waiters.retain(|(_, granted)| !granted.is_closed());
+        loop {
+            let of_pull = |pull| state.holders.iter().filter(|h| h.pull == pull).count();
+            let order = |claim: &Claim| {
+                let position = claim.id + claim.effort.later_threads();
+                (of_pull(claim.pull), position, claim.id)
+            };
+            let waiters = state.waiters.iter().enumerate();
+            let next = waiters.min_by_key(|(_, (claim, _))| order(claim));
+            let Some((at, (claim, _))) = next else { return };
+            let places = of_pull(claim.pull);
+            let limit = match places {
+                0 => self.normal.saturating_mul(FIRST_FACTOR),
+                _ => self.normal,
+            };
+            let quick = state.holders.iter().filter(|h| h.is_quick()).count();
+            if claim.is_quick() && quick >= limit {
+                return;
             }
-        };
+            if state.holders.len() >= self.normal.saturating_mul(ALL_FACTOR) {
+                let processed = claim.effort.processed();
+                if places == 0 {
+                    preempt_one(state, processed, Instant::now());
+                }
+                return;
+            }
+            let (claim, granted) = state.waiters.remove(at);
+            if granted.send(()).is_ok() {
+                state.holders.push(claim);
+            }
+        }
+    }
+}
+
+impl Claim {
+    fn is_quick(&self) -> bool {
+        self.effort.processed() < QUICK_TIME
+    }
+
+    /// Returns whether this layer can be preempted for a layer that has been processed for
+    /// `processed`.
+    fn has_had_its_turn(&self, processed: Duration) -> bool {
+        let (turn, all) = (self.effort.turn(), self.effort.processed());
+        all > processed && turn >= (all - turn).clamp(QUICK_TIME, LONG_TURN)
+    }
+}
+
+/// Preempts one layer for a layer that has been processed for `processed`. The preempted layer
+/// belongs to the host with the most places, and to the pull with the most places among the pulls
+/// from such hosts. The layer of an ordinary image is therefore rarely preempted if a few hosts or
+/// pulls have many layers that need a long time. Among several such layers, the layer with the most
+/// processing time is preempted. The size of a layer does not matter, because the author of a layer
+/// can choose it.
+fn preempt_one(state: &mut PlaceTable, processed: Duration, now: Instant) {
+    let recently = |at| now.saturating_duration_since(at) < PREEMPTION_INTERVAL;
+    if state.preempted.is_some_and(recently) {
+        return;
+    }
+    let places = |matches: &dyn Fn(&Claim) -> bool| {
+        let slow = state.holders.iter().filter(|h| !h.is_quick());
+        slow.filter(|holder| matches(holder)).count()
+    };
+    let chosen = state
+        .holders
+        .iter()
+        .filter(|holder| !holder.effort.is_preempted() && holder.has_had_its_turn(processed))
+        .max_by_key(|holder| {
+            let of_host = places(&|other| other.host == holder.host);
+            let of_pull = places(&|other| other.pull == holder.pull);
+            (of_host, of_pull, holder.effort.processed())
+        });
+    if let Some(chosen) = chosen {
+        chosen.effort.preempt();
+        state.preempted = Some(now);
+    }
+}
+
+/// The place of one layer for one turn. Dropping this value releases the place.
+pub(crate) struct Place {
+    places: Arc<Places>,
+    id: u64,
+    pull: u64,
+    effort: Arc<Effort>,
+}
+
+impl Place {
+    /// Waits until the place is granted. `host` is the host from which the layer is fetched, or
+    /// empty if the layer is in an archive. A wait that was ended by [`Place::leave`] can begin
+    /// again. The layer then has the same position in the queue as before.
+    pub(crate) async fn granted(&self, host: &str) {
+        let (granted, mut answer) = oneshot::channel();
+        {
+            let mut state = lock(&self.places.state);
+            let claim = Claim {
+                id: self.id,
+                pull: self.pull,
+                host: host.to_owned(),
+                effort: Arc::clone(&self.effort),
+            };
+            state.waiters.push((claim, granted));
+            self.places.grant(&mut state);
+        }
         // The queue contains the sender until the place is granted. Receiving therefore can't fail
         // earlier.
         while tokio::time::timeout(CHECK_INTERVAL, &mut answer)
             .await
             .is_err()
         {
-            self.grant(&mut lock(&self.state));
-        }
-        place
-    }
-
-    /// Grants the free places to waiting layers. Each place is granted to a layer of the pull with
-    /// the fewest places.
-    fn grant(&self, state: &mut PlaceTable) {
-        state.waiters.retain(|waiter| !waiter.granted.is_closed());
-        loop {
-            let of_pull = |pull| state.holders.iter().filter(|h| h.pull == pull).count();
-            let waiters = state.waiters.iter().enumerate();
-            let next = waiters
-                .map(|(at, waiter)| (at, of_pull(waiter.pull)))
-                .min_by_key(|(_, places)| *places);
-            let Some((at, places)) = next else { return };
-            let limit = match places {
-                0 => self.normal.saturating_mul(FIRST_FACTOR),
-                _ => self.normal,
-            };
-            let quick = state.holders.iter().filter(|h| h.is_quick()).count();
-            if quick >= limit {
-                return;
-            }
-            if state.holders.len() >= self.normal.saturating_mul(ALL_FACTOR) {
-                if places == 0 {
-                    end_one(state, Instant::now());
-                }
-                return;
-            }
-            let Some(waiter) = state.waiters.remove(at) else {
-                return;
-            };
-            if waiter.granted.send(()).is_ok() {
-                state.holders.push(TakenPlace {
-                    id: waiter.id,
-                    pull: waiter.pull,
-                    effort: waiter.effort,
-                });
-            }
+            self.places.grant(&mut lock(&self.places.state));
         }
     }
-}
 
-impl TakenPlace {
-    fn is_quick(&self) -> bool {
-        self.effort.processed() < QUICK_TIME
+    /// Releases the place, or leaves the queue.
+    pub(crate) fn leave(&self) {
+        let mut state = lock(&self.places.state);
+        state.waiters.retain(|(waiter, _)| waiter.id != self.id);
+        state.holders.retain(|holder| holder.id != self.id);
+        self.places.grant(&mut state);
     }
-}
-
-/// Ends the unpacking of the layer that needs the most processing time for its size. An ordinary
-/// layer needs little time for each of its bytes, even if it is large.
-fn end_one(state: &mut PlaceTable, now: Instant) {
-    let recently = |ended| now.saturating_duration_since(ended) < END_INTERVAL;
-    if state.ended.is_some_and(recently) {
-        return;
-    }
-    let slow = state.holders.iter().filter(|h| !h.is_quick());
-    let running = slow.filter(|h| !h.effort.is_ended());
-    if let Some(worst) = running.max_by_key(|h| h.effort.per_mebibyte()) {
-        worst.effort.end();
-        state.ended = Some(now);
-    }
-}
-
-/// The place of one layer, which may still wait for the grant. Dropping this value releases the place.
-pub(crate) struct Place {
-    places: Arc<Places>,
-    id: u64,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut state = lock(&self.places.state);
-        state.waiters.retain(|waiter| waiter.id != self.id);
-        state.holders.retain(|holder| holder.id != self.id);
-        self.places.grant(&mut state);
+        self.leave();
     }
 }
 
@@ -184,7 +223,7 @@ mod tests {
 
     /// Returns a place, if it is granted immediately.
     fn take(places: &Arc<Places>, pull: u64) -> Option<Place> {
-        places.take(pull, &Arc::default()).now_or_never()
+        take_later(places, pull).now_or_never()
     }
 
     #[tokio::test]
@@ -198,9 +237,8 @@ mod tests {
         assert!(take(&places, 2).is_none());
         assert!(take(&places, 9).is_none(), "the places have no limit");
         drop(others);
-        let effort = Arc::default();
-        let mut same = Box::pin(places.take(1, &effort));
-        let mut other = Box::pin(places.take(2, &effort));
+        let mut same = Box::pin(take_later(&places, 1));
+        let mut other = Box::pin(take_later(&places, 2));
         assert!((&mut same).now_or_never().is_none());
         let other = (&mut other).now_or_never();
         assert!(other.is_some());
@@ -212,9 +250,8 @@ mod tests {
     async fn a_free_place_is_given_to_the_pull_with_the_fewest_places() {
         let places = Places::new(3);
         let mut held: Vec<_> = [1, 1, 2].map(|pull| take(&places, pull)).into();
-        let effort = Arc::default();
-        let mut of_first = Box::pin(places.take(1, &effort));
-        let mut of_second = Box::pin(places.take(2, &effort));
+        let mut of_first = Box::pin(take_later(&places, 1));
+        let mut of_second = Box::pin(take_later(&places, 2));
         assert!((&mut of_first).now_or_never().is_none());
         assert!((&mut of_second).now_or_never().is_none());
         held.remove(0);
@@ -229,46 +266,122 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_layer_that_leaves_the_queue_keeps_its_position() {
+        let places = Places::new(1);
+        let held = [1, 2].map(|pull| take(&places, pull));
+        assert!(held.iter().all(Option::is_some));
+        let first = places.place(3, &Arc::default());
+        let mut second = Box::pin(take_later(&places, 4));
+        assert!((&mut second).now_or_never().is_none());
+        assert!(first.granted("registry").now_or_never().is_none());
+        first.leave();
+        let mut granted = Box::pin(first.granted("registry"));
+        assert!((&mut granted).now_or_never().is_none());
+        drop(held);
+        assert!(granted.now_or_never().is_some());
+        let second = second.now_or_never();
+        assert!(second.is_some());
+        let mut third = Box::pin(take_later(&places, 5));
+        assert!((&mut third).now_or_never().is_none());
+        first.leave();
+        assert!(third.now_or_never().is_some());
+    }
+
+    #[tokio::test]
     async fn a_layer_that_needs_a_long_time_gives_up_its_place() {
         let places = Places::new(2);
         let mut held = Vec::new();
         let efforts: Vec<Arc<Effort>> = (0..6).map(|_| Arc::default()).collect();
         for (pull, effort) in (0..).zip(&efforts) {
-            held.push(places.take(pull, effort).now_or_never());
+            // The layer with the most processing time is from another host.
+            let host = if pull == 5 { "another" } else { "registry" };
+            held.push(take_for(&places, (pull, host), effort).now_or_never());
             effort.add(QUICK_TIME + Duration::from_millis(pull));
         }
         assert!(
             held.iter().all(Option::is_some),
             "a layer waited for layers that need much processing time"
         );
-        // The layer with the most processing time is large.
-        efforts[5].add_read(64 << 20);
-        let same = Arc::default();
-        let mut same = Box::pin(places.take(1, &same));
+        let mut same = Box::pin(take_later(&places, 1));
         assert!((&mut same).now_or_never().is_none());
-        let ended = || efforts.iter().map(|effort| effort.is_ended());
-        assert!(!ended().any(|ended| ended));
+        let preempted = || efforts.iter().map(|effort| effort.is_preempted());
+        assert!(!preempted().any(|preempted| preempted));
         let mut first = Box::pin(take_later(&places, 9));
         assert!((&mut first).now_or_never().is_none());
         let expected = [false, false, false, false, true, false];
-        assert!(ended().eq(expected), "{:?}", ended().collect::<Vec<_>>());
-        // No further layer is ended immediately.
+        let shown = || preempted().collect::<Vec<_>>();
+        assert_eq!(shown(), expected);
+        // No further layer is preempted immediately.
         let mut second = Box::pin(take_later(&places, 10));
         assert!((&mut second).now_or_never().is_none());
-        assert!(ended().eq(expected), "{:?}", ended().collect::<Vec<_>>());
+        assert_eq!(shown(), expected);
         held.remove(4);
         assert!((&mut first).now_or_never().is_some());
     }
 
+    /// Returns whether one of `holders` is preempted for a new layer that has been processed for
+    /// `processed`.
+    fn preempts(holders: &[&Arc<Effort>], processed: Duration) -> bool {
+        let holders = holders.iter().zip(0..).map(|(effort, id)| Claim {
+            id,
+            pull: id,
+            host: String::new(),
+            effort: Arc::clone(effort),
+        });
+        let mut state = PlaceTable {
+            holders: holders.collect(),
+            ..PlaceTable::default()
+        };
+        preempt_one(&mut state, processed, Instant::now());
+        state.preempted.is_some()
+    }
+
+    #[test]
+    fn each_turn_of_a_preempted_layer_is_twice_as_long() {
+        let effort = Arc::<Effort>::default();
+        let mut turns = Vec::new();
+        for _ in 0..9 {
+            effort.begin_turn();
+            while !preempts(&[&effort], Duration::ZERO) {
+                effort.add(Duration::from_secs(1));
+            }
+            turns.push(effort.turn().as_secs());
+        }
+        assert_eq!(turns, [2, 2, 4, 8, 16, 32, 64, 64, 64]);
+    }
+
+    #[test]
+    fn a_layer_is_preempted_only_for_layers_with_less_processing_time() {
+        let [little, much] = [3, 300].map(|seconds| {
+            let effort = Arc::<Effort>::default();
+            effort.add(Duration::from_secs(seconds));
+            effort
+        });
+        assert!(!preempts(&[&little], much.processed()));
+        assert!(!preempts(&[&much], much.processed()));
+        assert!(preempts(&[&little, &much], little.processed()));
+        assert!(much.is_preempted() && !little.is_preempted());
+    }
+
     async fn take_later(places: &Arc<Places>, pull: u64) -> Place {
-        places.take(pull, &Arc::default()).await
+        take_for(places, (pull, "registry"), &Arc::default()).await
+    }
+
+    async fn take_for(
+        places: &Arc<Places>,
+        (pull, host): (u64, &str),
+        effort: &Arc<Effort>,
+    ) -> Place {
+        let place = places.place(pull, effort);
+        place.granted(host).await;
+        place
     }
 
     #[tokio::test]
     async fn a_waiting_layer_gets_the_place_of_a_layer_that_needs_a_long_time() {
         let places = Places::new(1);
         let effort = Arc::default();
-        let _long = places.take(1, &effort).await;
+        let _long = take_for(&places, (1, "registry"), &effort).await;
         let mut waits = Box::pin(take_later(&places, 1));
         assert!((&mut waits).now_or_never().is_none());
         effort.add(QUICK_TIME);

@@ -4,12 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::Bytes;
 use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
-use tokio::sync::mpsc;
 
 use crate::auth::Auth;
+use crate::blob_reader::BlobSender;
 use crate::documents::{DOCUMENT_BYTES, DocumentShare, DocumentText};
 use crate::error::{ImageError, Kind};
 use crate::failure::RequestFailure;
@@ -154,7 +153,7 @@ impl Source {
         digest: &str,
         size: u64,
         mut offset: u64,
-        to: &mpsc::Sender<Bytes>,
+        to: &BlobSender,
         watch: &Arc<RateWatch>,
         progress: impl Fn(u64),
     ) -> Result<(), ImageError> {
@@ -182,7 +181,7 @@ impl Source {
         digest: &str,
         size: u64,
         offset: u64,
-        to: &mpsc::Sender<Bytes>,
+        to: &BlobSender,
         watch: &Arc<RateWatch>,
         progress: &impl Fn(u64),
     ) -> Result<(), (ImageError, u64)> {

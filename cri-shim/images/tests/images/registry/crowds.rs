@@ -8,7 +8,9 @@ use serde_json::json;
 use tokio::task::JoinHandle;
 
 use super::simple;
-use crate::build::{Compression, Failure, Image, bombs, image};
+use rrun_images::ImageSettings;
+
+use crate::build::{Archive, Compression, Failure, Image, bombs, image};
 use crate::node::Node;
 use crate::server::{Answer, Request, Server};
 use crate::trial;
@@ -29,6 +31,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         trial(
             "a_small_image_is_pulled_beside_layers_from_many_ports_that_need_hours_to_be_unpacked",
             long_layers,
+        ),
+        trial(
+            "a_layer_that_gives_up_its_place_for_other_layers_is_unpacked_later",
+            preempted_layer,
         ),
     ]
 }
@@ -124,4 +130,33 @@ async fn long_layers() -> Result<(), Failure> {
     let node = Node::new()?;
     let hostile = begin(&node, &servers, "long").await;
     pulls_a_small_image(&node, hostile).await
+}
+
+/// An ordinary layer needs the most processing time for its size, and the hostile layers need all
+/// places. The ordinary layer is unpacked nevertheless.
+async fn preempted_layer() -> Result<(), Failure> {
+    let mut servers = Vec::new();
+    for number in 0..8 {
+        let built = bombs(&format!("bomb-{number}"), 1);
+        servers.push(Server::start(&[("long", &built)], |_| None)?);
+    }
+    let node = Node::with(ImageSettings {
+        parallel_layers: 1,
+        parallel_unpacks: 1,
+        ..ImageSettings::default()
+    })?;
+    let files = (0..8000).fold(Archive::new(), |archive, number| {
+        archive.file(&format!("file-{number}"), "")
+    });
+    let built = image(&[(files.end(), Compression::Gzip)], json!({}));
+    let server = Server::start(&[("files", &built)], |_| None)?;
+    let reference = format!("{}/files:1", server.host());
+    let hostile = begin(&node, &servers, "long").await;
+    let pulled = node.images.pull(&reference, None);
+    tokio::time::timeout(DEADLINE, pulled).await??;
+    assert!(hostile.iter().all(|pull| !pull.is_finished()));
+    for pull in hostile {
+        pull.abort();
+    }
+    Ok(())
 }
