@@ -10,7 +10,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::FsWord;
+use rustix::fs::{FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
 pub use kill::{Survivors, kill};
@@ -34,11 +34,37 @@ pub fn is_cgroup(directory: impl AsFd) -> Result<bool, Errno> {
     Ok(rustix::fs::fstatfs(directory)?.f_type == CGROUP2_SUPER_MAGIC)
 }
 
+/// The flags for opening an interface file without waiting. A process of a container can hold a
+/// lease on a file of its own cgroup (F_SETLEASE in fcntl(2)). Without O_NONBLOCK, open(2) waits
+/// until the kernel breaks the lease, usually for 45 s (lease-break-time in proc_sys_fs(5)). With
+/// O_NONBLOCK, open(2) fails with EAGAIN, and the kernel breaks the lease at the same time.
+const WITHOUT_WAITING: OFlags = OFlags::CLOEXEC.union(OFlags::NONBLOCK);
+
+/// Opens an interface file of a cgroup to read it.
+///
+/// # Errors
+/// EAGAIN means that a process holds a lease on the file.
+pub fn open_file(path: &Path) -> io::Result<File> {
+    let file = rustix::fs::open(path, OFlags::RDONLY | WITHOUT_WAITING, Mode::empty())?;
+    Ok(File::from(file))
+}
+
+/// Returns the text of an interface file.
+///
+/// # Errors
+/// EAGAIN means that a process holds a lease on the file.
+pub fn read_file(path: &Path) -> io::Result<String> {
+    io::read_to_string(open_file(path)?)
+}
+
 /// Returns whether the cgroup or any cgroup below it contains a process. Returns false if the
 /// cgroup does not exist.
 pub fn is_populated(cgroup: &Path) -> bool {
-    let events = std::fs::read_to_string(cgroup.join("cgroup.events"));
-    events.is_ok_and(|events| keyed(&events, "populated") == Some(1))
+    match read_file(&cgroup.join("cgroup.events")) {
+        Ok(events) => keyed(&events, "populated") == Some(1),
+        // Only a process of the container can hold a lease on the file.
+        Err(error) => error.kind() == io::ErrorKind::WouldBlock,
+    }
 }
 
 /// Removes the cgroup and all cgroups below it. These cgroups must not contain any processes.
@@ -75,7 +101,7 @@ pub fn keyed(text: &str, key: &str) -> Option<u64> {
 
 /// Returns the controllers that are available in the cgroup but not enabled for its children.
 pub fn missing_below(cgroup: &Path) -> Vec<String> {
-    let read = |file: &str| std::fs::read_to_string(cgroup.join(file)).unwrap_or_default();
+    let read = |file: &str| read_file(&cgroup.join(file)).unwrap_or_default();
     let enabled = read("cgroup.subtree_control");
     let is_enabled = |name: &str| enabled.split_ascii_whitespace().any(|known| known == name);
     read("cgroup.controllers")
@@ -93,7 +119,7 @@ pub fn enable_below(cgroup: &Path, controller: &str) -> Result<(), Errno> {
 /// Limits the number of cgroups below `cgroup` to `most` (cgroup-v2.rst, `cgroup.max.descendants`).
 /// Does nothing if the cgroup does not exist, or if it already has child cgroups.
 pub fn limit_descendants(cgroup: &Path, most: usize) -> Result<(), Errno> {
-    match std::fs::read_to_string(cgroup.join("cgroup.stat")) {
+    match read_file(&cgroup.join("cgroup.stat")) {
         Ok(stat) if keyed(&stat, "nr_descendants") == Some(0) => {
             write(cgroup, "cgroup.max.descendants", &most.to_string())
         }
@@ -116,7 +142,7 @@ impl OomKills {
     /// Opens the counter of the OOM kills in `cgroup`. Returns `None` if the memory controller is
     /// not enabled.
     pub fn open(cgroup: &Path) -> Option<Self> {
-        let events = File::open(cgroup.join("memory.events")).ok()?;
+        let events = open_file(&cgroup.join("memory.events")).ok()?;
         Some(OomKills { events, seen: 0 })
     }
 

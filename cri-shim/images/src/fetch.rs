@@ -189,11 +189,10 @@ async fn download(
     // The highest number of bytes that an attempt has received. Only later bytes are progress.
     let farthest = AtomicU64::new(0);
     let effort = Arc::default();
-    let mut restarted = false;
-    let mut all_is_kept = false;
+    let mut retries = Retries::default();
     loop {
         let place = queues.places.place(pull, &effort);
-        let needed = (!all_is_kept).then_some(&*slot);
+        let needed = (!retries.without_slot).then_some(&*slot);
         while !begin_turn(source, (needed, &place), digest).await {}
         let before = farthest.load(Ordering::Relaxed);
         let at = AtomicU64::new(0);
@@ -210,25 +209,68 @@ async fn download(
             Ok(layer) => return Ok(layer),
             Err(failure) => failure,
         };
-        all_is_kept = false;
-        if effort.is_preempted() {
-            log_preemption(&format!("layer {digest}"));
-            all_is_kept = kept.is_whole().await;
-            continue;
-        }
-        if slot.gave_way() && error.kind() == Kind::Unavailable {
-            slot.end_turn(farthest.load(Ordering::Relaxed) - before);
-            log::info!("layer {digest}: {error}; the fetch continues later");
-            continue;
-        }
-        // The kept bytes of an earlier attempt can be wrong. This function therefore tries the
-        // fetch once more without the kept bytes.
-        if had == 0 || restarted || error.kind() != Kind::DataLoss {
+        let gained = farthest.load(Ordering::Relaxed) - before;
+        let failed = Failed {
+            request,
+            kept: &kept,
+            had,
+            gained,
+            error: &error,
+        };
+        if !retries.follows(&failed, &slot, &effort).await {
             return Err(error);
         }
+    }
+}
+
+/// A failed attempt to fetch and unpack a layer.
+struct Failed<'a> {
+    request: &'a LayerRequest,
+    kept: &'a PartialName,
+    /// The number of bytes from earlier attempts that this attempt used.
+    had: u64,
+    /// The number of bytes that were received for the first time.
+    gained: u64,
+    error: &'a ImageError,
+}
+
+/// Decides whether another attempt follows a failed attempt to fetch and unpack a layer.
+#[derive(Default)]
+struct Retries {
+    /// True if the next attempt needs no slot, because all bytes are kept.
+    without_slot: bool,
+    /// True if the fetch has started again without its kept bytes.
+    restarted: bool,
+}
+
+impl Retries {
+    async fn follows(&mut self, failed: &Failed<'_>, slot: &Slot, effort: &Effort) -> bool {
+        let Failed { had, error, .. } = *failed;
+        let LayerDescriptor { digest, size, .. } = &failed.request.descriptor;
+        let had_slot = !std::mem::take(&mut self.without_slot);
+        if effort.is_preempted() {
+            log_preemption(&format!("layer {digest}"));
+            self.without_slot = failed.kept.is_whole().await;
+            return true;
+        }
+        // Another fetch of the same blob can have used or removed the file with the kept bytes.
+        if !had_slot && had < *size {
+            return true;
+        }
+        if slot.gave_way() && error.kind() == Kind::Unavailable {
+            slot.end_turn(failed.gained);
+            log::info!("layer {digest}: {error}; the fetch continues later");
+            return true;
+        }
+        // The kept bytes of an earlier attempt can be wrong. The layer is therefore fetched once
+        // more without the kept bytes.
+        let may_be_wrong = had > 0 && error.kind() == Kind::DataLoss;
+        if !may_be_wrong || std::mem::replace(&mut self.restarted, true) {
+            return false;
+        }
         log::info!("layer {digest}: {error}; the fetch starts again from the first byte");
-        kept.discard();
-        restarted = true;
+        failed.kept.discard();
+        true
     }
 }
 

@@ -141,7 +141,8 @@ fn list(cgroup: &Path) -> Vec<Process> {
     let Ok(Some(mut tree)) = CgroupTree::open(cgroup) else {
         return found;
     };
-    let flags = OFlags::RDONLY | OFlags::CLOEXEC;
+    // Without O_NONBLOCK, a lease on the file would stop the monitor for 45 s.
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
     for _ in 0..=MAX_CGROUPS {
         let procs = rustix::fs::openat(tree.directory(), "cgroup.procs", flags, Mode::empty());
         if let Ok(procs) = procs {

@@ -85,7 +85,7 @@ impl WatchedCgroup {
     /// Opens the descriptor through which the kernel reports changes. If this fails, returns the
     /// cgroup.
     pub(crate) fn open(own: ExecCgroup) -> Result<Self, ExecCgroup> {
-        match File::open(own.path.join("cgroup.events")) {
+        match cgroup::open_file(&own.path.join("cgroup.events")) {
             Ok(events) => Ok(WatchedCgroup { own, events }),
             Err(_) => Err(own),
         }

@@ -18,6 +18,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
 
+use super::WITHOUT_WAITING;
 use super::tree::CgroupTree;
 use crate::process_stat::ProcessStat;
 
@@ -28,11 +29,15 @@ const FIRST_INTERVAL: Duration = Duration::from_millis(25);
 /// The longest time between two searches. After each search, the time is doubled.
 const MAX_INTERVAL: Duration = Duration::from_secs(1);
 
-const READ: OFlags = OFlags::RDONLY.union(OFlags::CLOEXEC);
+const READ: OFlags = OFlags::RDONLY.union(WITHOUT_WAITING);
 
 /// Kills every process in the cgroup and in all cgroups below it. If one of these processes forks
 /// at the same time, the kernel also kills the new child. `kill` does not wait until the processes
 /// have exited. `kill` returns `Ok` if the cgroup does not exist.
+///
+/// # Errors
+/// EAGAIN means that a process holds a lease on cgroup.kill. The kernel now breaks the lease, so a
+/// later call succeeds.
 pub fn kill(cgroup: &Path) -> Result<(), Errno> {
     match write(cgroup, "cgroup.kill", "1") {
         // ENODEV means that the cgroup was removed after its file was opened.
@@ -92,7 +97,7 @@ impl Survivors {
 }
 
 pub(super) fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | WITHOUT_WAITING;
     let file = rustix::fs::open(cgroup.join(file), flags, Mode::empty())?;
     rustix::io::write(&file, value.as_bytes())?;
     Ok(())

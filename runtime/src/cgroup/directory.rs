@@ -23,6 +23,11 @@ use rrun_kernel::cgroup::{CgroupTree, Survivors};
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// The time limit for killed processes to leave their cgroup, and for a cgroup to freeze or thaw.
 pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
+/// The maximum time for which [`kill_all`] waits until the kernel breaks a lease. The kernel waits 45 s
+/// for the process that holds the lease, unless the sysctl fs.lease-break-time was changed.
+const LEASE_TIMEOUT: Duration = Duration::from_secs(60);
+/// The interval at which [`kill_all`] tries again.
+const LEASE_INTERVAL: Duration = Duration::from_millis(20);
 /// The maximum time for which [`kill_all_and_survivors`] waits for an empty cgroup.
 const SURVIVORS_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -332,10 +337,27 @@ fn cannot_be_listed(error: &std::io::Error) -> bool {
     )
 }
 
-/// Kills every process in a cgroup and in the cgroups below it, without waiting for their exit.
+/// Kills every process in a cgroup and in the cgroups below it, without waiting for their exit. If a
+/// process holds a lease on cgroup.kill, waits until the kernel breaks the lease.
 pub(crate) fn kill_all(path: &Path) -> Result<()> {
-    rrun_kernel::cgroup::kill(path)
-        .doing(|| format!("kill all processes in cgroup {}", path.display()))
+    let begun = Instant::now();
+    let mut logged = false;
+    loop {
+        let waited = begun.elapsed();
+        match rrun_kernel::cgroup::kill(path) {
+            Err(Errno::AGAIN) if waited < LEASE_TIMEOUT => std::thread::sleep(LEASE_INTERVAL),
+            killed => {
+                return killed.doing(|| format!("kill all processes in cgroup {}", path.display()));
+            }
+        }
+        if waited >= EMPTY_TIMEOUT && !logged {
+            logged = true;
+            log::warning(&format!(
+                "kill all processes in cgroup {}: wait until the kernel breaks a lease on cgroup.kill",
+                path.display()
+            ));
+        }
+    }
 }
 
 /// Kills every process in a cgroup and in the cgroups below it, also a process that cgroup.kill does

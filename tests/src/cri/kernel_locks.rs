@@ -45,6 +45,11 @@ pub(crate) const TESTS: &[Test] = &[
         A_NODE,
         Need::RrunCri
     ),
+    test!(
+        leases_on_the_files_of_a_cgroup_delay_only_calls_for_their_container,
+        A_NODE,
+        Need::RrunCri
+    ),
 ];
 
 /// Starts a pod with one container, and returns their ids.
@@ -81,6 +86,51 @@ fn is_used_and_restarted(node: &mut Node, other: &str) -> Result {
 fn remove(node: &Node, pod_id: &str) -> Result {
     node.asks(&["stopp", pod_id])?;
     node.asks(&["rmp", pod_id]).map(drop)
+}
+
+/// A container can take leases on the files of its own cgroup. Another process that opens one of
+/// these files waits until the kernel breaks the lease after 45 s. The deadline of each call in this
+/// test is 30 s.
+fn leases_on_the_files_of_a_cgroup_delay_only_calls_for_their_container() -> Result {
+    on_a_node(|node| {
+        node.pull(BUSYBOX)?;
+        let (_, other) = start(node, "other", &["/inside", "wait"], false)?;
+        let files = [
+            "cgroup.controllers",
+            "cgroup.events",
+            "cgroup.freeze",
+            "cgroup.kill",
+            "cgroup.procs",
+            "cgroup.threads",
+            "cpu.pressure",
+            "cpu.stat",
+            "io.pressure",
+            "memory.current",
+            "memory.pressure",
+        ];
+        let paths = files.map(|file| format!("/sys/fs/cgroup/{file}"));
+        let lease = ["/inside", "lease"];
+        let command: Vec<&str> = lease
+            .into_iter()
+            .chain(paths.iter().map(String::as_str))
+            .collect();
+        let (pod_id, id) = start(node, "leases", &command, false)?;
+        let log = node.join("logs/leases/c.log");
+        wait_for("the container to have all leases", || {
+            let text = fs::read_to_string(&log).unwrap_or_default();
+            Ok(text.contains("leased").then_some(()))
+        })?;
+        for list in ["stats", "statsp"] {
+            node.asks(&[list])?;
+        }
+        node.asks(&["metricsp"])?;
+        let update = node.crictl(&["update", "--cpu-quota", "50000", &id]);
+        let updating = update.start()?;
+        is_used_and_restarted(node, &other)?;
+        node.asks(&["stats"])?;
+        remove(node, &pod_id)?;
+        updating.end().map(drop)
+    })
 }
 
 fn a_command_that_locks_its_pipes_stops_only_its_own_pod() -> Result {

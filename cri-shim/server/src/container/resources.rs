@@ -26,8 +26,7 @@ impl Controllers {
     pub(crate) fn of(dir: &Path) -> Result<Self> {
         let dir = cgroup::nearest(dir);
         let controllers = dir.join("cgroup.controllers");
-        // The kernel's: a file of cgroupfs.
-        let enabled = std::fs::read_to_string(&controllers)
+        let enabled = rrun_kernel::cgroup::read_file(&controllers)
             .during(|| format!("read {}", controllers.display()))?;
         let has = |controller: &str| {
             enabled

@@ -11,7 +11,7 @@ use crate::clock::now;
 use crate::node::Node;
 use crate::sandbox::watch;
 use rrun_calls::error::{During, Error, Result};
-use rrun_calls::wait::slow;
+use rrun_calls::wait::{blocking, slow};
 use rrun_monitor_client::MonitorError;
 use rrun_protocol::{FailureKind, Phase};
 
@@ -150,8 +150,6 @@ pub(crate) async fn update(
     if container.phase() == super::Phase::Exited {
         return Err(Error::wrong_state(format!("{name} has exited already")));
     }
-    let dir = container.cgroup_dir();
-    let controllers = resources::Controllers::of(&dir)?;
     let all = resources::updated(&container.state().resources, &requested);
     let mut changed = requested;
     // In the runtime specification, the swap limit applies to memory and swap together. A new swap
@@ -159,8 +157,12 @@ pub(crate) async fn update(
     if changed.memory_limit_in_bytes == 0 && changed.memory_swap_limit_in_bytes != 0 {
         changed.memory_limit_in_bytes = all.memory_limit_in_bytes;
     }
-    resources::check_use(&dir, &changed).during(|| format!("update {name}"))?;
-    let json = resources::update_json(&changed, controllers)?;
+    let dir = container.cgroup_dir();
+    let checked = blocking(format!("{name}: read its cgroup"), move || {
+        resources::check_use(&dir, &changed)?;
+        resources::update_json(&changed, resources::Controllers::of(&dir)?)
+    });
+    let json = checked.await.during(|| format!("update {name}"))?;
     slow(
         format!("{name}: wait for the runtime's `update`"),
         container.sandbox.monitor.update(&container.id, json),

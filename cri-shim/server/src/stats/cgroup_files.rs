@@ -87,10 +87,12 @@ impl Processes {
         let mut room = limit.saturating_sub(1);
         while let Some(dir) = cgroups.pop() {
             // The function `read` has a buffer of 16 KiB, and cgroup.procs can be longer.
-            match std::fs::read_to_string(dir.join("cgroup.procs")) {
+            match rrun_kernel::cgroup::read_file(&dir.join("cgroup.procs")) {
                 Ok(listed) => ids.extend(listed.lines().filter_map(|id| id.parse::<i32>().ok())),
                 // The path is too long (ENAMETOOLONG).
                 Err(error) if error.kind() == ErrorKind::InvalidFilename => complete = false,
+                // A process of the container holds a lease on the file.
+                Err(error) if error.kind() == ErrorKind::WouldBlock => complete = false,
                 // The cgroup was removed, or its processes are listed in its ancestor (threaded).
                 Err(_) => {}
             }

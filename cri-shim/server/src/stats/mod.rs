@@ -168,7 +168,7 @@ pub(crate) fn sandbox(node: &Arc<Node>, sandbox: &Sandbox, counters: &Counters) 
     if !processes.complete {
         node.stats.warn_once(&sandbox.id, "stats_cgroups", || {
             format!(
-                "count the processes of {}: its threads are reported as processes, because it has more than the limit of {limit} cgroups or of {} processes",
+                "count the processes of {}: its threads are reported as processes, because it has more than the limit of {limit} cgroups or of {} processes, or a process holds a lease on a file cgroup.procs",
                 sandbox.name(),
                 cgroup_files::MAX_PROCESSES
             )

@@ -16,6 +16,7 @@ pub(crate) mod attacker;
 mod calls32;
 mod headless;
 mod keys;
+mod leases;
 pub(crate) mod observation;
 mod pipes;
 mod traced;
@@ -105,6 +106,7 @@ pub(crate) fn main(args: &[String]) -> i32 {
         ["supervised", socket, program @ ..] => super::supervisor::supervised(socket, program),
         ["net", traffic @ ..] => traffic::main(traffic),
         ["keys", keys @ ..] => keys::main(keys),
+        ["lease", files @ ..] => leases::lease(files),
         ["lock-pipes", descriptors @ ..] => pipes::lock(descriptors),
         ["traced", traced @ ..] => traced::main(traced),
         ["attack", attack @ ..] => attacker::main(attack),
