@@ -36,6 +36,8 @@ pub(crate) enum Kind {
     NoSuchContainer,
     /// rrun has no permission to create cgroups, or the host does not use cgroup v2.
     NoCgroups,
+    /// systemd has a unit with the name of the container's scope.
+    UnitExists,
 }
 
 /// A sentence for the user, and the kind of the error.

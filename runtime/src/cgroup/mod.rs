@@ -235,7 +235,7 @@ pub(crate) fn update(path: &Path, unit: Option<&str>, resources: &LinuxResources
 /// function assumes that systemd created the cgroup if three conditions are true: systemd is
 /// running, the cgroup's name ends in `.scope`, and the cgroup's parent is a slice.
 pub(crate) fn unit_at(path: &Path) -> Option<String> {
-    let unit = path.file_name()?.to_str()?;
+    let unit = systemd::unit_name(path.file_name()?.to_str()?);
     let slice = path.parent()?;
     let in_slice =
         slice == Path::new(MOUNT_POINT) || slice.file_name()?.to_str()?.ends_with(".slice");

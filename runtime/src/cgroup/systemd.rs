@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use crate::cgroup::dbus::{Body, Bus, BusValue, Property, Refusal};
 use crate::cgroup::directory::of_process;
-use crate::error::{Context, Error, Result, refuse};
+use crate::error::{Context, Error, Kind, Result, refuse};
 use crate::log;
 use crate::sys::child::{exit_now, kill_and_reap};
 use crate::sys::clone::{Cloned, clone3};
@@ -172,7 +172,13 @@ impl Scope {
                     retried = true;
                     reset_failed(bus, &self.unit)?;
                 }
-                Err(refusal) => return Ok(Err(refusal_error(doing(), &refusal))),
+                Err(refusal) => {
+                    let kind = match refusal.is("UnitExists") {
+                        true => Kind::UnitExists,
+                        false => Kind::General,
+                    };
+                    return Ok(Err(refusal_error(doing(), &refusal).with_kind(kind)));
+                }
             }
         };
         let result = bus.await_job(&job, &doing())?;
@@ -193,7 +199,8 @@ impl Scope {
     pub(crate) fn abandon(&self, placeholder: Placeholder) {
         let started = Instant::now();
         let is_own = || {
-            of_process(placeholder.pid.cast_signed()).is_ok_and(|path| path.ends_with(&self.unit))
+            let directory = directory_name(&self.unit);
+            of_process(placeholder.pid.cast_signed()).is_ok_and(|path| path.ends_with(directory))
         };
         let is_known = || -> Result<bool> {
             let body = Body::default().text(&self.unit);
@@ -255,6 +262,15 @@ fn directory_name(unit: &str) -> String {
         format!("_{unit}")
     } else {
         unit.to_owned()
+    }
+}
+
+/// Returns the unit whose cgroup has the name `directory`.
+pub(super) fn unit_name(directory: &str) -> &str {
+    let unescaped = directory.strip_prefix('_').unwrap_or(directory);
+    match directory_name(unescaped) == directory {
+        true => unescaped,
+        false => directory,
     }
 }
 
@@ -437,6 +453,15 @@ mod tests {
         );
         assert_eq!(directory_name("_x-1.scope"), "__x-1.scope");
         assert_eq!(directory_name("-x.scope"), "-x.scope");
+        for unit in [
+            "memory.max-1.scope",
+            "_x-1.scope",
+            "__x.scope",
+            "-x.scope",
+            "x.scope",
+        ] {
+            assert_eq!(unit_name(&directory_name(unit)), unit);
+        }
         let own = Scope::from_spec(Path::new(""), "id", &none).unwrap();
         assert_eq!(own.unit, "rrun-id.scope");
         for bad in [

@@ -447,7 +447,13 @@ impl<'a> Creation<'a> {
 /// create the cgroup with `error`.
 fn can_do_without_cgroup(config: &Config, rollback: &Rollback<'_>, error: &Error) -> bool {
     let by_systemd = rollback.location.unit().is_some();
-    config.can_do_without_cgroup() && (by_systemd || error.kind() == Kind::NoCgroups)
+    let may_be_missing = match error.kind() {
+        Kind::NoCgroups => true,
+        // The unit and its cgroup belong to another container.
+        Kind::UnitExists => false,
+        _ => by_systemd,
+    };
+    config.can_do_without_cgroup() && may_be_missing
 }
 
 /// Connects to the seccomp agent, if the seccomp profile specifies one. If the container waits for
