@@ -102,24 +102,22 @@ pub(crate) async fn fetch(
 
 /// Waits until `place` is granted. `what` names the layer in the log, for example
 /// "layer sha256:…".
-async fn granted(place: &Place, host: &str, what: &str) {
+async fn granted(place: &Place, what: &str) {
     let what = format!("{what}: wait until other layers are unpacked");
-    slow(what, place.granted(host)).await;
+    slow(what, place.granted()).await;
 }
 
 /// Waits for the slot and the place of a layer. If `slot` is `None`, waits only for the place.
 /// Returns false if another pull gets the slot during the wait for the place.
 async fn begin_turn(source: &Source, (slot, place): (Option<&Slot>, &Place), digest: &str) -> bool {
-    let host = source.first_host();
     if let Some(slot) = slot {
         slot.begin_turn();
-        if let Some(host) = &host {
-            slot.at(host).await;
+        if let Some(host) = source.first_host() {
+            slot.at(&host).await;
         }
     }
     let what = format!("layer {digest}");
-    let host = host.unwrap_or_default();
-    let mut granted = std::pin::pin!(granted(place, &host, &what));
+    let mut granted = std::pin::pin!(granted(place, &what));
     while tokio::time::timeout(GIVE_WAY_INTERVAL, &mut granted)
         .await
         .is_err()
@@ -145,7 +143,7 @@ async fn extract(
     loop {
         let reader = archive.blob(digest)?;
         let place = queues.places.place(pull, &effort);
-        granted(&place, "", &what).await;
+        granted(&place, &what).await;
         let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
         let (for_thread, effort_of_thread) = (request.clone(), Arc::clone(&effort));
         let name = what.clone();
@@ -188,7 +186,7 @@ async fn download(
     let _piece = DiscardOnDrop::of_small(&kept);
     // The highest number of bytes that an attempt has received. Only later bytes are progress.
     let farthest = AtomicU64::new(0);
-    let effort = Arc::default();
+    let effort = Effort::new(source.first_host().unwrap_or_default());
     let mut retries = Retries::default();
     loop {
         let place = queues.places.place(pull, &effort);
@@ -414,7 +412,7 @@ pub(crate) async fn make_directory_layer(
     let effort = Arc::default();
     loop {
         let place = queues.places.place(pull, &effort);
-        granted(&place, "", &whole).await;
+        granted(&place, &whole).await;
         let turn = UnpackTurn::new(&queues.turns, whole.clone(), &effort);
         let (directories, layers) = (Arc::clone(&queues.directories), layers.clone());
         let waits = Arc::new(());

@@ -58,8 +58,6 @@ struct PlaceTable {
 struct Claim {
     id: u64,
     pull: u64,
-    /// The host from which the layer is fetched. The host is empty if the layer is in an archive.
-    host: String,
     effort: Arc<Effort>,
 }
 
@@ -155,7 +153,7 @@ fn preempt_one(state: &mut PlaceTable, processed: Duration, now: Instant) {
         .iter()
         .filter(|holder| !holder.effort.is_preempted() && holder.has_had_its_turn(processed))
         .max_by_key(|holder| {
-            let of_host = places(&|other| other.host == holder.host);
+            let of_host = places(&|other| other.effort.host == holder.effort.host);
             let of_pull = places(&|other| other.pull == holder.pull);
             (of_host, of_pull, holder.effort.processed())
         });
@@ -174,17 +172,15 @@ pub(crate) struct Place {
 }
 
 impl Place {
-    /// Waits until the place is granted. `host` is the host from which the layer is fetched, or
-    /// empty if the layer is in an archive. A wait that was ended by [`Place::leave`] can begin
-    /// again. The layer then has the same position in the queue as before.
-    pub(crate) async fn granted(&self, host: &str) {
+    /// Waits until the place is granted. A wait that was ended by [`Place::leave`] can begin again.
+    /// The layer then has the same position in the queue as before.
+    pub(crate) async fn granted(&self) {
         let (granted, mut answer) = oneshot::channel();
         {
             let mut state = lock(&self.places.state);
             let claim = Claim {
                 id: self.id,
                 pull: self.pull,
-                host: host.to_owned(),
                 effort: Arc::clone(&self.effort),
             };
             state.waiters.push((claim, granted));
@@ -273,9 +269,9 @@ mod tests {
         let first = places.place(3, &Arc::default());
         let mut second = Box::pin(take_later(&places, 4));
         assert!((&mut second).now_or_never().is_none());
-        assert!(first.granted("registry").now_or_never().is_none());
+        assert!(first.granted().now_or_never().is_none());
         first.leave();
-        let mut granted = Box::pin(first.granted("registry"));
+        let mut granted = Box::pin(first.granted());
         assert!((&mut granted).now_or_never().is_none());
         drop(held);
         assert!(granted.now_or_never().is_some());
@@ -291,11 +287,11 @@ mod tests {
     async fn a_layer_that_needs_a_long_time_gives_up_its_place() {
         let places = Places::new(2);
         let mut held = Vec::new();
-        let efforts: Vec<Arc<Effort>> = (0..6).map(|_| Arc::default()).collect();
+        // The layer with the most processing time is from another host.
+        let hosts = ["registry"; 5].into_iter().chain(["another"]);
+        let efforts: Vec<_> = hosts.map(|host| Effort::new(host.to_owned())).collect();
         for (pull, effort) in (0..).zip(&efforts) {
-            // The layer with the most processing time is from another host.
-            let host = if pull == 5 { "another" } else { "registry" };
-            held.push(take_for(&places, (pull, host), effort).now_or_never());
+            held.push(take_for(&places, pull, effort).now_or_never());
             effort.add(QUICK_TIME + Duration::from_millis(pull));
         }
         assert!(
@@ -325,7 +321,6 @@ mod tests {
         let holders = holders.iter().zip(0..).map(|(effort, id)| Claim {
             id,
             pull: id,
-            host: String::new(),
             effort: Arc::clone(effort),
         });
         let mut state = PlaceTable {
@@ -364,16 +359,12 @@ mod tests {
     }
 
     async fn take_later(places: &Arc<Places>, pull: u64) -> Place {
-        take_for(places, (pull, "registry"), &Arc::default()).await
+        take_for(places, pull, &Effort::new("registry".to_owned())).await
     }
 
-    async fn take_for(
-        places: &Arc<Places>,
-        (pull, host): (u64, &str),
-        effort: &Arc<Effort>,
-    ) -> Place {
+    async fn take_for(places: &Arc<Places>, pull: u64, effort: &Arc<Effort>) -> Place {
         let place = places.place(pull, effort);
-        place.granted(host).await;
+        place.granted().await;
         place
     }
 
@@ -381,7 +372,7 @@ mod tests {
     async fn a_waiting_layer_gets_the_place_of_a_layer_that_needs_a_long_time() {
         let places = Places::new(1);
         let effort = Arc::default();
-        let _long = take_for(&places, (1, "registry"), &effort).await;
+        let _long = take_for(&places, 1, &effort).await;
         let mut waits = Box::pin(take_later(&places, 1));
         assert!((&mut waits).now_or_never().is_none());
         effort.add(QUICK_TIME);

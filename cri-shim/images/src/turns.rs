@@ -6,11 +6,15 @@
 //! and queues again. The thread checks the time slice after each piece of unpacked data, because a
 //! few received bytes can decompress to gigabytes.
 //!
+//! The hosts share the turns, as in start-time fair queueing: the layers from one host together get
+//! as many turns as the layers from another host. The layers of one host can therefore take at most
+//! half of the turns from the layer of another host.
+//!
 //! A layer that has been unpacked for a long time waits longer for its turns. The layers of a
 //! hostile image can need hours, and a layer that needs only a second must not wait for them.
 
 use std::cell::Cell;
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::io::{self, Read};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -40,13 +44,32 @@ pub(crate) struct UnpackTurns {
 struct TurnQueue {
     taken: usize,
     next: u64,
+    /// The highest start of a turn that was granted. Starts are numbers without a unit. The turns
+    /// of one host have different starts, and the next one of a host that has had no turn is `now`.
+    now: u64,
+    /// The next start of each host that is later than `now`.
+    starts: HashMap<String, u64>,
     /// The waiting threads. Each thread has its position and a unique number.
     waiting: BTreeSet<(u64, u64)>,
+}
+
+impl TurnQueue {
+    /// Returns the start of the next turn of a layer from `host`.
+    fn start(&mut self, host: &str) -> u64 {
+        let now = self.now;
+        self.starts.retain(|_, start| *start > now);
+        let start = self.starts.get(host).copied().unwrap_or(now);
+        self.starts.insert(host.to_owned(), start + 1);
+        start
+    }
 }
 
 /// The effort for unpacking one layer. A layer that is preempted has several turns with a place.
 #[derive(Default)]
 pub(crate) struct Effort {
+    /// The host from which the layer is fetched. The host is empty if it is not known, or if the
+    /// layer is in an archive.
+    pub host: String,
     /// The processing time in milliseconds, in all turns together.
     processed: AtomicU64,
     /// The processing time in milliseconds before the current turn.
@@ -55,6 +78,13 @@ pub(crate) struct Effort {
 }
 
 impl Effort {
+    pub(crate) fn new(host: String) -> Arc<Self> {
+        Arc::new(Effort {
+            host,
+            ..Effort::default()
+        })
+    }
+
     pub(crate) fn processed(&self) -> Duration {
         Duration::from_millis(self.processed.load(Ordering::Relaxed))
     }
@@ -111,7 +141,8 @@ impl UnpackTurns {
             return true;
         }
         state.next += 1;
-        let ours = (state.next + effort.later_threads(), state.next);
+        let start = state.start(&effort.host);
+        let ours = (start + effort.later_threads(), state.next);
         state.waiting.insert(ours);
         let begun = Instant::now();
         let mut next_log = WAIT_BEFORE_LOG;
@@ -131,6 +162,9 @@ impl UnpackTurns {
         }
         state.waiting.remove(&ours);
         let granted = !effort.is_preempted();
+        if granted {
+            state.now = state.now.max(start);
+        }
         state.taken += usize::from(granted);
         // If another turn is free, the next waiting thread can take it now.
         self.changed.notify_all();
@@ -251,5 +285,19 @@ mod tests {
         });
         assert_eq!(rounds.load(Ordering::SeqCst), 8 * 200);
         assert!(most.load(Ordering::SeqCst) <= 2, "{most:?}");
+    }
+
+    #[test]
+    fn a_layer_goes_before_most_layers_of_another_host() {
+        let mut queue = TurnQueue::default();
+        let many: Vec<u64> = (0..20).map(|_| queue.start("many")).collect();
+        assert_eq!(many, (0..20).collect::<Vec<_>>());
+        for turn in 0..10 {
+            queue.now = turn;
+            assert_eq!(queue.start("few"), turn);
+        }
+        queue.now = 30;
+        assert_eq!(queue.start("many"), 30);
+        assert_eq!(queue.starts.len(), 1);
     }
 }
