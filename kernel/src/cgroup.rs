@@ -35,7 +35,7 @@ pub fn is_cgroup(directory: impl AsFd) -> Result<bool, Errno> {
 }
 
 /// The flags for opening an interface file without waiting. A process of a container can hold a
-/// lease on a file of its own cgroup (F_SETLEASE in fcntl(2)). Without O_NONBLOCK, open(2) waits
+/// lease on a file of the container's cgroup (F_SETLEASE in fcntl(2)). Without O_NONBLOCK, open(2) waits
 /// until the kernel breaks the lease, usually for 45 s (lease-break-time in proc_sys_fs(5)). With
 /// O_NONBLOCK, open(2) fails with EAGAIN, and the kernel breaks the lease at the same time.
 const WITHOUT_WAITING: OFlags = OFlags::CLOEXEC.union(OFlags::NONBLOCK);

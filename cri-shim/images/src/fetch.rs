@@ -13,7 +13,7 @@ use std::time::Duration;
 use tokio::sync::oneshot;
 
 use crate::archive::ImageArchive;
-use crate::blob_reader::{BlobReader, blob_queue};
+use crate::blob_reader::{BlobReader, BlobReceiver, blob_queue};
 use crate::catalog::{Layer, directory};
 use crate::error::{ImageError, Kind};
 use crate::layer::{self, Bounds, LayerDescriptor, LayerError, LowerLayer, UnpackSummary};
@@ -44,6 +44,14 @@ impl Origin {
         match self {
             Origin::Registry(source) => Some(source.name()),
             Origin::Archive(_) => None,
+        }
+    }
+
+    /// Returns the host from which a layer is probably fetched (see [`Effort::host`]).
+    pub(crate) fn host(&self) -> String {
+        match self {
+            Origin::Registry(source) => source.first_host().unwrap_or_default(),
+            Origin::Archive(_) => String::new(),
         }
     }
 }
@@ -85,7 +93,7 @@ impl Queues {
 pub(crate) async fn fetch(
     origin: Arc<Origin>,
     request: LayerRequest,
-    pull: u64,
+    (pull, effort): (u64, &Arc<Effort>),
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, ImageError> {
@@ -93,9 +101,12 @@ pub(crate) async fn fetch(
     let fetched = match &*origin {
         Origin::Registry(source) => {
             let slot = queues.slots.slot(pull, what.clone());
-            download(source, &request, (pull, slot), queues, progress).await
+            let layer = (pull, slot, effort);
+            download(source, &request, layer, queues, progress).await
         }
-        Origin::Archive(archive) => extract(archive, request, pull, queues, progress).await,
+        Origin::Archive(archive) => {
+            extract(archive, request, (pull, effort), queues, progress).await
+        }
     };
     fetched.map_err(|error| error.context(what))
 }
@@ -133,19 +144,18 @@ async fn begin_turn(source: &Source, (slot, place): (Option<&Slot>, &Place), dig
 async fn extract(
     archive: &ImageArchive,
     request: LayerRequest,
-    pull: u64,
+    (pull, effort): (u64, &Arc<Effort>),
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, ImageError> {
     let LayerDescriptor { digest, size, .. } = &request.descriptor;
     let what = format!("layer {digest}");
-    let effort = Arc::default();
     loop {
         let reader = archive.blob(digest)?;
-        let place = queues.places.place(pull, &effort);
+        let place = queues.places.place(pull, effort);
         granted(&place, &what).await;
         let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
-        let (for_thread, effort_of_thread) = (request.clone(), Arc::clone(&effort));
+        let (for_thread, effort_of_thread) = (request.clone(), Arc::clone(effort));
         let name = what.clone();
         let unpacked = on_a_thread(move |is_abandoned| {
             let turn = Rc::new(UnpackTurn::new(&turns, name, &effort_of_thread));
@@ -174,7 +184,7 @@ fn log_preemption(what: &str) {
 async fn download(
     source: &Source,
     request: &LayerRequest,
-    (pull, slot): (u64, Slot),
+    (pull, slot, effort): (u64, Slot, &Arc<Effort>),
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, ImageError> {
@@ -186,10 +196,9 @@ async fn download(
     let _piece = DiscardOnDrop::of_small(&kept);
     // The highest number of bytes that an attempt has received. Only later bytes are progress.
     let farthest = AtomicU64::new(0);
-    let effort = Effort::new(source.first_host().unwrap_or_default());
     let mut retries = Retries::default();
     loop {
-        let place = queues.places.place(pull, &effort);
+        let place = queues.places.place(pull, effort);
         let needed = (!retries.without_slot).then_some(&*slot);
         while !begin_turn(source, (needed, &place), digest).await {}
         let before = farthest.load(Ordering::Relaxed);
@@ -201,7 +210,7 @@ async fn download(
                 progress(now - before);
             }
         };
-        let (from, ours) = ((source, &kept), (&slot, &effort));
+        let (from, ours) = ((source, &kept), (&slot, effort));
         let made = attempt(from, request, ours, &watch, queues, progress).await;
         let (had, error) = match made {
             Ok(layer) => return Ok(layer),
@@ -215,7 +224,7 @@ async fn download(
             gained,
             error: &error,
         };
-        if !retries.follows(&failed, &slot, &effort).await {
+        if !retries.follows(&failed, &slot, effort).await {
             return Err(error);
         }
     }
@@ -272,6 +281,32 @@ impl Retries {
     }
 }
 
+/// Starts a thread that unpacks the bytes from `chunks`, and returns a receiver for the result. Sends
+/// the number of bytes from earlier attempts to `send_had`.
+fn unpack_chunks(
+    chunks: BlobReceiver,
+    kept: &PartialName,
+    request: &LayerRequest,
+    (slot, effort): (&Slot, &Arc<Effort>),
+    queues: &Queues,
+    send_had: oneshot::Sender<u64>,
+) -> Result<oneshot::Receiver<Result<UnpackedLayer, LayerError>>, ImageError> {
+    let (request, kept) = (request.clone(), kept.clone());
+    let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
+    let (gave_way, effort) = (slot.gave_way_flag(), Arc::clone(effort));
+    on_a_thread(move |is_abandoned| {
+        let LayerDescriptor { digest, size, .. } = &request.descriptor;
+        let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}"), &effort));
+        let partial = Partial::open(&kept);
+        let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
+        let _ = send_had.send(blob.replay);
+        let result = receive(&mut blob, &turn, is_abandoned, &request, &directories);
+        let gave_way = gave_way.load(Ordering::Relaxed);
+        blob.end(result.as_ref().err(), *size, gave_way, is_abandoned());
+        result
+    })
+}
+
 /// Makes one attempt to fetch and unpack a layer. On failure, also returns how many bytes from
 /// earlier attempts this attempt used.
 async fn attempt(
@@ -285,36 +320,35 @@ async fn attempt(
     let descriptor = &request.descriptor;
     let (to_thread, chunks) = blob_queue();
     let (send_had, had) = oneshot::channel();
-    let (for_thread, kept) = (request.clone(), kept.clone());
-    let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
-    let (gave_way, effort) = (slot.gave_way_flag(), Arc::clone(effort));
-    let unpacked = on_a_thread(move |is_abandoned| {
-        let LayerDescriptor { digest, size, .. } = &for_thread.descriptor;
-        let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}"), &effort));
-        let partial = Partial::open(&kept);
-        let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
-        let _ = send_had.send(blob.replay);
-        let result = receive(&mut blob, &turn, is_abandoned, &for_thread, &directories);
-        let gave_way = gave_way.load(Ordering::Relaxed);
-        blob.end(result.as_ref().err(), *size, gave_way, is_abandoned());
-        result
-    });
-    let unpacked = unpacked.map_err(|error| (0, error))?;
+    let unpacked = unpack_chunks(chunks, kept, request, (slot, effort), queues, send_had);
+    let mut unpacked = unpacked.map_err(|error| (0, error))?;
     let had = had.await.unwrap_or(0);
     slot.begins_at(had);
     progress(had);
-    let sent = if had == descriptor.size {
+    let LayerDescriptor { digest, size, .. } = descriptor;
+    let mut ended = None;
+    let sent = if had == *size {
         Ok(())
     } else {
-        let LayerDescriptor { digest, size, .. } = descriptor;
-        source
-            .blob(digest, *size, had, &to_thread, watch, progress)
-            .await
+        let received = source.blob(digest, *size, had, &to_thread, watch, progress);
+        tokio::select! {
+            biased;
+            sent = received => sent,
+            // The layer is invalid or was preempted. The fetch must not wait for further bytes.
+            result = &mut unpacked => {
+                ended = Some(result);
+                Ok(())
+            }
+        }
     };
     // The layer needs no more data from the registry, so another layer can use the slot.
     slot.leave();
     drop(to_thread);
-    let unpacked = unpacked.await.unwrap_or_else(|_| Err(ended_early()));
+    let unpacked = match ended {
+        Some(unpacked) => unpacked,
+        None => unpacked.await,
+    };
+    let unpacked = unpacked.unwrap_or_else(|_| Err(ended_early()));
     match (sent, unpacked) {
         (Ok(()), Ok(layer)) => Ok(layer),
         // An error on this node, for example a full disk, also stops the transfer. Report the error
@@ -442,5 +476,46 @@ pub(crate) async fn make_directory_layer(
             Err(_) if effort.is_preempted() => log_preemption(&whole),
             made => return made.map_err(|error| ImageError::from(error).context(what)),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_layer_whose_kept_bytes_are_gone_is_fetched_with_a_slot() {
+        let descriptor = LayerDescriptor {
+            digest: "sha256:0123".to_owned(),
+            size: 1 << 20,
+            diff_id: "sha256:4567".to_owned(),
+        };
+        let root = std::path::Path::new("/no/such/directory");
+        let budget = PartialBudget::new(root, 1 << 30);
+        let kept = PartialName::new((root, &budget), "r", &descriptor);
+        let bounds = Bounds {
+            bytes: 1,
+            entries: 1,
+        };
+        let request = LayerRequest { descriptor, bounds };
+        let failed = Failed {
+            request: &request,
+            kept: &kept,
+            had: 0,
+            gained: 0,
+            error: &ImageError::new(Kind::Unavailable, "no slot"),
+        };
+        let slot = Slots::new(1, 1).slot(1, "layer".to_owned());
+        let (mut retries, effort) = (Retries::default(), Effort::default());
+        assert!(!retries.follows(&failed, &slot, &effort).await);
+        retries.without_slot = true;
+        assert!(retries.follows(&failed, &slot, &effort).await);
+        assert!(!retries.without_slot);
+        effort.preempt();
+        assert!(retries.follows(&failed, &slot, &effort).await);
+        assert!(
+            !retries.without_slot,
+            "the file of the layer does not exist"
+        );
     }
 }

@@ -21,6 +21,7 @@ use crate::pulls_in_progress::{
 use crate::record::Image;
 use crate::reference::Name;
 use crate::resolved::ResolvedImage;
+use crate::turns::Effort;
 use crate::unpacked_layer::UnpackedLayer;
 use rrun_calls::lock::lock;
 use rrun_calls::wait::blocking;
@@ -302,7 +303,7 @@ async fn fetch_layer(
             }
             None => {
                 log::info!(
-                    "layer {}: the pull that fetches the layer receives less than {rate} bytes of it per second (image.join_rate), so another pull fetches the layer, too",
+                    "layer {}: the pull that fetches the layer receives less than {rate} bytes of it per second (image.join_rate) or does not unpack it now, so another pull fetches the layer, too",
                     descriptor.digest
                 );
                 joins = false;
@@ -375,6 +376,7 @@ fn begin_fetch(
     let state = Arc::new(FetchState {
         pull,
         received: AtomicU64::new(0),
+        effort: Effort::new(origin.host()),
     });
     let ours = Arc::clone(&state);
     let key = key.clone();
@@ -388,12 +390,13 @@ fn begin_fetch(
     let queues = Arc::clone(&store.queues);
     let store: Weak<ImageStore> = Arc::downgrade(store);
     let result = async move {
+        let pull_and_effort = (pull, &ours.effort);
         let count = |bytes| {
             progress.fetch_add(bytes, Ordering::Relaxed);
             ours.received.fetch_add(bytes, Ordering::Relaxed);
         };
         let fetched = tokio::select! {
-            fetched = fetch::fetch(origin, request, pull, &queues, count) => Some(fetched),
+            fetched = fetch::fetch(origin, request, pull_and_effort, &queues, count) => Some(fetched),
             () = unpacked_elsewhere(&store, &key) => None,
         };
         end_fetch(&store, &key, &ours, fetched)

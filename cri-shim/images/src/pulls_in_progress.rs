@@ -12,6 +12,7 @@ use crate::auth::Auth;
 use crate::error::ImageError;
 use crate::record::Image;
 use crate::reference::Name;
+use crate::turns::Effort;
 
 pub(crate) type PullResult = Result<Arc<Image>, ImageError>;
 
@@ -68,6 +69,7 @@ pub(crate) struct FetchState {
     pub pull: u64,
     /// The number of received bytes of the blob.
     pub received: AtomicU64,
+    pub effort: Arc<Effort>,
 }
 
 impl FetchInProgress {
@@ -80,18 +82,24 @@ impl FetchInProgress {
 
     /// Waits for the result of a fetch that another pull has started. Returns `None` if fewer than
     /// `rate` bytes of the blob arrive per second. For example, the fetch can be the last of many
-    /// that the other pull has started. If `rate` is 0 or all `size` bytes have arrived, always
-    /// waits.
+    /// that the other pull has started. When all `size` bytes have arrived, returns `None` if the
+    /// layer is not being unpacked, because it waits for other layers. If `rate` is 0, always waits.
     pub(crate) async fn join(&self, size: u64, rate: u64) -> Option<FetchResult> {
         let min_bytes = rate.saturating_mul(JOIN_INTERVAL.as_secs());
         loop {
             let before = self.state.received.load(Ordering::Relaxed);
+            let processed = self.state.effort.processed();
             let waited = tokio::time::timeout(JOIN_INTERVAL, self.result.clone()).await;
             if let Ok(result) = waited {
                 return Some(result);
             }
             let received = self.state.received.load(Ordering::Relaxed);
-            if received < size && received.saturating_sub(before) < min_bytes {
+            let is_slow = if received < size {
+                received.saturating_sub(before) < min_bytes
+            } else {
+                rate > 0 && self.state.effort.processed() == processed
+            };
+            if is_slow {
                 return None;
             }
         }

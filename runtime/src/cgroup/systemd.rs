@@ -173,9 +173,10 @@ impl Scope {
                     reset_failed(bus, &self.unit)?;
                 }
                 Err(refusal) => {
-                    let kind = match refusal.is("UnitExists") {
-                        true => Kind::UnitExists,
-                        false => Kind::General,
+                    let kind = if refusal.is("UnitExists") {
+                        Kind::UnitExists
+                    } else {
+                        Kind::General
                     };
                     return Ok(Err(refusal_error(doing(), &refusal).with_kind(kind)));
                 }
@@ -268,9 +269,10 @@ fn directory_name(unit: &str) -> String {
 /// Returns the unit whose cgroup has the name `directory`.
 pub(super) fn unit_name(directory: &str) -> &str {
     let unescaped = directory.strip_prefix('_').unwrap_or(directory);
-    match directory_name(unescaped) == directory {
-        true => unescaped,
-        false => directory,
+    if directory_name(unescaped) == directory {
+        unescaped
+    } else {
+        directory
     }
 }
 

@@ -88,7 +88,7 @@ fn remove(node: &Node, pod_id: &str) -> Result {
     node.asks(&["rmp", pod_id]).map(drop)
 }
 
-/// A container can take leases on the files of its own cgroup. Another process that opens one of
+/// A process can take leases on the files of its container's cgroup. Another process that opens one of
 /// these files waits until the kernel breaks the lease after 45 s. The deadline of each call in this
 /// test is 30 s.
 fn leases_on_the_files_of_a_cgroup_delay_only_calls_for_their_container() -> Result {

@@ -18,7 +18,7 @@ pub(super) fn lease(paths: &[&str]) -> Result<(), InsideError> {
     // SAFETY: the call only changes how this process handles SIGIO. The kernel sends SIGIO when
     // another process opens one of the files, and the signal would end this process.
     unsafe { libc::signal(libc::SIGIO, libc::SIG_IGN) };
-    let files: Vec<File> = paths.iter().flat_map(|path| File::open(path)).collect();
+    let files: Vec<File> = paths.iter().flat_map(File::open).collect();
     let mut printed = false;
     loop {
         let taken = files.iter().filter(|file| {
