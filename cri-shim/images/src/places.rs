@@ -133,30 +133,24 @@ impl Claim {
     }
 }
 
-/// Preempts one layer for a layer that has been processed for `processed`. The preempted layer
-/// belongs to the host with the most places, and to the pull with the most places among the pulls
-/// from such hosts. The layer of an ordinary image is therefore rarely preempted if a few hosts or
-/// pulls have many layers that need a long time. Among several such layers, the layer with the most
-/// processing time is preempted. The size of a layer does not matter, because the author of a layer
-/// can choose it.
+/// Preempts one layer for a layer that has been processed for `processed`. The preempted layer is
+/// from a host with the most such layers. Among these layers, it has the most processing time. The
+/// size of a layer does not matter, because the author of a layer can choose it. The number of
+/// layers of a pull does not matter either: a hostile registry can offer many images with one layer.
 fn preempt_one(state: &mut PlaceTable, processed: Duration, now: Instant) {
     let recently = |at| now.saturating_duration_since(at) < PREEMPTION_INTERVAL;
     if state.preempted.is_some_and(recently) {
         return;
     }
-    let places = |matches: &dyn Fn(&Claim) -> bool| {
+    let of_host = |host: &str| {
         let slow = state.holders.iter().filter(|h| !h.is_quick());
-        slow.filter(|holder| matches(holder)).count()
+        slow.filter(|holder| holder.effort.host == host).count()
     };
     let chosen = state
         .holders
         .iter()
         .filter(|holder| !holder.effort.is_preempted() && holder.has_had_its_turn(processed))
-        .max_by_key(|holder| {
-            let of_host = places(&|other| other.effort.host == holder.effort.host);
-            let of_pull = places(&|other| other.pull == holder.pull);
-            (of_host, of_pull, holder.effort.processed())
-        });
+        .max_by_key(|holder| (of_host(&holder.effort.host), holder.effort.processed()));
     if let Some(chosen) = chosen {
         chosen.effort.preempt();
         state.preempted = Some(now);
