@@ -22,8 +22,9 @@ use rrun_kernel::descriptor_limit;
 
 /// The timeout for a program in the pod that does not read while the backlog or a queue is full.
 /// After this timeout, the server closes the forwarded connection to the program. The client's
-/// other forwarded connections can then continue.
-const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// other forwarded connections can then continue. Kubernetes' clients wait 30 s for the answer to a new
+/// stream, and end all forwarding after this time.
+const STALL_TIMEOUT: Duration = Duration::from_secs(20);
 
 /// The time limit for a client to open the second stream of a pair.
 const PAIR_TIMEOUT: Duration = Duration::from_secs(30);
