@@ -1,4 +1,5 @@
-//! Keeps the beginning of a large blob in a file while the rest arrives.
+//! Keeps the beginning of a large blob in a file while the rest arrives, and the bytes of a layer that
+//! waits to be unpacked.
 //!
 //! If a pull fails or the server stops, the next pull of the image continues after the bytes in the
 //! file. If a fetch gives its download slot to another pull, it also continues after these bytes in
