@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{FsWord, Mode, OFlags};
 use rustix::io::Errno;
 
-pub use kill::{Survivors, kill};
+pub use kill::{Survivors, kill, kill_after_leases};
 pub use tree::CgroupTree;
 
 use kill::write;
@@ -62,7 +62,7 @@ pub fn read_file(path: &Path) -> io::Result<String> {
 pub fn is_populated(cgroup: &Path) -> bool {
     match read_file(&cgroup.join("cgroup.events")) {
         Ok(events) => keyed(&events, "populated") == Some(1),
-        // Only a process of the container can hold a lease on the file.
+        // A process holds a lease on the file.
         Err(error) => error.kind() == io::ErrorKind::WouldBlock,
     }
 }

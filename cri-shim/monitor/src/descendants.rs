@@ -125,7 +125,8 @@ pub(crate) fn kill(cgroup: &Path, leader: i32, init: i32) -> bool {
 /// of the process, from the search in the cgroup. Returns `None` if the pid no longer exists. Also
 /// returns `None` if the pid now belongs to a process in another session.
 fn stop(pid: i32, seen: Option<Process>) -> Option<OwnedFd> {
-    let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::empty()).ok()?;
+    // Without PIDFD_NONBLOCK, a lease on the process's pidfds would stop the monitor for 45 s.
+    let pidfd = pidfd_open(Pid::from_raw(pid)?, PidfdFlags::NONBLOCK).ok()?;
     if let Some(seen) = seen
         && Process::read(pid).is_none_or(|now| now.session != seen.session)
     {

@@ -37,7 +37,7 @@ impl ExecCgroup {
         rustix::fs::mkdir(&path, Mode::from_raw_mode(0o755)).ok()?;
         let made = ExecCgroup { path, name };
         let mut kind = [0; 32];
-        let file = File::open(made.path.join("cgroup.type")).ok()?;
+        let file = cgroup::open_file(&made.path.join("cgroup.type")).ok()?;
         let length = file.read_at(&mut kind, 0).ok()?;
         (kind.get(..length) == Some(b"domain\n")).then_some(made)
     }

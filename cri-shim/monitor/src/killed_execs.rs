@@ -4,6 +4,8 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use rustix::io::Errno;
+
 use super::own_log;
 use rrun_kernel::cgroup::{self, Survivors};
 
@@ -20,9 +22,13 @@ struct KilledExec {
 }
 
 impl KilledExecs {
-    /// Kills all processes in the cgroup. Returns false if the cgroup was empty or the kill failed.
+    /// Kills all processes in the cgroup. Returns false if the cgroup was empty or the kill failed. If
+    /// a process holds a lease on cgroup.kill, [`KilledExecs::check`] kills the processes.
     pub(crate) fn kill(&mut self, cgroup: &Path) -> bool {
-        if !cgroup::is_populated(cgroup) || cgroup::kill(cgroup).is_err() {
+        if !cgroup::is_populated(cgroup) {
+            return false;
+        }
+        if !matches!(cgroup::kill(cgroup), Ok(()) | Err(Errno::AGAIN)) {
             return false;
         }
         if !self.0.iter().any(|it| it.cgroup == cgroup) {

@@ -1,7 +1,7 @@
 //! Network namespaces. A bind mount pins each namespace. The namespace therefore continues to exist
 //! while no process is in it.
 
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns};
+use rustix::fs::{Mode, OFlags};
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use sha2::{Digest, Sha256};
 
@@ -175,7 +176,10 @@ pub fn remove(path: &Path) -> Result<(), NetworkError> {
 /// Returns whether a network namespace is pinned at `path`. After a reboot or a crash, `path` can
 /// be an ordinary file without a namespace.
 pub fn is_pinned(path: &Path) -> bool {
-    open(path).is_ok()
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    rustix::fs::open(path, flags, Mode::empty())
+        .and_then(rustix::fs::fstatfs)
+        .is_ok_and(|found| found.f_type == NSFS_MAGIC)
 }
 
 /// Opens a non-blocking, unconnected TCP socket in the namespace pinned at `path`. If `path` is
@@ -198,17 +202,21 @@ pub fn socket(path: Option<&Path>, family: AddressFamily) -> Result<OwnedFd, Net
     })
 }
 
-/// Opens the network namespace that is pinned at `path`.
+/// Opens the network namespace that is pinned at `path`. A process in the namespace can hold a lease
+/// on the file (F_SETLEASE in fcntl(2)). Without O_NONBLOCK, open(2) would then wait 45 s. With
+/// O_NONBLOCK, open(2) fails with EAGAIN.
 pub(crate) fn open(path: &Path) -> Result<OwnedFd, NetworkError> {
     let action = "open the network namespace";
-    let file = File::open(path).map_err(|source| failed(action, path, source))?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let file = rustix::fs::open(path, flags, Mode::empty())
+        .map_err(|errno| failed(action, path, errno.into()))?;
     let found = rustix::fs::fstatfs(&file).map_err(|errno| failed(action, path, errno.into()))?;
     if found.f_type != NSFS_MAGIC {
         return Err(NetworkError::NotPinned {
             path: path.to_owned(),
         });
     }
-    Ok(file.into())
+    Ok(file)
 }
 
 /// Moves the calling thread permanently into `namespace`, which was opened at `path`.

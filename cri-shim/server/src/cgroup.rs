@@ -204,11 +204,11 @@ pub(crate) async fn destroy(dir: &Path) -> Result<()> {
 }
 
 fn destroy_now(dir: &Path) -> Result<()> {
-    match cgroup::kill(dir) {
-        // A process holds a lease on cgroup.kill. The loop kills the cgroup again.
-        Err(Errno::AGAIN) => {}
-        killed => killed.during(|| format!("kill the cgroup {}", dir.display()))?,
-    }
+    let killed = match cgroup::kill(dir) {
+        Err(Errno::AGAIN) => cgroup::kill_after_leases(dir),
+        killed => killed,
+    };
+    killed.during(|| format!("kill the cgroup {}", dir.display()))?;
     let mut survivors = Survivors::new();
     let mut pause = Duration::from_millis(1);
     // A process in an uninterruptible sleep can take a long time to exit. Until it has exited,

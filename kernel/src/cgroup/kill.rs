@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::WITHOUT_WAITING;
@@ -36,13 +36,24 @@ const READ: OFlags = OFlags::RDONLY.union(WITHOUT_WAITING);
 /// have exited. `kill` returns `Ok` if the cgroup does not exist.
 ///
 /// # Errors
-/// EAGAIN means that a process holds a lease on cgroup.kill. The kernel now breaks the lease, so a
-/// later call succeeds.
+/// EAGAIN means that a process holds a lease on cgroup.kill. The kernel now begins to break the lease.
 pub fn kill(cgroup: &Path) -> Result<(), Errno> {
     match write(cgroup, "cgroup.kill", "1") {
         // ENODEV means that the cgroup was removed after its file was opened.
         Err(Errno::NOENT | Errno::NODEV) => Ok(()),
         result => result,
+    }
+}
+
+/// Does the same as [`kill`], but waits until the kernel breaks the leases on cgroup.kill, usually for
+/// 45 s. While this call waits, no process can take another lease on the file.
+pub fn kill_after_leases(cgroup: &Path) -> Result<(), Errno> {
+    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
+    match rustix::fs::open(cgroup.join("cgroup.kill"), flags, Mode::empty())
+        .and_then(|file| rustix::io::write(&file, b"1"))
+    {
+        Ok(_) | Err(Errno::NOENT | Errno::NODEV) => Ok(()),
+        Err(errno) => Err(errno),
     }
 }
 
@@ -147,10 +158,18 @@ fn kill_process_of(thread: i32, listed_after: u64, killed: &mut HashSet<i32>) ->
     }
     // Open the process before the check of the thread. The pidfd then refers to the thread's
     // process.
-    let pidfd = pidfd_open(Pid::from_raw(process)?, PidfdFlags::empty()).ok()?;
+    let pid = Pid::from_raw(process)?;
+    let pidfd = match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        // A process holds a lease on the pidfds of this process.
+        Err(Errno::AGAIN) => None,
+        opened => Some(opened.ok()?),
+    };
     let stat = ProcessStat::read(&format!("/proc/{process}/task/{thread}/stat")).ok()??;
     if stat.start_time < listed_after {
-        let _ = pidfd_send_signal(&pidfd, Signal::KILL);
+        let _ = match pidfd {
+            Some(pidfd) => pidfd_send_signal(&pidfd, Signal::KILL),
+            None => kill_process(pid, Signal::KILL),
+        };
         killed.insert(process);
     }
     Some(())

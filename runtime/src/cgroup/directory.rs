@@ -23,11 +23,6 @@ use rrun_kernel::cgroup::{CgroupTree, Survivors};
 const FILE_BYTES_MAX: u64 = 4 << 20;
 /// The time limit for killed processes to leave their cgroup, and for a cgroup to freeze or thaw.
 pub(super) const EMPTY_TIMEOUT: Duration = Duration::from_secs(10);
-/// The maximum time for which [`kill_all`] waits until the kernel breaks a lease. The kernel waits 45 s
-/// for the process that holds the lease, unless the sysctl fs.lease-break-time was changed.
-const LEASE_TIMEOUT: Duration = Duration::from_secs(60);
-/// The interval at which [`kill_all`] tries again.
-const LEASE_INTERVAL: Duration = Duration::from_millis(20);
 /// The maximum time for which [`kill_all_and_survivors`] waits for an empty cgroup.
 const SURVIVORS_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -255,12 +250,14 @@ pub(crate) fn is_frozen(path: &Path) -> Result<bool> {
     let mut state = [0u8; 1];
     let read = rustix::fs::open(
         path.join("cgroup.freeze"),
-        OFlags::RDONLY | OFlags::CLOEXEC,
+        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
         Mode::empty(),
     )
     .and_then(|file| rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut state)));
     match read {
         Ok(_) => Ok(state == *b"1"),
+        // A process of the container holds a lease on the file, so it is not frozen.
+        Err(Errno::AGAIN) => Ok(false),
         // ENODEV means that the cgroup was removed after its file was opened.
         Err(Errno::NOENT | Errno::NODEV) => Ok(false),
         Err(errno) => Err(errno).doing(|| format!("read cgroup.freeze of {}", path.display())),
@@ -340,23 +337,16 @@ fn cannot_be_listed(error: &std::io::Error) -> bool {
 /// Kills every process in a cgroup and in the cgroups below it, without waiting for their exit. If a
 /// process holds a lease on cgroup.kill, waits until the kernel breaks the lease.
 pub(crate) fn kill_all(path: &Path) -> Result<()> {
-    let begun = Instant::now();
-    let mut logged = false;
-    loop {
-        let waited = begun.elapsed();
-        match rrun_kernel::cgroup::kill(path) {
-            Err(Errno::AGAIN) if waited < LEASE_TIMEOUT => std::thread::sleep(LEASE_INTERVAL),
-            killed => {
-                return killed.doing(|| format!("kill all processes in cgroup {}", path.display()));
-            }
-        }
-        if waited >= EMPTY_TIMEOUT && !logged {
-            logged = true;
+    let doing = || format!("kill all processes in cgroup {}", path.display());
+    match rrun_kernel::cgroup::kill(path) {
+        Err(Errno::AGAIN) => {
             log::warning(&format!(
-                "kill all processes in cgroup {}: wait until the kernel breaks a lease on cgroup.kill",
-                path.display()
+                "{}: wait until the kernel breaks a lease on cgroup.kill",
+                doing()
             ));
+            rrun_kernel::cgroup::kill_after_leases(path).doing(doing)
         }
+        killed => killed.doing(doing),
     }
 }
 

@@ -46,7 +46,7 @@ pub(crate) const TESTS: &[Test] = &[
         Need::RrunCri
     ),
     test!(
-        leases_on_the_files_of_a_cgroup_delay_only_calls_for_their_container,
+        leases_delay_only_calls_for_their_container,
         A_NODE,
         Need::RrunCri
     ),
@@ -88,10 +88,10 @@ fn remove(node: &Node, pod_id: &str) -> Result {
     node.asks(&["rmp", pod_id]).map(drop)
 }
 
-/// A process can take leases on the files of its container's cgroup. Another process that opens one of
-/// these files waits until the kernel breaks the lease after 45 s. The deadline of each call in this
+/// A process can take leases on the files of its container's cgroup and on the file of its network
+/// namespace. Another process that opens one of these files waits until the kernel breaks the lease after 45 s. The deadline of each call in this
 /// test is 30 s.
-fn leases_on_the_files_of_a_cgroup_delay_only_calls_for_their_container() -> Result {
+fn leases_delay_only_calls_for_their_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;
         let (_, other) = start(node, "other", &["/inside", "wait"], false)?;
@@ -113,6 +113,7 @@ fn leases_on_the_files_of_a_cgroup_delay_only_calls_for_their_container() -> Res
         let command: Vec<&str> = lease
             .into_iter()
             .chain(paths.iter().map(String::as_str))
+            .chain(["/proc/self/ns/net"])
             .collect();
         let (pod_id, id) = start(node, "leases", &command, false)?;
         let log = node.join("logs/leases/c.log");
