@@ -29,8 +29,9 @@ const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 struct BlobQueue {
     state: Mutex<QueueState>,
-    /// The file with the first bytes of the blob. The chunks in the queue follow these bytes. If
-    /// both mutexes are locked, this one is locked first, because appending blocks on disk I/O.
+    /// The file with the first bytes of the blob. The chunks in the queue follow these bytes. This
+    /// mutex is locked during disk I/O, and async code must not lock it. A thread that needs both
+    /// mutexes locks this one first.
     file: Mutex<Option<Partial>>,
     /// Wakes the thread.
     arrived: Condvar,
@@ -45,9 +46,9 @@ struct QueueState {
     in_file: u64,
     /// True if chunks can move to the file.
     has_file: bool,
-    /// The number of bytes received from the network.
-    received: u64,
     sender_ended: bool,
+    /// True if the transfer ended before its last byte.
+    broke_off: bool,
     reader_ended: bool,
 }
 
@@ -102,11 +103,16 @@ pub(crate) fn blob_queue() -> (BlobSender, BlobReceiver) {
     (BlobSender(Arc::clone(&queue)), BlobReceiver(queue))
 }
 
-/// The end of the queue to which the bytes from the network are added. Dropping this value ends the
-/// transfer.
+/// The end of the queue to which the bytes from the network are added. If this value is dropped
+/// without a call of [`BlobSender::finish`], the transfer broke off, and the thread stops at once.
 pub(crate) struct BlobSender(Arc<BlobQueue>);
 
 impl BlobSender {
+    /// Ends a transfer after its last byte.
+    pub(crate) fn finish(self) {
+        lock(&self.0.state).sender_ended = true;
+    }
+
     /// Adds a chunk to the queue. Returns false if the thread does not receive any more.
     pub(crate) async fn send(&self, chunk: Bytes) -> bool {
         loop {
@@ -116,7 +122,6 @@ impl BlobSender {
                     return false;
                 }
                 if state.chunks.len() < QUEUE_LENGTH {
-                    state.received += chunk.len() as u64;
                     state.chunks.push_back(chunk);
                     self.0.arrived.notify_one();
                     return true;
@@ -136,7 +141,9 @@ impl BlobSender {
 
 impl Drop for BlobSender {
     fn drop(&mut self) {
-        lock(&self.0.state).sender_ended = true;
+        let mut state = lock(&self.0.state);
+        state.broke_off = !state.sender_ended;
+        state.sender_ended = true;
         self.0.arrived.notify_one();
     }
 }
@@ -164,8 +171,6 @@ pub(crate) struct BlobReader {
     pub replay: u64,
     /// The number of bytes that were read from the file or taken from the queue.
     position: u64,
-    /// True if all bytes were read, and no more bytes will arrive from the network.
-    ended: bool,
 }
 
 impl BlobReader {
@@ -182,34 +187,27 @@ impl BlobReader {
             turn,
             replay,
             position: 0,
-            ended: false,
         }
     }
 
-    /// Ends reading. After an error, the received bytes are kept for a later attempt if the layer
-    /// was preempted. If the blob has at least `MIN_KEPT_BYTES` or the fetch gave its slot to another
-    /// pull (`gave_way`), the bytes are also kept after an abandoned pull (`is_abandoned`), or if the
-    /// transfer broke off and no local error occurred. In all other cases, the bytes are removed.
-    pub(crate) fn end(
-        self,
-        error: Option<&LayerError>,
-        size: u64,
-        gave_way: bool,
-        is_abandoned: bool,
-    ) {
-        let received = {
+    /// Ends reading, and keeps or removes the file with the received bytes. The file is kept if the
+    /// layer was preempted. The file is also kept if the transfer broke off without an error on this
+    /// node, but then only for a blob of at least `MIN_KEPT_BYTES`, or if the fetch gave its slot to
+    /// another pull (`gave_way`). In all other cases, the file is removed.
+    pub(crate) fn end(self, error: Option<&LayerError>, size: u64, gave_way: bool) {
+        let broke_off = {
             let mut state = lock(&self.queue.0.state);
             state.reader_ended = true;
-            state.received
+            state.broke_off
         };
-        let broke_off = self.ended && self.replay + received < size;
         let ours = matches!(
             error,
             Some(LayerError::System { .. } | LayerError::Bound(_))
         );
         let worth = gave_way || size >= partial::MIN_KEPT_BYTES;
-        let again = self.turn.effort().is_preempted() || (worth && (broke_off || is_abandoned));
-        let keep = error.is_some() && !ours && again;
+        let is_preempted = self.turn.effort().is_preempted();
+        let again = is_preempted || (broke_off && worth && !ours);
+        let keep = error.is_some() && again;
         if keep {
             self.queue.0.move_to_file();
         }
@@ -220,7 +218,7 @@ impl BlobReader {
     }
 
     /// Takes the next chunk from the queue, and appends it to the file. Returns `None` if the queue
-    /// is empty, or if the file contains bytes that come before the first chunk.
+    /// is empty, or if the file contains bytes that were not read yet.
     fn next_chunk(&self) -> Option<Bytes> {
         let queue = &*self.queue.0;
         let mut file = lock(&queue.file);
@@ -276,8 +274,21 @@ impl BlobReader {
 
 impl Read for BlobReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        // A preempted layer needs its next bytes in a later turn. The thread must not wait for them.
-        while self.current.is_empty() && !self.turn.effort().is_preempted() {
+        loop {
+            // A preempted layer needs its next bytes in a later turn. The thread must not wait for
+            // them.
+            if self.turn.effort().is_preempted() {
+                return Err(io::Error::other("the layer was preempted"));
+            }
+            // The bytes that have arrived are useless without the rest.
+            if lock(&self.queue.0.state).broke_off {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            if !self.current.is_empty() {
+                let count = buffer.len().min(self.current.len());
+                self.current.copy_to_slice(&mut buffer[..count]);
+                return Ok(count);
+            }
             if let Some(count) = self.read_file(buffer)? {
                 return Ok(count);
             }
@@ -285,17 +296,10 @@ impl Read for BlobReader {
                 self.position += chunk.len() as u64;
                 self.current = chunk;
             } else if !self.wait() {
-                self.ended = true;
                 return Ok(0);
             }
             self.turn.take();
         }
-        if self.turn.effort().is_preempted() {
-            return Err(io::Error::other("the layer was preempted"));
-        }
-        let count = buffer.len().min(self.current.len());
-        self.current.copy_to_slice(&mut buffer[..count]);
-        Ok(count)
     }
 }
 
@@ -369,7 +373,7 @@ mod tests {
             assert!(sender.send(chunk(number)).await);
         }
         assert!(lock(&sender.0.state).chunks.len() <= QUEUE_LENGTH);
-        drop(sender);
+        sender.finish();
         let mut read = Vec::new();
         reader.read_to_end(&mut read)?;
         assert!(read == all_chunks());
@@ -412,7 +416,7 @@ mod tests {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         }
-        drop(sender);
+        sender.finish();
         let read = thread.join().map_err(|_| "the thread panicked")??;
         assert!(read == all_chunks());
         Ok(())
@@ -431,7 +435,7 @@ mod tests {
         effort.preempt();
         assert!(first.read(&mut [0]).is_err());
         let error = LayerError::Stream(io::ErrorKind::Other.into());
-        first.end(Some(&error), SIZE, false, false);
+        first.end(Some(&error), SIZE, false);
         assert!(!sender.send(chunk(12)).await);
         effort.begin_turn();
         let (sender, queue) = blob_queue();
@@ -440,7 +444,7 @@ mod tests {
         for number in 12..CHUNKS {
             assert!(sender.send(chunk(number)).await);
         }
-        drop(sender);
+        sender.finish();
         let mut read = Vec::new();
         second.read_to_end(&mut read)?;
         assert!(read == all_chunks());

@@ -98,6 +98,7 @@ pub(crate) async fn fetch(
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, ImageError> {
     let what = format!("layer {}", request.descriptor.digest);
+    let _ended = EndOnDrop(effort);
     let fetched = match &*origin {
         Origin::Registry(source) => {
             let slot = queues.slots.slot(pull, what.clone());
@@ -109,6 +110,16 @@ pub(crate) async fn fetch(
         }
     };
     fetched.map_err(|error| error.context(what))
+}
+
+/// Ends the unpacking of a layer when the fetch of the layer ends. The thread can still be waiting for
+/// its turn to unpack.
+struct EndOnDrop<'a>(&'a Effort);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.preempt();
+    }
 }
 
 /// Waits until `place` is granted. `what` names the layer in the log, for example
@@ -157,13 +168,13 @@ async fn extract(
         let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
         let (for_thread, effort_of_thread) = (request.clone(), Arc::clone(effort));
         let name = what.clone();
-        let unpacked = on_a_thread(move |is_abandoned| {
+        let unpacked = on_a_thread(move || {
             let turn = Rc::new(UnpackTurn::new(&turns, name, &effort_of_thread));
             let in_turns = ReaderInTurns {
                 reader,
                 turn: Rc::clone(&turn),
             };
-            receive(in_turns, &turn, is_abandoned, &for_thread, &directories)
+            receive(in_turns, &turn, &for_thread, &directories)
         })?;
         match unpacked.await.unwrap_or_else(|_| Err(ended_early())) {
             Err(_) if effort.is_preempted() => log_preemption(&what),
@@ -178,7 +189,9 @@ async fn extract(
 
 /// Logs that a layer is unpacked again later.
 fn log_preemption(what: &str) {
-    log::info!("{what}: stop to unpack it, because other layers wait; it is unpacked again later");
+    log::info!(
+        "{what}: unpacking was stopped, because other layers wait; the layer is unpacked again later"
+    );
 }
 
 async fn download(
@@ -294,15 +307,15 @@ fn unpack_chunks(
     let (request, kept) = (request.clone(), kept.clone());
     let (turns, directories) = (Arc::clone(&queues.turns), Arc::clone(&queues.directories));
     let (gave_way, effort) = (slot.gave_way_flag(), Arc::clone(effort));
-    on_a_thread(move |is_abandoned| {
+    on_a_thread(move || {
         let LayerDescriptor { digest, size, .. } = &request.descriptor;
         let turn = Rc::new(UnpackTurn::new(&turns, format!("layer {digest}"), &effort));
         let partial = Partial::open(&kept);
         let mut blob = BlobReader::new(chunks, Rc::clone(&turn), partial);
         let _ = send_had.send(blob.replay);
-        let result = receive(&mut blob, &turn, is_abandoned, &request, &directories);
+        let result = receive(&mut blob, &turn, &request, &directories);
         let gave_way = gave_way.load(Ordering::Relaxed);
-        blob.end(result.as_ref().err(), *size, gave_way, is_abandoned());
+        blob.end(result.as_ref().err(), *size, gave_way);
         result
     })
 }
@@ -343,7 +356,10 @@ async fn attempt(
     };
     // The layer needs no more data from the registry, so another layer can use the slot.
     slot.leave();
-    drop(to_thread);
+    match &sent {
+        Ok(()) => to_thread.finish(),
+        Err(_) => drop(to_thread),
+    }
     let unpacked = match ended {
         Some(unpacked) => unpacked,
         None => unpacked.await,
@@ -361,8 +377,8 @@ async fn attempt(
     }
 }
 
-fn abandoned() -> io::Error {
-    io::Error::other("the pull was abandoned")
+fn stopped() -> io::Error {
+    io::Error::other("the unpacking was stopped")
 }
 
 fn ended_early() -> LayerError {
@@ -372,18 +388,17 @@ fn ended_early() -> LayerError {
 }
 
 /// Runs blocking work on a separate thread, and returns a receiver for the result of the work. If
-/// the receiver is dropped early, the argument of `work` returns true, and the result is dropped at
-/// the end of the work. Dropping the result removes the unpacked layer.
+/// the receiver is dropped early, the result is dropped at the end of the work. Dropping the result
+/// removes the unpacked layer.
 fn on_a_thread(
-    work: impl FnOnce(&dyn Fn() -> bool) -> Result<UnpackedLayer, LayerError> + Send + 'static,
+    work: impl FnOnce() -> Result<UnpackedLayer, LayerError> + Send + 'static,
 ) -> Result<oneshot::Receiver<Result<UnpackedLayer, LayerError>>, ImageError> {
     let (done, unpacked) = oneshot::channel();
     std::thread::Builder::new()
         .name("layer".to_owned())
         .stack_size(512 << 10)
         .spawn(move || {
-            let result = work(&|| done.is_closed());
-            let _ = done.send(result);
+            let _ = done.send(work());
         })
         .map_err(|error| {
             ImageError::new(
@@ -394,23 +409,15 @@ fn on_a_thread(
     Ok(unpacked)
 }
 
-/// Unpacks a layer. The thread keeps `turn` for at most its time slice, and stops soon after
-/// `is_abandoned` returns true or the layer was preempted.
+/// Unpacks a layer. The thread keeps `turn` for at most its time slice, and stops soon after the
+/// layer was preempted or the pull was abandoned.
 fn receive(
     compressed: impl Read,
     turn: &UnpackTurn,
-    is_abandoned: &dyn Fn() -> bool,
     request: &LayerRequest,
     directories: &LayerDirectories,
 ) -> Result<UnpackedLayer, LayerError> {
-    let go_on = || {
-        turn.take();
-        if is_abandoned() || turn.effort().is_preempted() {
-            Err(abandoned())
-        } else {
-            Ok(())
-        }
-    };
+    let go_on = || go_on(turn);
     let made = directories.make(|into| {
         let LayerRequest {
             descriptor, bounds, ..
@@ -418,6 +425,15 @@ fn receive(
         layer::unpack(compressed, into, descriptor, bounds, &go_on).map(Some)
     });
     made?.ok_or_else(ended_early)
+}
+
+/// Waits for a turn. Fails if the layer was preempted or the pull was abandoned.
+fn go_on(turn: &UnpackTurn) -> io::Result<()> {
+    turn.take();
+    if turn.effort().is_preempted() {
+        return Err(stopped());
+    }
+    Ok(())
 }
 
 /// Creates an image's directory layer, if the image needs one. A directory layer sets the owner and
@@ -432,7 +448,7 @@ fn receive(
 pub(crate) async fn make_directory_layer(
     queues: &Queues,
     stack: &[Layer],
-    (pull, pull_name): (u64, &str),
+    (pull, pull_name, origin): (u64, &str, &Origin),
 ) -> Result<Option<UnpackedLayer>, ImageError> {
     let layers: Vec<LowerLayer> = stack
         .iter()
@@ -443,24 +459,16 @@ pub(crate) async fn make_directory_layer(
         .collect();
     let what = "set the owner and mode of directories that the image's layers do not list";
     let whole = format!("pull {pull_name}: {what}");
-    let effort = Arc::default();
+    let effort = Effort::new(origin.host());
+    let _ended = EndOnDrop(&effort);
     loop {
         let place = queues.places.place(pull, &effort);
         granted(&place, &whole).await;
         let turn = UnpackTurn::new(&queues.turns, whole.clone(), &effort);
         let (directories, layers) = (Arc::clone(&queues.directories), layers.clone());
-        let waits = Arc::new(());
-        let waiter = Arc::downgrade(&waits);
         let made = blocking(whole.clone(), move || {
             let _place = place;
-            let go_on = || {
-                turn.take();
-                match waiter.strong_count() {
-                    0 => Err(LayerError::Stream(abandoned())),
-                    _ if turn.effort().is_preempted() => Err(LayerError::Stream(abandoned())),
-                    _ => Ok(()),
-                }
-            };
+            let go_on = || Ok(go_on(&turn)?);
             directories.make(|into| {
                 let (inodes, bytes) = layer::make_directory_layer(&layers, into, go_on)?;
                 Ok((inodes > 0).then(|| UnpackSummary {
@@ -470,9 +478,7 @@ pub(crate) async fn make_directory_layer(
                 }))
             })
         });
-        let made = made.await;
-        drop(waits);
-        match made {
+        match made.await {
             Err(_) if effort.is_preempted() => log_preemption(&whole),
             made => return made.map_err(|error| ImageError::from(error).context(what)),
         }

@@ -206,7 +206,7 @@ async fn bring_layers(
     let made = if known {
         None
     } else {
-        fetch::make_directory_layer(&store.queues, &stack, (pull, log_name)).await?
+        fetch::make_directory_layer(&store.queues, &stack, (pull, log_name, &**origin)).await?
     };
     // The layers must be on the disk before the store lists them.
     if !recorded || made.is_some() {
@@ -284,12 +284,12 @@ async fn fetch_layer(
         layer: key.to_owned(),
     };
     let rate = store.settings.join_rate;
-    let mut joins = true;
+    let mut left = None;
     // A joined fetch uses the credentials and the turns of another pull. If a joined fetch fails or
     // is slow, this loop fetches the layer with this pull's credentials and turns.
     loop {
         let begin = || begin_fetch(store, origin, pull, descriptor, &key, progress);
-        let fetching = match join_or_begin(store, &key, &descriptor.diff_id, joins, begin) {
+        let fetching = match join_or_begin(store, &key, &descriptor.diff_id, left.as_ref(), begin) {
             LayerState::Unpacked => return Ok(()),
             LayerState::Begun(fetching) => return fetching.result.await,
             LayerState::Joined(fetching) => fetching,
@@ -303,10 +303,10 @@ async fn fetch_layer(
             }
             None => {
                 log::info!(
-                    "layer {}: the pull that fetches the layer receives less than {rate} bytes of it per second (image.join_rate) or does not unpack it now, so another pull fetches the layer, too",
+                    "layer {}: the pull that fetches the layer receives less than {rate} bytes of it per second (image.join_rate) or has not unpacked any of it for a while, so another pull fetches the layer, too",
                     descriptor.digest
                 );
-                joins = false;
+                left = Some(fetching.state);
             }
         }
     }
@@ -319,13 +319,13 @@ enum LayerState {
     Begun(FetchInProgress),
 }
 
-/// Looks for a layer in the catalog and, if `joins` is true, in the table of fetches. If the layer
-/// is in neither of them, calls `begin` and adds the new fetch to the table.
+/// Looks for a layer in the catalog and in the table of fetches. Ignores the fetch `left` in the
+/// table. If the layer is in neither of them, calls `begin` and adds the new fetch to the table.
 fn join_or_begin(
     store: &ImageStore,
     key: &FetchKey,
     diff_id: &str,
-    joins: bool,
+    left: Option<&Arc<FetchState>>,
     begin: impl FnOnce() -> FetchInProgress,
 ) -> LayerState {
     // After success, a fetch first adds its layer to the catalog, and then removes itself from the
@@ -336,7 +336,10 @@ fn join_or_begin(
     if is_unpacked(&catalog, key) {
         return LayerState::Unpacked;
     }
-    if joins && let Some(fetching) = fetches.get(key).and_then(WeakFetch::upgrade) {
+    let fetching = fetches.get(key).and_then(WeakFetch::upgrade);
+    let is_left =
+        |fetching: &FetchInProgress| left.is_some_and(|left| Arc::ptr_eq(left, &fetching.state));
+    if let Some(fetching) = fetching.filter(|fetching| !is_left(fetching)) {
         return LayerState::Joined(fetching);
     }
     if catalog.layer(diff_id).is_some() {

@@ -4,7 +4,7 @@
 //! If a pull fails or the server stops, the next pull of the image continues after the bytes in the
 //! file. If a fetch gives its download slot to another pull, it also continues after these bytes in
 //! its next slot. The file's content is not trusted. Its bytes are hashed together with the bytes
-//! from the network. The file is removed when the blob is complete or invalid. If no pull uses the
+//! from the network. The file is removed when the layer is unpacked or invalid. If no pull uses the
 //! file for an hour, the file is also removed.
 
 use std::fs::{File, OpenOptions};

@@ -27,10 +27,10 @@ const FIRST_FACTOR: usize = 2;
 /// The limit for all layers, as a multiple of the limit of normal places.
 const ALL_FACTOR: usize = 3;
 
-/// A layer can be preempted after it has been processed as long as in all its earlier turns
-/// together, but at least for [`QUICK_TIME`] and at most for this time. A layer that was preempted
-/// several times is therefore unpacked in the end, and a new pull does not wait long for layers
-/// that need hours.
+/// A layer can be preempted if its current turn is at least as long as all its earlier turns
+/// together, and at least [`QUICK_TIME`]. A layer that needs a long time is therefore unpacked in
+/// the end. For a layer that has not been processed for [`QUICK_TIME`], other layers are preempted
+/// after this time. A new pull therefore does not wait long for layers that need hours.
 const LONG_TURN: Duration = Duration::from_secs(64);
 
 /// The interval at which a waiting layer looks for layers that no longer need a normal place.
@@ -129,12 +129,17 @@ impl Claim {
     /// `processed`.
     fn has_had_its_turn(&self, processed: Duration) -> bool {
         let (turn, all) = (self.effort.turn(), self.effort.processed());
-        all > processed && turn >= (all - turn).clamp(QUICK_TIME, LONG_TURN)
+        let mut least = (all - turn).max(QUICK_TIME);
+        if processed < QUICK_TIME {
+            least = least.min(LONG_TURN);
+        }
+        all > processed && turn >= least
     }
 }
 
 /// Preempts one layer for a layer that has been processed for `processed`. The preempted layer is
-/// from a host with the most such layers. Among these layers, it has the most processing time. The
+/// from a host with the most layers that are not quick. Among these layers, it has the most
+/// processing time. The
 /// size of a layer does not matter, because the author of a layer can choose it. The number of
 /// layers of a pull does not matter either: a hostile registry can offer many images with one layer.
 fn preempt_one(state: &mut PlaceTable, processed: Duration, now: Instant) {
@@ -326,17 +331,20 @@ mod tests {
     }
 
     #[test]
-    fn each_turn_of_a_preempted_layer_is_twice_as_long() {
-        let effort = Arc::<Effort>::default();
-        let mut turns = Vec::new();
-        for _ in 0..9 {
-            effort.begin_turn();
-            while !preempts(&[&effort], Duration::ZERO) {
-                effort.add(Duration::from_secs(1));
-            }
-            turns.push(effort.turn().as_secs());
-        }
-        assert_eq!(turns, [2, 2, 4, 8, 16, 32, 64, 64, 64]);
+    fn each_turn_is_as_long_as_all_earlier_turns_and_has_a_limit_for_new_layers() {
+        let turns = |processed| {
+            let effort = Arc::<Effort>::default();
+            let turn = |_| {
+                effort.begin_turn();
+                while !preempts(&[&effort], processed) {
+                    effort.add(Duration::from_secs(1));
+                }
+                effort.turn().as_secs()
+            };
+            (0..9).map(turn).collect::<Vec<_>>()
+        };
+        assert_eq!(turns(Duration::ZERO), [2, 2, 4, 8, 16, 32, 64, 64, 64]);
+        assert_eq!(turns(QUICK_TIME), [3, 3, 6, 12, 24, 48, 96, 192, 384]);
     }
 
     #[test]

@@ -83,7 +83,7 @@ impl FetchInProgress {
     /// Waits for the result of a fetch that another pull has started. Returns `None` if fewer than
     /// `rate` bytes of the blob arrive per second. For example, the fetch can be the last of many
     /// that the other pull has started. When all `size` bytes have arrived, returns `None` if the
-    /// layer is not being unpacked, because it waits for other layers. If `rate` is 0, always waits.
+    /// layer was not processed during the last interval. If `rate` is 0, always waits.
     pub(crate) async fn join(&self, size: u64, rate: u64) -> Option<FetchResult> {
         let min_bytes = rate.saturating_mul(JOIN_INTERVAL.as_secs());
         loop {

@@ -217,14 +217,15 @@ impl Source {
             if chunk.is_empty() {
                 continue;
             }
-            at += chunk.len() as u64;
-            progress(chunk.len() as u64);
+            let length = chunk.len() as u64;
+            progress(length);
             // If the layer is invalid, the thread that unpacks the layer drops the receiver and
             // reports the reason itself.
             let sent = watch.pass_on(to, chunk).await;
             if !sent.map_err(|failure| (failure.error, at))? {
                 return Ok(());
             }
+            at += length;
         }
     }
 

@@ -7,8 +7,8 @@
 //! few received bytes can decompress to gigabytes.
 //!
 //! The hosts share the turns, as in start-time fair queueing: the layers from one host together get
-//! as many turns as the layers from another host. The layers of one host can therefore take at most
-//! half of the turns from the layer of another host.
+//! as many turns as the layers from another host. With two hosts, each gets half of the turns, however
+//! many layers it has.
 //!
 //! A layer that has been unpacked for a long time waits longer for its turns. The layers of a
 //! hostile image can need hours, and a layer that needs only a second must not wait for them.
@@ -44,10 +44,10 @@ pub(crate) struct UnpackTurns {
 struct TurnQueue {
     taken: usize,
     next: u64,
-    /// The highest start of a turn that was granted. Starts are numbers without a unit. The turns
-    /// of one host have different starts, and the next one of a host that has had no turn is `now`.
+    /// The virtual time, which is the highest start of a granted turn. The turns of one host have
+    /// consecutive starts. The first turn of a host starts at `now`.
     now: u64,
-    /// The next start of each host that is later than `now`.
+    /// The start of each host's next turn, if it is later than `now`.
     starts: HashMap<String, u64>,
     /// The waiting threads. Each thread has its position and a unique number.
     waiting: BTreeSet<(u64, u64)>,
@@ -70,9 +70,9 @@ pub(crate) struct Effort {
     /// The host from which the layer is fetched. The host is empty if it is not known, or if the
     /// layer is in an archive.
     pub host: String,
-    /// The processing time in milliseconds, in all turns together.
+    /// The processing time in microseconds, in all turns together.
     processed: AtomicU64,
-    /// The processing time in milliseconds before the current turn.
+    /// The processing time in microseconds before the current turn.
     before: AtomicU64,
     preempted: AtomicBool,
 }
@@ -86,12 +86,12 @@ impl Effort {
     }
 
     pub(crate) fn processed(&self) -> Duration {
-        Duration::from_millis(self.processed.load(Ordering::Relaxed))
+        Duration::from_micros(self.processed.load(Ordering::Relaxed))
     }
 
     /// Returns the processing time in the current turn.
     pub(crate) fn turn(&self) -> Duration {
-        let before = Duration::from_millis(self.before.load(Ordering::Relaxed));
+        let before = Duration::from_micros(self.before.load(Ordering::Relaxed));
         self.processed().saturating_sub(before)
     }
 
@@ -101,7 +101,8 @@ impl Effort {
         self.preempted.store(false, Ordering::Relaxed);
     }
 
-    /// Ends the current turn of the layer, because another layer needs its place.
+    /// Ends the current turn of the layer, because another layer needs its place or no pull needs
+    /// the layer any more.
     pub(crate) fn preempt(&self) {
         self.preempted.store(true, Ordering::Relaxed);
     }
@@ -112,7 +113,7 @@ impl Effort {
 
     /// Adds `time` to the processing time.
     pub(crate) fn add(&self, time: Duration) {
-        let time = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let time = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
         self.processed.fetch_add(time, Ordering::Relaxed);
     }
 
@@ -142,7 +143,9 @@ impl UnpackTurns {
         }
         state.next += 1;
         let start = state.start(&effort.host);
-        let ours = (start + effort.later_threads(), state.next);
+        // The virtual time advances by one in a round of all hosts.
+        let later = effort.later_threads() / (state.starts.len() as u64).max(1);
+        let ours = (start + later, state.next);
         state.waiting.insert(ours);
         let begun = Instant::now();
         let mut next_log = WAIT_BEFORE_LOG;
@@ -288,7 +291,7 @@ mod tests {
     }
 
     #[test]
-    fn a_layer_goes_before_most_layers_of_another_host() {
+    fn a_host_with_many_waiting_layers_gets_no_more_turns_than_another_host() {
         let mut queue = TurnQueue::default();
         let many: Vec<u64> = (0..20).map(|_| queue.start("many")).collect();
         assert_eq!(many, (0..20).collect::<Vec<_>>());
