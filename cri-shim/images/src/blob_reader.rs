@@ -28,6 +28,8 @@ const QUEUE_LENGTH: usize = 8;
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 struct BlobQueue {
+    /// The name of the layer for the log, for example "layer sha256:…".
+    what: String,
     state: Mutex<QueueState>,
     /// The file with the first bytes of the blob. The chunks in the queue follow these bytes. This
     /// mutex is locked during disk I/O, and async code must not lock it. A thread that needs both
@@ -59,7 +61,7 @@ impl BlobQueue {
         let mut file = lock(&self.file);
         let mut chunks = std::mem::take(&mut lock(&self.state).chunks);
         while let Some(chunk) = chunks.front() {
-            if !append(&mut file, chunk) {
+            if !self.append(&mut file, chunk) {
                 break;
             }
             chunks.pop_front();
@@ -72,29 +74,31 @@ impl BlobQueue {
         state.chunks = chunks;
         self.arrived.notify_one();
     }
+
+    /// Appends a chunk to the file, if there is a file with room, and returns whether the file
+    /// contains the chunk.
+    fn append(&self, file: &mut Option<Partial>, chunk: &[u8]) -> bool {
+        let Some(partial) = file else { return false };
+        let appended = partial.append(chunk);
+        appended.unwrap_or_else(|error| {
+            // The fetch continues without a copy of the received bytes. A disk that is too full for
+            // this copy can still have enough space for the unpacked layer.
+            let what = &self.what;
+            log::warn!("{what}: cannot keep the received bytes for a retry: {error}");
+            partial.remove();
+            false
+        })
+    }
 }
 
 fn length(file: &Option<Partial>) -> u64 {
     file.as_ref().map_or(0, Partial::length)
 }
 
-/// Appends a chunk to the file, if there is a file with room, and returns whether the file contains
-/// the chunk.
-fn append(file: &mut Option<Partial>, chunk: &[u8]) -> bool {
-    let Some(partial) = file else { return false };
-    let appended = partial.append(chunk);
-    appended.unwrap_or_else(|error| {
-        // The fetch continues without a copy of the received bytes. A disk that is too full for
-        // this copy can still have enough space for the unpacked layer.
-        log::warn!("cannot keep the received bytes of a layer for a retry: {error}");
-        partial.remove();
-        false
-    })
-}
-
-/// Creates the queue for one attempt to fetch a blob.
-pub(crate) fn blob_queue() -> (BlobSender, BlobReceiver) {
+/// Creates the queue for one attempt to fetch a blob. `what` names the layer in the log.
+pub(crate) fn blob_queue(what: String) -> (BlobSender, BlobReceiver) {
     let queue = Arc::new(BlobQueue {
+        what,
         state: Mutex::default(),
         file: Mutex::default(),
         arrived: Condvar::new(),
@@ -130,7 +134,7 @@ impl BlobSender {
             };
             if has_file {
                 let queue = Arc::clone(&self.0);
-                let what = "move received bytes of a layer to a file";
+                let what = format!("{}: move received bytes to a file", self.0.what);
                 blocking(what, move || queue.move_to_file()).await;
             } else {
                 self.0.taken.notified().await;
@@ -228,7 +232,7 @@ impl BlobReader {
             is_next.then(|| state.chunks.pop_front()).flatten()?
         };
         queue.taken.notify_one();
-        append(&mut file, &chunk);
+        queue.append(&mut file, &chunk);
         lock(&queue.state).in_file = length(&file);
         Some(chunk)
     }
@@ -366,7 +370,7 @@ mod tests {
     #[tokio::test]
     async fn a_transfer_with_a_file_does_not_wait_for_the_thread() -> Result {
         let dir = Dir::new("file")?;
-        let (sender, queue) = blob_queue();
+        let (sender, queue) = blob_queue("a layer".to_owned());
         let effort = Arc::default();
         let mut reader = reader(queue, &effort, dir.partial(SIZE, 1 << 30));
         for number in 0..CHUNKS {
@@ -382,7 +386,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_transfer_without_a_file_waits_for_the_thread() {
-        let (sender, queue) = blob_queue();
+        let (sender, queue) = blob_queue("a layer".to_owned());
         let effort = Arc::default();
         let mut reader = reader(queue, &effort, None);
         for number in 0..8 {
@@ -402,7 +406,7 @@ mod tests {
         let dir = Dir::new("rest")?;
         let partial = dir.partial(SIZE, SIZE / 3);
         assert!(partial.is_some());
-        let (sender, queue) = blob_queue();
+        let (sender, queue) = blob_queue("a layer".to_owned());
         let thread = std::thread::spawn(move || {
             let mut reader = reader(queue, &Arc::default(), partial);
             // The sender fills the file meanwhile.
@@ -425,7 +429,7 @@ mod tests {
     #[tokio::test]
     async fn all_received_bytes_of_a_preempted_layer_are_kept() -> Result {
         let dir = Dir::new("preempted")?;
-        let (sender, queue) = blob_queue();
+        let (sender, queue) = blob_queue("a layer".to_owned());
         let effort = Arc::<Effort>::default();
         let mut first = reader(queue, &effort, dir.partial(SIZE, 1 << 30));
         for number in 0..12 {
@@ -438,7 +442,7 @@ mod tests {
         first.end(Some(&error), SIZE, false);
         assert!(!sender.send(chunk(12)).await);
         effort.begin_turn();
-        let (sender, queue) = blob_queue();
+        let (sender, queue) = blob_queue("a layer".to_owned());
         let mut second = reader(queue, &effort, dir.partial(SIZE, 1 << 30));
         assert_eq!(second.replay, 1_200_000);
         for number in 12..CHUNKS {

@@ -330,15 +330,14 @@ async fn attempt(
     queues: &Queues,
     progress: impl Fn(u64),
 ) -> Result<UnpackedLayer, (u64, ImageError)> {
-    let descriptor = &request.descriptor;
-    let (to_thread, chunks) = blob_queue();
+    let LayerDescriptor { digest, size, .. } = &request.descriptor;
+    let (to_thread, chunks) = blob_queue(format!("layer {digest}"));
     let (send_had, had) = oneshot::channel();
     let unpacked = unpack_chunks(chunks, kept, request, (slot, effort), queues, send_had);
     let mut unpacked = unpacked.map_err(|error| (0, error))?;
     let had = had.await.unwrap_or(0);
     slot.begins_at(had);
     progress(had);
-    let LayerDescriptor { digest, size, .. } = descriptor;
     let mut ended = None;
     let sent = if had == *size {
         Ok(())

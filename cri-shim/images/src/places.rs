@@ -139,9 +139,9 @@ impl Claim {
 
 /// Preempts one layer for a layer that has been processed for `processed`. The preempted layer is
 /// from a host with the most layers that are not quick. Among these layers, it has the most
-/// processing time. The
-/// size of a layer does not matter, because the author of a layer can choose it. The number of
-/// layers of a pull does not matter either: a hostile registry can offer many images with one layer.
+/// processing time. The size of a layer does not matter, because the author of a layer can choose
+/// it. The number of layers of a pull does not matter either: a hostile registry can offer many
+/// images with one layer.
 fn preempt_one(state: &mut PlaceTable, processed: Duration, now: Instant) {
     let recently = |at| now.saturating_duration_since(at) < PREEMPTION_INTERVAL;
     if state.preempted.is_some_and(recently) {

@@ -204,11 +204,7 @@ pub(crate) async fn destroy(dir: &Path) -> Result<()> {
 }
 
 fn destroy_now(dir: &Path) -> Result<()> {
-    let killed = match cgroup::kill(dir) {
-        Err(Errno::AGAIN) => cgroup::kill_after_leases(dir),
-        killed => killed,
-    };
-    killed.during(|| format!("kill the cgroup {}", dir.display()))?;
+    cgroup::kill_after_leases(dir).during(|| format!("kill the cgroup {}", dir.display()))?;
     let mut survivors = Survivors::new();
     let mut pause = Duration::from_millis(1);
     // A process in an uninterruptible sleep can take a long time to exit. Until it has exited,
@@ -234,8 +230,8 @@ fn destroy_now(dir: &Path) -> Result<()> {
 
 /// Returns the contents of a cgroup file. If the file's controller is not enabled, the file does
 /// not exist, and the result is `None`. The result is also `None` if a process of the container
-/// holds a lease on the file. A buffer of 16 KiB is enough: the kernel's files are at
-/// most one or two pages long.
+/// holds a lease on the file. A buffer of 16 KiB is enough: the kernel's files are at most one or
+/// two pages long.
 pub(crate) fn read(dir: &Path, file: &str) -> Option<String> {
     let file = cgroup::open_file(&dir.join(file)).ok()?;
     let mut text = vec![0; 16 << 10];

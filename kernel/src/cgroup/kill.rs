@@ -38,22 +38,20 @@ const READ: OFlags = OFlags::RDONLY.union(WITHOUT_WAITING);
 /// # Errors
 /// EAGAIN means that a process holds a lease on cgroup.kill. The kernel now begins to break the lease.
 pub fn kill(cgroup: &Path) -> Result<(), Errno> {
-    match write(cgroup, "cgroup.kill", "1") {
-        // ENODEV means that the cgroup was removed after its file was opened.
-        Err(Errno::NOENT | Errno::NODEV) => Ok(()),
-        result => result,
-    }
+    kill_with(cgroup, WITHOUT_WAITING)
 }
 
 /// Does the same as [`kill`], but waits until the kernel breaks the leases on cgroup.kill, usually for
 /// 45 s. While this call waits, no process can take another lease on the file.
 pub fn kill_after_leases(cgroup: &Path) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | OFlags::CLOEXEC;
-    match rustix::fs::open(cgroup.join("cgroup.kill"), flags, Mode::empty())
-        .and_then(|file| rustix::io::write(&file, b"1"))
-    {
-        Ok(_) | Err(Errno::NOENT | Errno::NODEV) => Ok(()),
-        Err(errno) => Err(errno),
+    kill_with(cgroup, OFlags::CLOEXEC)
+}
+
+fn kill_with(cgroup: &Path, flags: OFlags) -> Result<(), Errno> {
+    match write_with(cgroup, "cgroup.kill", "1", flags) {
+        // ENODEV means that the cgroup was removed after its file was opened.
+        Err(Errno::NOENT | Errno::NODEV) => Ok(()),
+        result => result,
     }
 }
 
@@ -108,8 +106,12 @@ impl Survivors {
 }
 
 pub(super) fn write(cgroup: &Path, file: &str, value: &str) -> Result<(), Errno> {
-    let flags = OFlags::WRONLY | WITHOUT_WAITING;
-    let file = rustix::fs::open(cgroup.join(file), flags, Mode::empty())?;
+    write_with(cgroup, file, value, WITHOUT_WAITING)
+}
+
+fn write_with(cgroup: &Path, file: &str, value: &str, flags: OFlags) -> Result<(), Errno> {
+    let path = cgroup.join(file);
+    let file = rustix::fs::open(path, OFlags::WRONLY | flags, Mode::empty())?;
     rustix::io::write(&file, value.as_bytes())?;
     Ok(())
 }

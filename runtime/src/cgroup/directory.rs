@@ -250,14 +250,12 @@ pub(crate) fn is_frozen(path: &Path) -> Result<bool> {
     let mut state = [0u8; 1];
     let read = rustix::fs::open(
         path.join("cgroup.freeze"),
-        OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC,
+        OFlags::RDONLY | OFlags::CLOEXEC,
         Mode::empty(),
     )
     .and_then(|file| rustix::io::retry_on_intr(|| rustix::io::read(&file, &mut state)));
     match read {
         Ok(_) => Ok(state == *b"1"),
-        // A process of the container holds a lease on the file, so it is not frozen.
-        Err(Errno::AGAIN) => Ok(false),
         // ENODEV means that the cgroup was removed after its file was opened.
         Err(Errno::NOENT | Errno::NODEV) => Ok(false),
         Err(errno) => Err(errno).doing(|| format!("read cgroup.freeze of {}", path.display())),

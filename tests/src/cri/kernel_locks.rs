@@ -89,8 +89,8 @@ fn remove(node: &Node, pod_id: &str) -> Result {
 }
 
 /// A process can take leases on the files of its container's cgroup and on the file of its network
-/// namespace. Another process that opens one of these files waits until the kernel breaks the lease after 45 s. The deadline of each call in this
-/// test is 30 s.
+/// namespace. Another process that opens one of these files waits until the kernel breaks the lease
+/// after 45 s. The deadline of each call in this test is 30 s.
 fn leases_delay_only_calls_for_their_container() -> Result {
     on_a_node(|node| {
         node.pull(BUSYBOX)?;

@@ -132,8 +132,7 @@ async fn long_layers() -> Result<(), Failure> {
     pulls_a_small_image(&node, hostile).await
 }
 
-/// An ordinary layer needs the most processing time for its size, and the hostile layers need all
-/// places. The ordinary layer is unpacked nevertheless.
+/// An ordinary layer has many files and few bytes, and the hostile layers need all places. The ordinary layer is unpacked nevertheless.
 async fn preempted_layer() -> Result<(), Failure> {
     let mut servers = Vec::new();
     for number in 0..8 {
